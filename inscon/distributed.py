@@ -1,0 +1,71 @@
+"""Ranks as torchrun gives them, and the few collectives a step needs. Every function answers on one process too."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> torch.device:
+    """Join torchrun's process group if there is one, and return this rank's device. CPU tensors always travel by gloo."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather(tensor: Tensor) -> Tensor:
+    """Every rank's `[n ...]` as one `[world*n ...]`, in the order of ranks; without gradient."""
+    if world_size() == 1:
+        return tensor
+    wire = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    parts = [torch.empty(wire.shape, dtype=wire.dtype, device=wire.device) for _ in range(world_size())]
+    dist.all_gather(parts, wire.contiguous())
+    return torch.cat(parts).to(tensor.dtype)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; travels over the CPU and never waits for a GPU."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def worst(values: dict[str, float]) -> dict[str, float]:
+    """Each value's maximum over the ranks."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Each value's mean over the ranks."""
+    return {name: value / world_size() for name, value in _reduce(values, dist.ReduceOp.SUM).items()}
+
+
+def _reduce(values: dict[str, float], operation) -> dict[str, float]:
+    if world_size() == 1:
+        return values
+    packed = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(packed, op=operation)
+    return dict(zip(values, packed.tolist()))

@@ -1,0 +1,93 @@
+"""Boxes: intersect, map into a view, mirror, decide whether an overlap is big enough.
+
+The one coordinate rule of the project: a box is `x0 y0 x1 y1` in continuous pixel edges (the first pixel spans 0..1,
+the width is x1 - x0), float32, in the space its docstring names; a flip is a field of its own, never swapped
+corners; a size is `(height, width)`. Every function takes NumPy arrays or torch tensors and answers in kind, with the
+same elementwise float32 arithmetic, so that the plan (NumPy, before a pixel is decoded) and the model (torch, on the
+device) can never disagree about an overlap.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def _namespace(array):
+    return np if isinstance(array, np.ndarray) else torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """The region that the query crop and the key crop of one image share."""
+
+    query_box: Float[Tensor, "B 4"]
+    """The shared region in px of the query view as the encoder sees it (after the flip)."""
+    key_box: Float[Tensor, "B 4"]
+    """The shared region in px of the key view as the encoder sees it (after the flip)."""
+    weight: Float[Tensor, "B"]
+    """1 where the overlap is valid, 0 where it is not (METHOD, reading 9)."""
+
+
+def intersect(a, b):
+    """The intersection `[... 4]` of boxes `a` and `b` of one space; disjoint boxes give a box of zero area."""
+    xp = _namespace(a)
+    low = xp.maximum(a[..., :2], b[..., :2])
+    high = xp.maximum(xp.minimum(a[..., 2:], b[..., 2:]), low)
+    return xp.concatenate([low, high], -1)
+
+
+def area(box):
+    """Area `[...]` of boxes `[... 4]`, in squared units of their space."""
+    return (box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1])
+
+
+def into_view(box, crop_box, flipped, view_size: int):
+    """Map boxes `[... 4]` from source px into px of the view cut by `crop_box`, resized to a square and mirrored if `flipped`.
+
+    `crop_box [... 4]` in source px, `flipped [...]` bool, `view_size` = S, the side of the view in px.
+    """
+    xp = _namespace(box)
+    low, extent = crop_box[..., :2], crop_box[..., 2:] - crop_box[..., :2]
+    # Multiply, then divide: torch computes scalar / tensor by a reciprocal, which rounds twice and NumPy's doesn't.
+    corners = [(box[..., :2] - low) * view_size / extent, (box[..., 2:] - low) * view_size / extent]
+    inside = xp.concatenate(corners, -1)
+    return xp.where(flipped[..., None], mirror(inside, view_size), inside)
+
+
+def mirror(box, view_size: int):
+    """Boxes `[... 4]` after their view of width `view_size` px was mirrored left to right."""
+    xp = _namespace(box)
+    x0, y0, x1, y1 = box[..., 0], box[..., 1], box[..., 2], box[..., 3]
+    return xp.stack([view_size - x1, y0, view_size - x0, y1], -1)
+
+
+def find_overlap(
+    query_box, query_flipped, key_box, key_flipped, view_size: int, min_side: float = 32.0, min_iou: float = 0.0
+) -> Overlap:
+    """The region shared by two crops of each image, in px of both views, and whether it is big enough to be used.
+
+    Args:
+        query_box, key_box: `[B 4]` float32 crop boxes in source px.
+        query_flipped, key_flipped: `[B]` bool.
+        view_size: S, the side of both views in px.
+        min_side: least extent of the shared region along each axis in both views, px of the view. The default is one
+            res5 cell, i.e. the trunk's stride (METHOD, reading 9).
+        min_iou: least intersection over union of the two crops in source px, 0..1.
+
+    Source: paper section 3.2, cell-instance learning head ("valid overlap area").
+    """
+    xp = _namespace(query_box)
+    shared = intersect(query_box, key_box)
+    in_query = into_view(shared, query_box, query_flipped, view_size)
+    in_key = into_view(shared, key_box, key_flipped, view_size)
+    sides = xp.concatenate([in_query[..., 2:] - in_query[..., :2], in_key[..., 2:] - in_key[..., :2]], -1)
+    # A tolerance of 1e-3 px, so that a shared region of exactly one cell is not lost to float32 rounding.
+    valid = (sides >= min_side - 1e-3).all(-1)
+    shared_area = area(shared)
+    union = area(query_box) + area(key_box) - shared_area
+    valid = valid & (shared_area >= min_iou * union) & (shared_area > 0)
+    weight = valid.astype(np.float32) if xp is np else valid.to(query_box.dtype)
+    return Overlap(query_box=in_query, key_box=in_key, weight=weight)

@@ -1,0 +1,179 @@
+"""Measuring where it happens, writing where it is read: data wait, images/s, losses; to the screen, JSONL and TensorBoard."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from inscon import distributed
+from inscon.model import Losses
+
+
+class Stopwatch:
+    """Wall time of the loop since the last reading, and how much of it went into waiting for data, seconds."""
+
+    def __init__(self):
+        self.steps, self.wait_s, self._start = 0, 0.0, time.perf_counter()
+
+    def waits(self, batches: Iterable) -> Iterator:
+        """Pass `batches` through, timing each wait."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.wait_s += time.perf_counter() - start
+            self.steps += 1
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        """`step_s` (mean) and `data_wait_percent` since the last reading, which this one resets."""
+        elapsed, steps = time.perf_counter() - self._start, max(self.steps, 1)
+        reading = {"step_s": elapsed / steps, "data_wait_percent": 100 * self.wait_s / elapsed}
+        self.steps, self.wait_s, self._start = 0, 0.0, time.perf_counter()
+        return reading
+
+
+class LossMeter:
+    """Means of losses and top-1 shares since the last reading; sums stay on the device until they are read."""
+
+    def __init__(self):
+        self._sum, self._steps, self._names = None, 0, ()
+
+    def add(self, losses: Losses) -> None:
+        values = {"loss": losses.total}
+        for name in ("single", "multi", "cell"):
+            if getattr(losses, name) is not None:
+                values[f"loss_{name}"] = getattr(losses, name)
+                values[f"top1_{name}"] = losses.top1[name]
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._sum = stacked if self._sum is None else self._sum + stacked
+        self._names, self._steps = tuple(values), self._steps + 1
+
+    def read(self) -> dict[str, float]:
+        """One wait for the device, then the means over the steps since the last reading; resets."""
+        means = (self._sum / self._steps).tolist()
+        self._sum, self._steps = None, 0
+        return dict(zip(self._names, means))
+
+
+class MetricsLog:
+    """Rank 0's sinks: a progress bar and log lines (rich), `metrics.jsonl`, TensorBoard if installed and wanted.
+
+    Args:
+        run_dir: receives the files.
+        total_steps: of the whole run.
+        start_step: lines of later steps in an existing metrics.jsonl are dropped: they will be written again.
+    """
+
+    def __init__(
+        self, run_dir: Path, total_steps: int, start_step: int, tensorboard: bool, console: Console | None = None
+    ):
+        self._quiet = distributed.rank() != 0
+        self._total_steps, self._tensorboard = total_steps, None
+        if self._quiet:
+            return
+        self.console = console or Console()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = _open_jsonl(run_dir / "metrics.jsonl", start_step)
+        if tensorboard:
+            self._tensorboard = _open_tensorboard(run_dir / "tensorboard", start_step, self.console)
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """One line for the person at the screen, on rank 0."""
+        if not self._quiet:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` of the window that ended with `step`, counted from 1."""
+        if self._quiet:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(_tag(name), value, step)
+        eta_s = values["step_s"] * (self._total_steps - step)
+        self._progress.update(self._task, completed=step, description=f"ETA {_clock(eta_s)}")
+        self.say(f"step {step}/{self._total_steps}  {_line(values)}  ETA {_clock(eta_s)}")
+
+    def close(self) -> None:
+        if self._quiet:
+            return
+        self._progress.stop()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def window(losses: LossMeter, watch: Stopwatch, images_per_step: int, lr: float) -> dict[str, float]:
+    """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s."""
+    values = distributed.mean(losses.read())  # waits for the device, so that the watch below sees finished work
+    times = distributed.worst(watch.read())
+    values = {**values, **times, "images_per_s": images_per_step / times["step_s"], "lr": lr}
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"the loss is not finite any more. Found: {values['loss']}; lower --lr or set --precision fp32, and resume"
+        )
+    return values
+
+
+def _open_jsonl(path: Path, start_step: int):
+    kept = []
+    if path.exists() and start_step:
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # a line cut short by a kill
+        return math.inf
+
+
+def _open_tensorboard(folder: Path, start_step: int, console: Console):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        console.print("TensorBoard files are not written: the tensorboard package is not installed")
+        return None
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def _tag(name: str) -> str:
+    group, _, rest = name.partition("_")
+    return f"{group}/{rest}" if group in ("loss", "top1") and rest else f"run/{name}"
+
+
+def _line(values: dict[str, float]) -> str:
+    heads = [name[5:] for name in values if name.startswith("loss_")]
+    losses = "  ".join(f"{h} {values[f'loss_{h}']:.3f} (top-1 {100 * values[f'top1_{h}']:.0f} %)" for h in heads)
+    return (
+        f"loss {values['loss']:.3f}  {losses}  {values['images_per_s']:.1f} images/s  "
+        f"data wait {values['data_wait_percent']:.1f} %"
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

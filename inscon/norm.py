@@ -1,0 +1,80 @@
+"""BatchNorm that does not give the answer away (METHOD 13).
+
+A query and its key normalised among the same images carry the same batch's signature, and the loss can be solved by
+reading it (MoCo, section 3.3, "Shuffling BN"). So the images whose statistics an image's key meets must be others than
+those its query met: over ranks by exchanging images, within one process by splitting the batch into groups.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics are taken over each of `num_groups` equal, contiguous parts of the batch.
+
+    One group is plain BatchNorm. Running statistics follow the mean of the groups' statistics with the momentum of one
+    update: each group updates with `1 - (1 - momentum)^(1/num_groups)`, which costs no further kernel. In eval mode
+    it is plain BatchNorm. Raises ValueError if the batch doesn't divide.
+    """
+
+    def __init__(self, num_features: int, num_groups: int = 1):
+        super().__init__(num_features)
+        self.num_groups = num_groups
+
+    def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
+        if not self.training or self.num_groups == 1:
+            return super().forward(x)
+        if x.shape[0] % self.num_groups:
+            raise ValueError(
+                f"split BatchNorm needs a multiple of {self.num_groups} samples, one equal part per group. "
+                f"Found: {x.shape[0]}"
+            )
+        self.num_batches_tracked.add_(1)
+        momentum = 1 - (1 - self.momentum) ** (1 / self.num_groups)
+        running = (self.running_mean, self.running_var)
+        groups = [
+            F.batch_norm(group, *running, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps)
+            for group in x.chunk(self.num_groups)
+        ]
+        return torch.cat(groups)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module):
+    """While inside, forward passes of `module` leave BatchNorm's running statistics as they are (METHOD 14).
+
+    Batch statistics still normalise. Works for every BatchNorm, synchronised ones too: their momentum is 0 meanwhile.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+
+
+def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
+    """Which image each slot of the key pass takes: slots `[k*group_size, (k+1)*group_size)` are normalised together.
+
+    A fixed assignment: the images at given places of a batch are other ones in every step, so it is as good as a random one,
+    and every rank knows it without a word. An image never meets the group of its own number again (with two groups: every
+    second image stays, since a plain swap would bring the same images together), and it shares with its query's group at
+    most ceil(group_size / max(groups - 1, 2)) images. Raises ValueError with fewer than two groups or odd groups.
+    """
+    groups, remainder = divmod(batch_size, group_size)
+    if remainder or groups < 2 or group_size % 2:
+        raise ValueError(
+            f"keys are shuffled over at least 2 equal groups of an even number of images. "
+            f"Found: {batch_size} images in groups of {group_size}"
+        )
+    group = torch.arange(groups)[:, None]
+    place = torch.arange(group_size)[None, :]
+    target = (group + place) % 2 if groups == 2 else (group + 1 + place % (groups - 1)) % groups
+    return target.flatten().argsort(stable=True)

@@ -1,0 +1,191 @@
+"""The trainer: set up, then one visible loop. It takes any iterable of batches and doesn't know where they come from."""
+
+import json
+import os
+import signal
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from inscon import checkpoint, distributed
+from inscon.batch import Batch
+from inscon.config import Config
+from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
+from inscon.model import InsCon
+from inscon.optim import learning_rate, make_optimizer, set_learning_rate
+from inscon.precision import Precision, check_device, choose_precision
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A run between two steps: all that changes, and what it runs on. Made by `set_up`, moved on by `train`."""
+
+    config: Config
+    device: torch.device
+    precision: Precision
+    model: InsCon
+    optimizer: torch.optim.Optimizer
+    optimizer_name: str
+    scaler: torch.amp.GradScaler
+    data: str
+    """Fingerprint of the data set; a checkpoint of another one is refused."""
+    step: int = 0
+    """Optimizer updates done."""
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "config": self.config.to_dict(),
+            "data": self.data,
+        }
+
+    def load_state_dict(self, contents: dict) -> None:
+        self.model.load_state_dict(contents["model"])
+        self.optimizer.load_state_dict(contents["optimizer"])
+        self.scaler.load_state_dict(contents["scaler"])
+        torch.set_rng_state(contents["rng"].cpu())
+        self.step = contents["step"]
+
+
+def set_up(config: Config, device: torch.device, data: str) -> Training:
+    """Build everything a run needs from a resolved `config`, and continue from its newest checkpoint if there is one.
+
+    Raises ValueError or CheckpointError, before any work, with the value found and what to set.
+    """
+    check_device(device)
+    precision = choose_precision(config.optim.precision, device)
+    if config.model.norm == "sync" and device.type == "cpu" and distributed.world_size() > 1:
+        raise ValueError("norm=sync over several ranks needs GPUs. Found: cpu; set --norm shuffle")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
+    torch.manual_seed(config.run.seed)
+    model = InsCon(config.model, config.views, config.optim.batch_size // distributed.world_size())
+    if config.model.norm == "sync" and distributed.world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    optimizer, name = make_optimizer(model.query_encoder.parameters(), config.optim, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
+    training = Training(
+        config=config, device=device, precision=precision, model=model, optimizer=optimizer, optimizer_name=name,
+        scaler=scaler, data=data,
+    )  # fmt: skip
+    _resume(training)
+    return training
+
+
+def _resume(training: Training) -> None:
+    config = training.config
+    newest = checkpoint.latest(config.run.run_dir)
+    if newest is None:
+        return
+    if config.run.resume == "never":
+        raise ValueError(
+            f"the run folder must hold no checkpoint with --resume never. Found: {newest}; "
+            f"set --resume auto to go on from it, or another --run-dir"
+        )
+    contents = checkpoint.load(newest, training.device)
+    checkpoint.check_continues(contents, newest, config.to_dict(), training.data)
+    training.load_state_dict(contents)
+
+
+def train(training: Training, loader: Iterable[Batch], steps_per_epoch: int, total_steps: int) -> None:
+    """Run steps `training.step` .. `total_steps - 1`; `loader` must start with the batch of the first of them.
+
+    On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
+    """
+    config, inscon, scaler, optimizer = training.config, training.model, training.scaler, training.optimizer
+    model = _over_ranks(inscon).train()
+    run_dir = config.run.run_dir
+    _write_config(config)
+    losses_meter, watch, amp_dtype = LossMeter(), Stopwatch(), training.precision.autocast_dtype
+    with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, _stop_requests() as stop:
+        log.say(describe(training))
+        for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
+            lr = learning_rate(config.optim, step, steps_per_epoch)
+            set_learning_rate(optimizer, lr)
+            with torch.autocast(training.device.type, amp_dtype, enabled=amp_dtype is not None):
+                losses, new_keys = model(batch)
+            scaler.scale(losses.total).backward()
+            inscon.enqueue(new_keys)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            inscon.update_key_encoder()
+            losses_meter.add(losses)
+            training.step = step + 1
+
+            finished = training.step == total_steps
+            stopping = distributed.any_rank(stop.requested)
+            if training.step % config.run.log_every == 0 or finished or stopping:
+                log.write(training.step, window(losses_meter, watch, config.optim.batch_size, lr))
+            if training.step % config.run.checkpoint_every == 0 or finished or stopping:
+                _save(training)
+            if stopping:
+                log.say(
+                    f"Stopped by {stop.name}; the checkpoint of step {training.step} is in {run_dir}. Run again to go on."
+                )
+                break
+
+
+def describe(training: Training) -> str:
+    """One line: what runs on what."""
+    c, world = training.config, distributed.world_size()
+    return (
+        f"InsCon {c.model.arch}, heads {' '.join(c.model.heads)}, batch {c.optim.batch_size} on {world} x "
+        f"{training.device.type}, {training.precision.name}, SGD by {training.optimizer_name}, norm {c.model.norm}"
+        + (f" in groups of {c.model.split_size}" if c.model.split_size else "")
+        + f", queues {c.model.queue_size} and {c.model.cell_queue_size}, from step {training.step}"
+    )
+
+
+def _over_ranks(inscon: InsCon) -> nn.Module:
+    """DDP from outside. Buffers are not broadcast at every step: the queues are equal on all ranks by construction."""
+    if distributed.world_size() == 1:
+        return inscon
+    return DistributedDataParallel(inscon, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _save(training: Training) -> None:
+    if distributed.rank() == 0:
+        checkpoint.save(training.config.run.run_dir, training.state_dict(), training.config.run.keep_checkpoints)
+
+
+def _write_config(config: Config) -> None:
+    if distributed.rank() == 0:
+        run_dir = Path(config.run.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = run_dir / "config.json.unfinished"
+        unfinished.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        os.replace(unfinished, run_dir / "config.json")
+
+
+class _Stop:
+    """Set by a signal, read between steps."""
+
+    requested, name = False, "another rank"
+
+    def __call__(self, number, _frame):
+        if self.requested:  # the second Ctrl-C doesn't wait for the step
+            raise KeyboardInterrupt
+        self.requested, self.name = True, signal.Signals(number).name
+
+
+@contextmanager
+def _stop_requests():
+    stop = _Stop()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

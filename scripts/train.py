@@ -1,0 +1,68 @@
+"""Pre-train InsCon.
+
+    python scripts/train.py --pipeline dali --data SHARDS                            # one GPU, or a CPU
+    torchrun --nproc_per_node=8 scripts/train.py --pipeline dali --data SHARDS       # eight GPUs
+    python scripts/train.py --recipe smoke --data SHARDS --epochs 5                  # any field of a recipe is a flag
+
+`--recipe` is imagenet_r50 (the default), moco_v2, moco_v1 or smoke; `--help` lists every setting with its reason.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon import distributed, train
+from inscon.config import RECIPES, Config, resolve
+from pipelines import data_facts, open_pipeline
+
+
+def parse(arguments: list[str]) -> Config:
+    """The recipe named by --recipe, with every flag on top."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=RECIPES, default="imagenet_r50")
+    chosen, rest = first.parse_known_args(arguments)
+    return tyro.cli(
+        Config, default=RECIPES[chosen.recipe](), args=rest, prog="scripts/train.py", description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    config = parse(arguments)
+    if not config.run.run_dir.name:
+        raise ValueError("run_dir must be a folder for this run; set --run-dir runs/NAME")
+    device = distributed.start()
+    try:
+        world_size = distributed.world_size()
+        config = resolve(config, world_size)
+        facts = data_facts(config)
+        training = train.set_up(config, device, facts.fingerprint)
+        total_steps = config.optim.epochs * facts.steps_per_epoch
+        if config.optim.max_steps is not None:
+            total_steps = min(total_steps, config.optim.max_steps)
+        if training.step >= total_steps:
+            print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
+            return
+        with open_pipeline(
+            config.loader.pipeline, config=config, rank=distributed.rank(), world_size=world_size, device=device,
+            dtype=training.precision.pixel_dtype, start_step=training.step, total_steps=total_steps,
+        ) as loader:  # fmt: skip
+            if distributed.rank() == 0:
+                print(loader.describe())
+            train.train(training, loader, facts.steps_per_epoch, total_steps)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("INSCON_TRACEBACK"):
+            raise
+        raise SystemExit(f"train.py: {error}") from None
