@@ -27,7 +27,10 @@ def test_intersections_by_hand(kind):
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_into_view_scales_and_mirrors(kind):
-    box, crop = boxes([20, 30, 40, 50], [20, 30, 40, 50], kind=kind), boxes([10, 20, 60, 120], [10, 20, 60, 120], kind=kind)
+    box, crop = (
+        boxes([20, 30, 40, 50], [20, 30, 40, 50], kind=kind),
+        boxes([10, 20, 60, 120], [10, 20, 60, 120], kind=kind),
+    )
     flipped = np.array([False, True]) if kind == "numpy" else torch.tensor([False, True])
     seen = into_view(box, crop, flipped, 100)
     assert seen.tolist() == [[20, 10, 60, 30], [40, 10, 80, 30]]
@@ -57,7 +60,11 @@ def test_numpy_and_torch_agree_to_the_last_bit():
     ],
 )
 def test_an_overlap_spans_one_cell_per_axis_in_both_views(key_box, valid):
-    query, key, no = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([key_box], dtype=torch.float32), torch.tensor([False])
+    query, key, no = (
+        torch.tensor([[0.0, 0, 100, 100]]),
+        torch.tensor([key_box], dtype=torch.float32),
+        torch.tensor([False]),
+    )
     overlap = find_overlap(query, no, key, no, 100)
     assert overlap.weight.item() == float(valid)
     assert torch.isfinite(overlap.query_box).all()
@@ -86,7 +93,9 @@ def test_a_ramp_pooled_in_both_views_gives_the_same_source_coordinates():
     plans = plan_views(3, 1, np.arange(24), np.tile(size, (24, 1)), config)
     views = plans.query, plans.key
     overlap = find_overlap(*(torch.from_numpy(a) for v in views for a in (v.crop_box, v.flipped)), side)
-    assert {(bool(q), bool(k)) for q, k in zip(views[0].flipped, views[1].flipped)} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert {(bool(q), bool(k)) for q, k in zip(views[0].flipped, views[1].flipped)} == {
+        (a, b) for a in (0, 1) for b in (0, 1)
+    }
     shared = intersect(views[0].crop_box, views[1].crop_box)
     for axis in (0, 1):
         pooled = []

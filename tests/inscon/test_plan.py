@@ -51,7 +51,11 @@ def test_a_sample_is_drawn_alike_in_every_company():
 def test_seed_epoch_sample_and_view_all_matter():
     ids, sizes, config = np.arange(64), np.full((64, 2), 300), ViewConfig()
     base = plan_views(0, 0, ids, sizes, config)
-    others = [plan_views(1, 0, ids, sizes, config), plan_views(0, 1, ids, sizes, config), plan_views(0, 0, ids + 64, sizes, config)]
+    others = [
+        plan_views(1, 0, ids, sizes, config),
+        plan_views(0, 1, ids, sizes, config),
+        plan_views(0, 0, ids + 64, sizes, config),
+    ]
     for other in others:
         assert (base.query.crop_box != other.query.crop_box).any(1).mean() > 0.9
     assert (base.query.crop_box != base.key.crop_box).any(1).mean() > 0.9
@@ -128,7 +132,9 @@ def test_acceptance_on_real_image_sizes():
     assert abs(accepted.mean() - 0.979) < 0.01  # METHOD, reading 9, measured on 1,000 other sizes
     for epoch in range(20):
         plans = plan_views(0, epoch, np.arange(len(sizes)), sizes, ViewConfig())
-        weight = find_overlap(plans.query.crop_box, plans.query.flipped, plans.key.crop_box, plans.key.flipped, 224).weight
+        weight = find_overlap(
+            plans.query.crop_box, plans.query.flipped, plans.key.crop_box, plans.key.flipped, 224
+        ).weight
         assert (weight == 1).all()
 
 

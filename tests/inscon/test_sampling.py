@@ -21,7 +21,9 @@ def test_every_image_once_per_epoch_and_the_remainder_dropped():
         assert {order.epoch_of(step) for step in steps} == {epoch}
         ids = np.concatenate([order.global_batch(step) for step in steps])
         assert len(np.unique(ids)) == 100 and ids.min() >= 0 and ids.max() < 103
-    dropped = [set(range(103)) - set(np.concatenate([order.global_batch(e * 5 + i) for i in range(5)])) for e in range(3)]
+    dropped = [
+        set(range(103)) - set(np.concatenate([order.global_batch(e * 5 + i) for i in range(5)])) for e in range(3)
+    ]
     assert len({frozenset(d) for d in dropped}) == 3
 
 

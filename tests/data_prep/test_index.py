@@ -1,0 +1,335 @@
+"""The shard folder: what is written is read back, other tools read it too, and damage is told in one sentence."""
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from data_prep import index as shard_format
+from data_prep.index import NO_LABEL, DatasetIndex, ShardError, ShardWriter
+
+
+def write_samples(folder, count=7, *, max_shard_bytes=20_480, overwrite=False, names=None, labels=None):
+    """Shards of made-up "JPEGs" of different lengths; the format never looks inside them."""
+    jpegs = [bytes([i]) * (3000 + 517 * i) for i in range(count)]
+    with ShardWriter(folder, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
+        for i, jpeg in enumerate(jpegs):
+            name = names[i] if names else f"class_{i % 2}/picture {i}.JPEG"
+            label = labels[i] if labels else i % 2
+            assert writer.add(jpeg, height=10 + i, width=20 + i, label=label, name=name) == i
+        index = writer.finish(class_names=["class_0", "class_1"], shuffle_seed=5, settings={"shard_mb": 1})
+    return index, jpegs
+
+
+def edit_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_sample_comes_back_as_it_was_added(tmp_path):
+    write_samples(tmp_path / "shards")
+    index = DatasetIndex.open(tmp_path / "shards")
+    assert len(index) == 7
+    assert index.path == tmp_path / "shards"
+    assert index.class_names == ("class_0", "class_1")
+    assert index.manifest.shuffle_seed == 5
+    sizes, labels = index.sizes([6, 0, 3]), index.labels(np.array([6, 0, 3]))
+    assert sizes.tolist() == [[16, 26], [10, 20], [13, 23]] and sizes.dtype == np.int64
+    assert labels.tolist() == [0, 0, 1] and labels.dtype == np.int64
+    assert index.sizes([]).shape == (0, 2)
+    assert index.name(3) == "class_1/picture 3.JPEG"
+    assert index.describe(6) == "sample 6 (class_0/picture 6.JPEG) in shard-000002.tar"
+
+
+def test_every_offset_is_the_one_that_tarfile_finds(tmp_path):
+    index, jpegs = write_samples(tmp_path / "shards")
+    found = 0
+    for number, shard in enumerate(index.manifest.shards):
+        with tarfile.open(tmp_path / "shards" / shard.name) as tar:
+            for member in tar.getmembers():
+                sample_id, extension = int(member.name.split(".")[0]), member.name.split(".")[1]
+                content = tar.extractfile(member).read()
+                if extension == "cls":
+                    assert int(content) == index.labels([sample_id])[0]
+                    continue
+                found += 1
+                assert member.name == f"{sample_id:09d}.jpg"
+                assert index.describe(sample_id).endswith(f"shard-{number:06d}.tar")
+                assert content == jpegs[sample_id] == index.jpeg_bytes(sample_id).tobytes()
+    assert found == len(jpegs)
+    assert len(index.manifest.shards) > 1
+
+
+def test_webdataset_reads_the_shards(tmp_path):
+    wds = pytest.importorskip("webdataset", reason="the webdataset package is not installed")
+    index, jpegs = write_samples(tmp_path / "shards")
+    urls = [str(tmp_path / "shards" / shard.name) for shard in index.manifest.shards]
+    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(7)]
+    assert [sample["jpg"] for sample in samples] == jpegs
+    assert [int(sample["cls"]) for sample in samples] == index.labels(range(7)).tolist()
+
+
+def test_the_checksums_and_counts_in_the_manifest_are_those_of_the_files(tmp_path):
+    index, _ = write_samples(tmp_path / "shards")
+    manifest = index.manifest
+    for stored in (manifest.index, manifest.names, *manifest.shards):
+        content = (tmp_path / "shards" / stored.name).read_bytes()
+        assert stored.byte_count == len(content)
+        assert stored.sha256 == hashlib.sha256(content).hexdigest()
+    assert sum(shard.sample_count for shard in manifest.shards) == manifest.num_samples == 7
+
+
+def test_no_shard_is_longer_than_asked_unless_one_picture_is(tmp_path):
+    index, _ = write_samples(tmp_path / "some", max_shard_bytes=20_480)
+    assert [shard.byte_count for shard in index.manifest.shards] == [20_480, 20_480, 20_480]
+    index, _ = write_samples(tmp_path / "each", max_shard_bytes=1)
+    assert [shard.sample_count for shard in index.manifest.shards] == [1] * 7
+
+
+def test_bytes_are_a_read_only_view_into_the_map(tmp_path):
+    index, _ = write_samples(tmp_path / "shards")
+    first, again = index.jpeg_bytes(0), index.jpeg_bytes(0)
+    assert np.shares_memory(first, again)
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 1
+
+
+def test_views_outlive_the_bound_on_open_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_format, "_MAX_OPEN_SHARDS", 2)
+    index, jpegs = write_samples(tmp_path / "shards", max_shard_bytes=1)
+    views = [index.jpeg_bytes(i) for i in (0, 1, 2, 3, 4, 5, 6)]
+    assert [view.tobytes() for view in views] == jpegs
+    assert len(index._shard_bytes) == 2
+    assert index.jpeg_bytes(0).tobytes() == jpegs[0]
+
+
+def test_names_keep_bytes_that_are_not_utf8_and_odd_characters(tmp_path):
+    names = ["plain.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), "dröm 夢.jpg", "return\r\x85\u2028.jpg"]
+    index, _ = write_samples(tmp_path / "shards", 4, names=names)
+    assert [index.name(i) for i in range(4)] == names
+    assert (tmp_path / "shards/names.txt").read_bytes().split(b"\n")[1] == b"caf\xe9.jpg"
+
+
+def test_a_name_with_a_line_break_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must not hold a line break. Found: 'a\\nb.jpg'"):
+        write_samples(tmp_path / "shards", 1, names=["a\nb.jpg"])
+
+
+def test_a_sample_without_label_has_no_cls_member_and_an_unusable_label(tmp_path):
+    index, _ = write_samples(tmp_path / "shards", 2, labels=[NO_LABEL, 1])
+    assert index.labels([0, 1]).tolist() == [NO_LABEL, 1]
+    with tarfile.open(tmp_path / "shards/shard-000000.tar") as tar:
+        assert tar.getnames() == ["000000000.jpg", "000000001.jpg", "000000001.cls"]
+    with pytest.raises(IndexError):
+        index.class_names[index.labels(0)]
+
+
+@pytest.mark.parametrize("ids", [[-1], [7], [0, 7], [-1, 7]])
+def test_ids_out_of_range_are_refused(tmp_path, ids):
+    index, _ = write_samples(tmp_path / "shards")
+    for read in (index.sizes, index.labels):
+        with pytest.raises(ValueError, match=r"must be from 0 to 6. Found: (-1|7)\."):
+            read(ids)
+    for read_one in (index.name, index.jpeg_bytes, index.describe):
+        with pytest.raises(ValueError, match=r"must be from 0 to 6. Found: (-1|7)\."):
+            read_one(ids[-1])
+    with pytest.raises(ValueError, match=r"must be integers. Found: float64"):
+        index.sizes([0.0])
+
+
+def test_an_index_can_be_pickled_whether_its_maps_are_open_or_not(tmp_path):
+    index, jpegs = write_samples(tmp_path / "shards")
+    index.jpeg_bytes(0)
+    index.name(0)
+    copied = pickle.loads(pickle.dumps(index))
+    assert len(pickle.dumps(index)) < 1000
+    assert copied.jpeg_bytes(5).tobytes() == jpegs[5]
+    assert copied.describe(5) == index.describe(5)
+
+
+def _read_in_child(index, connection):
+    connection.send((index.jpeg_bytes(6).tobytes(), index.name(6)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_index_works_in_another_process(tmp_path, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {method}")
+    index, jpegs = write_samples(tmp_path / "shards")
+    index.jpeg_bytes(0)
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_read_in_child, args=(index, sender))
+    child.start()
+    sender.close()  # so that a child that dies ends `recv`
+    assert receiver.recv() == (jpegs[6], index.name(6))
+    child.join()
+
+
+def test_a_change_of_directory_does_no_harm(tmp_path, monkeypatch):
+    write_samples(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    index = DatasetIndex.open("shards")
+    monkeypatch.chdir("/")
+    assert len(index.jpeg_bytes(0)) == 3000
+
+
+# ------------------------------------------------------------------------------------------ damage, and its message
+
+
+def assert_refused(folder, *parts):
+    """`open` fails with one sentence that has all the parts."""
+    with pytest.raises(ShardError) as caught:
+        DatasetIndex.open(folder)
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+def test_a_shortened_shard(tmp_path):
+    write_samples(tmp_path / "shards")
+    path = tmp_path / "shards/shard-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:10_240])
+    assert assert_refused(tmp_path / "shards") == (
+        f"{path} is 10240 bytes long where the manifest says {len(whole)}; it was cut short: copy it again or rerun "
+        "data_prep/make_dali.py."
+    )
+    path.write_bytes(whole + b"more")
+    assert_refused(tmp_path / "shards", f"is {len(whole) + 4} bytes long", "was changed after it was packed")
+
+
+def test_a_missing_file(tmp_path):
+    write_samples(tmp_path / "shards")
+    for name in ("shard-000002.tar", "names.txt", "index.npy"):
+        path = tmp_path / "shards" / name
+        content = path.read_bytes()
+        path.unlink()
+        assert_refused(tmp_path / "shards", f"{path} is missing: copy it again or rerun data_prep/make_dali.py.")
+        path.write_bytes(content)
+    DatasetIndex.open(tmp_path / "shards")
+
+
+def test_a_shard_that_vanishes_or_shrinks_after_open(tmp_path):
+    index, _ = write_samples(tmp_path / "shards")
+    (tmp_path / "shards/shard-000000.tar").write_bytes(b"short")
+    with pytest.raises(ShardError, match="is 5 bytes long where the manifest says"):
+        index.jpeg_bytes(0)
+    (tmp_path / "shards/shard-000000.tar").unlink()
+    with pytest.raises(ShardError, match=r"shard-000000.tar is missing"):
+        index.jpeg_bytes(0)
+
+
+def test_another_version(tmp_path):
+    write_samples(tmp_path / "shards")
+    edit_manifest(tmp_path / "shards", version=7)
+    assert assert_refused(tmp_path / "shards") == (
+        f"{tmp_path / 'shards'} was written in format version 7, this program reads 1: rerun data_prep/make_dali.py, "
+        "or install the version of inscon that wrote it."
+    )
+
+
+def test_an_index_of_another_length(tmp_path):
+    write_samples(tmp_path / "shards")
+    path = tmp_path / "shards/index.npy"
+    np.save(path, np.load(path)[:4])
+    assert_refused(tmp_path / "shards", f"{path} holds 4 samples where the manifest says 7")
+
+
+def test_an_index_that_is_no_index(tmp_path):
+    write_samples(tmp_path / "shards")
+    path = tmp_path / "shards/index.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert_refused(tmp_path / "shards", f"is {len(whole) - 1} bytes long", "it was cut short")
+    path.write_bytes(b"")
+    assert_refused(tmp_path / "shards", "is 0 bytes long", "it was cut short")
+    path.write_bytes(b"x" * len(whole))
+    assert_refused(tmp_path / "shards", "not readable as a NumPy array")
+    np.save(path, np.zeros(7))
+    assert_refused(tmp_path / "shards", "holds records of float64")
+
+
+def test_a_manifest_that_is_none(tmp_path):
+    write_samples(tmp_path / "shards")
+    manifest = tmp_path / "shards/manifest.json"
+    entries = json.loads(manifest.read_text())
+    manifest.write_text("{")
+    assert_refused(tmp_path / "shards", f"{manifest} is not readable as JSON", "rerun data_prep/make_dali.py")
+    manifest.write_text("[]")
+    assert_refused(tmp_path / "shards", 'does not say "format": "inscon-shards"')
+    for field in entries.keys() - {"format", "version"}:
+        manifest.write_text(json.dumps({name: value for name, value in entries.items() if name != field}))
+        assert_refused(tmp_path / "shards", "lacks a field", field)
+
+
+def test_a_folder_that_is_no_shard_folder(tmp_path):
+    command = "python data_prep/make_dali.py --data DIR --out"
+    assert_refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} does not exist", command)
+    (tmp_path / "empty").mkdir()
+    assert_refused(tmp_path / "empty", f"{tmp_path / 'empty'} is empty", command)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"a")
+    assert_refused(tmp_path / "photos", "is not a shard folder, it holds no manifest.json", command)
+    assert_refused(tmp_path / "photos/a.jpg", "is a file, not a shard folder")
+
+
+def test_an_unfinished_folder(tmp_path):
+    write_samples(tmp_path / "shards")
+    (tmp_path / "shards/manifest.json").unlink()
+    assert_refused(tmp_path / "shards", "holds shards but no manifest.json; packing did not end", "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------------- the writer
+
+
+def test_files_get_their_final_name_when_they_are_whole(tmp_path):
+    folder = tmp_path / "shards"
+    with ShardWriter(folder, max_shard_bytes=1) as writer:
+        writer.add(b"a" * 100, height=1, width=1, label=0, name="a.jpg")
+        assert not (folder / "shard-000000.tar").exists()
+        writer.add(b"b" * 100, height=1, width=1, label=0, name="b.jpg")
+        with tarfile.open(folder / "shard-000000.tar") as tar:
+            assert tar.getnames() == ["000000000.jpg", "000000000.cls"]
+        assert not (folder / "shard-000001.tar").exists()
+        assert not (folder / "manifest.json").exists()
+        writer.finish(class_names=["a"], shuffle_seed=0, settings={})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "index.npy",
+        "manifest.json",
+        "names.txt",
+        "rejected.jsonl",
+        "shard-000000.tar",
+        "shard-000001.tar",
+    ]
+
+
+def test_a_writer_left_unfinished_takes_its_files_away(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(RuntimeError, match="stopped"), ShardWriter(folder, max_shard_bytes=1) as writer:
+            for i in range(3):
+                writer.add(b"a" * 100, height=1, width=1, label=0, name=f"{i}.jpg")
+            raise RuntimeError("stopped")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_with_shards_is_refused_and_overwritten_on_request(tmp_path):
+    folder = tmp_path / "shards"
+    write_samples(folder)
+    with pytest.raises(ShardError, match=r"already holds a packed data set .*: pass --overwrite"):
+        write_samples(folder, 2)
+    (folder / "shard-000009.tar.partial").write_bytes(b"of a run that was killed")
+    with ShardWriter(folder, max_shard_bytes=1, overwrite=True):
+        pass  # nothing was added, so the old shards stay
+    assert len(DatasetIndex.open(folder)) == 7
+    index, jpegs = write_samples(folder, 2, overwrite=True)
+    assert index.jpeg_bytes(1).tobytes() == jpegs[1]
+    assert sorted(path.name for path in folder.glob("shard-*")) == ["shard-000000.tar"]
