@@ -1,0 +1,30 @@
+"""Two gloo processes against one process on the joined batch, in float64."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+def run(out, mode, ranks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(WORKER), str(out), mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "live"])
+def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
+    """frozen: BatchNorm in eval mode. live: two ranks shuffle, one process splits into the same groups of images."""
+    one, two = run(tmp_path / "one", mode, 1), run(tmp_path / "two", mode, 2)
+    assert one["stop"] is two["stop"] is True and two["worst"] == {"rank": 1.0}
+    for a, b in zip(one["losses"], two["losses"]):
+        assert a == pytest.approx(b, rel=1e-9)
+    for part in ("gradients", "weights", "queues"):
+        assert one[part].keys() == two[part].keys()
+        for name in one[part]:
+            torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
