@@ -163,6 +163,12 @@ class DatasetIndex:
         """In label order; empty where the samples have no labels."""
         return self.manifest.class_names
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any sample, label or order; the checksums of index and shards as written."""
+        sums = [self.manifest.index.sha256, *(shard.sha256 for shard in self.manifest.shards)]
+        return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+
     def sizes(self, sample_ids: ArrayLike) -> NDArray[np.int64]:
         """(height, width) as decoded, px, [n 2], of n sample ids. ValueError for an id out of range."""
         ids = self._checked(sample_ids)

@@ -65,6 +65,7 @@ class InsCon(nn.Module):
         if "cell" in self.key_encoder.heads:
             self.cell_queue = KeyQueue(config.cell_queue_size, config.cell_dim)
         self._followers = self._match_by_name()
+        self._assign_keys_to_groups(rank_batch_size)
 
     def forward(self, batch: Batch) -> tuple[Losses, NewKeys]:
         """The three passes and the losses of one batch."""
@@ -81,23 +82,19 @@ class InsCon(nn.Module):
     def encode_keys(self, key: View, overlap: Overlap) -> dict[str, Tensor]:
         """Keys of the key views in the order of the batch, normalised among other images than their queries were."""
         inputs = (key.pixels, overlap.key_box, key.flipped)
-        if self.config.norm == "split" and self.training:
-            order = shuffle_order(len(key.flipped), self.config.split_size).to(key.pixels.device)
-            keys = self.key_encoder(*(tensor[order] for tensor in inputs))
-            back = order.argsort()
-            return {name: value[back] for name, value in keys.items()}
-        if self.config.norm == "shuffle" and distributed.world_size() > 1:
-            return self._encode_keys_over_ranks(inputs)
-        return self.key_encoder(*inputs)
+        if self.key_order is None or not self.training:
+            return self.key_encoder(*inputs)
+        if self.config.norm == "split":
+            keys = self.key_encoder(*(tensor[self.key_order] for tensor in inputs))
+            return {name: value[self.key_order_back] for name, value in keys.items()}
+        return self._encode_keys_over_ranks(inputs)
 
     def _encode_keys_over_ranks(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Every rank encodes other ranks' images and gets its own keys back (MoCo's shuffling BN)."""
         per_rank, rank = inputs[0].shape[0], distributed.rank()
         mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        order = shuffle_order(per_rank * distributed.world_size(), per_rank).to(inputs[0].device)
-        keys = self.key_encoder(*(distributed.gather(tensor)[order[mine]] for tensor in inputs))
-        back = order.argsort()[mine]
-        return {name: distributed.gather(value)[back] for name, value in keys.items()}
+        keys = self.key_encoder(*(distributed.gather(tensor)[self.key_order[mine]] for tensor in inputs))
+        return {name: distributed.gather(value)[self.key_order_back[mine]] for name, value in keys.items()}
 
     def _losses(self, query: dict[str, Tensor], keys: dict[str, Tensor], weight: Tensor) -> Losses:
         c, parts, top1 = self.config, {}, {}
@@ -143,6 +140,16 @@ class InsCon(nn.Module):
             if "single" not in twin.heads:  # keys of tiles then come from the multi head's own follower
                 twin.heads["single"] = multi
         return twin.requires_grad_(False)
+
+    def _assign_keys_to_groups(self, rank_batch_size: int) -> None:
+        """`key_order`: which image each slot of the key pass takes; on the device from the start, so no step copies it."""
+        order = None
+        if self.config.norm == "split":
+            order = shuffle_order(rank_batch_size, self.config.split_size)
+        elif self.config.norm == "shuffle":
+            order = shuffle_order(rank_batch_size * distributed.world_size(), rank_batch_size)
+        self.register_buffer("key_order", order, persistent=False)
+        self.register_buffer("key_order_back", None if order is None else order.argsort(), persistent=False)
 
     def _match_by_name(self) -> tuple[list[Tensor], list[Tensor]]:
         queries = dict(self.query_encoder.named_parameters())

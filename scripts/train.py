@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import distributed, train
 from inscon.config import RECIPES, Config, resolve
-from pipelines import data_facts, open_pipeline
+from pipelines import open_pipeline
+from pipelines.facts import data_facts
 
 
 def parse(arguments: list[str]) -> Config:

@@ -333,3 +333,11 @@ def test_a_folder_with_shards_is_refused_and_overwritten_on_request(tmp_path):
     index, jpegs = write_samples(folder, 2, overwrite=True)
     assert index.jpeg_bytes(1).tobytes() == jpegs[1]
     assert sorted(path.name for path in folder.glob("shard-*")) == ["shard-000000.tar"]
+
+
+def test_a_fingerprint_tells_data_sets_apart(tmp_path):
+    first, _ = write_samples(tmp_path / "a")
+    again, _ = write_samples(tmp_path / "b")
+    assert first.fingerprint == again.fingerprint == DatasetIndex.open(tmp_path / "a").fingerprint
+    others = [write_samples(tmp_path / "c", labels=[1] * 7)[0], write_samples(tmp_path / "d", 6)[0]]
+    assert len({index.fingerprint for index in [first, *others]}) == 3

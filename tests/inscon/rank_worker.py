@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: a step on its share of a fixed global batch; rank 0 writes what came out.
 
-    torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live
 """
 
 import sys
@@ -31,7 +31,9 @@ def share_of_batch(step: int, rank: int, world_size: int) -> Batch:
     def view(plan):
         pixels = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)[mine]
         pixels = pixels.to(memory_format=torch.channels_last)
-        return View(pixels=pixels, crop_box=torch.from_numpy(plan.crop_box)[mine], flipped=torch.from_numpy(plan.flipped)[mine])
+        return View(
+            pixels=pixels, crop_box=torch.from_numpy(plan.crop_box)[mine], flipped=torch.from_numpy(plan.flipped)[mine]
+        )
 
     query, key = view(plans.query), view(plans.key)
     return Batch(query=query, key=key, mosaic=assemble(query.pixels), sample_ids=torch.arange(BATCH)[mine])
@@ -44,7 +46,9 @@ def main(out: Path, mode: str) -> None:
         Config(
             views=ViewConfig(view_size=SIDE),
             # 8 images per BatchNorm group either way: a rank's share of two, or the split of one process
-            model=ModelConfig(arch="resnet18", queue_size=2 * BATCH, cell_queue_size=18 * BATCH, split_size=8, key_momentum=0.9),
+            model=ModelConfig(
+                arch="resnet18", queue_size=2 * BATCH, cell_queue_size=18 * BATCH, split_size=8, key_momentum=0.9
+            ),
             optim=OptimConfig(batch_size=BATCH),
         ),
         world_size,

@@ -256,3 +256,26 @@ def test_queue_two_takes_all_cells_of_an_image_in_a_row():
     torch.testing.assert_close(model.cell_queue.keys[: 9 * BATCH], keys.cell.reshape(-1, 256))
     torch.testing.assert_close(model.key_queue.keys[:BATCH], keys.single)
     assert model.cell_queue.pointer == 9 * BATCH
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_gpu_equals_the_cpus():
+    cpu, batch = make_model(dtype=torch.float32), make_batch(dtype=torch.float32)
+    gpu = copy.deepcopy(cpu).cuda()
+
+    def moved(view):
+        return View(pixels=view.pixels.cuda(), crop_box=view.crop_box.cuda(), flipped=view.flipped.cuda())
+
+    there = Batch(
+        query=moved(batch.query), key=moved(batch.key), mosaic=batch.mosaic.cuda(), sample_ids=batch.sample_ids
+    )
+    for _ in range(2):
+        (losses, keys), (gpu_losses, gpu_keys) = cpu(batch), gpu(there)
+        for name in ("single", "multi", "cell", "total"):
+            assert getattr(gpu_losses, name).item() == pytest.approx(getattr(losses, name).item(), rel=1e-2)
+        gpu_losses.total.backward()
+        cpu.enqueue(keys), gpu.enqueue(gpu_keys)
+        cpu.update_key_encoder(), gpu.update_key_encoder()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert gpu(there)[0].total.item() == pytest.approx(losses.total.item(), rel=0.2)

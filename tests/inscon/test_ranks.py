@@ -11,7 +11,16 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 
 
 def run(out, mode, ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(WORKER), str(out), mode]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        str(WORKER),
+        str(out),
+        mode,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -27,4 +36,6 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
     for part in ("gradients", "weights", "queues"):
         assert one[part].keys() == two[part].keys()
         for name in one[part]:
-            torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                one[part][name], two[part][name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )

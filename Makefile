@@ -1,0 +1,36 @@
+# make demo   a small data set, packed, trained on through DALI, and what came out (demo/)
+# make test   the tests
+# Both create .venv on first use; PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SCENES := --num-images 2048 --num-val 512 --size 128
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "make: inscon needs Python 3.10 to 3.13; found: $$($(PYTHON) --version 2>&1). Set PYTHON=python3.12, say."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dali,tensorboard,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	rm -rf demo
+	$(BIN)/python data_prep/make_scenes.py --out demo/scenes $(SCENES)
+	$(BIN)/python data_prep/make_dali.py --data demo/scenes/train --out demo/train
+	$(BIN)/python data_prep/make_dali.py --data demo/scenes/val --out demo/val
+	$(BIN)/python scripts/train.py --recipe smoke --pipeline dali --data demo/train --run-dir demo/run
+	$(BIN)/python scripts/knn.py --run demo/run --train demo/train --val demo/val --k 20
+	$(BIN)/python scripts/show_views.py --recipe smoke --data demo/train --out demo/views.png
+	$(BIN)/python scripts/throughput_report.py --run demo/run
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

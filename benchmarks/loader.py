@@ -1,0 +1,262 @@
+"""What one source image costs in each loader: two full views at 224 px and the mosaic, from the same JPEG bytes.
+
+    python benchmarks/loader.py --data SHARDS --threads 2 --rounds 5 --out benchmarks/results/loader_cpu.json
+
+Contenders, each given the same number of threads or worker processes:
+
+    decode      PIL decoding every picture whole and doing nothing else: the floor of any loader that decodes
+    dali        pipelines/dali.py, full views and mosaic
+    crops       the same graph, crops alone as uint8: what a host does when colour happens on a GPU
+    reference   pipelines/reference.py, full views and mosaic, decoded once
+    moco_v2     the two-view torchvision transforms and DataLoader of MoCo v2, which decodes once and lays no mosaic
+
+Rounds alternate between contenders, warm-up is apart, medians are reported. CPU time is that of the whole process tree,
+since wall time on a shared machine says little. "image" is a source image throughout.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.index import DatasetIndex
+from inscon.config import Config, LoaderConfig, OptimConfig, ViewConfig
+from pipelines import open_pipeline
+from pipelines.feed import open_feed
+
+ENDLESS = 10**6
+"""More steps than any round takes, so that no contender stops working ahead before the clock does."""
+PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+
+
+class MocoViews(Dataset):
+    """Two views of each sample, as MoCo v2's `TwoCropsTransform` makes them."""
+
+    def __init__(self, index: DatasetIndex, side: int):
+        self._index = index
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(side, scale=(0.2, 1.0)),
+                transforms.RandomApply([jitter], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.RandomApply([_PilBlur()], p=0.5),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int):
+        image = Image.open(io.BytesIO(self._index.jpeg_bytes(i))).convert("RGB")
+        return self._transform(image), self._transform(image)
+
+
+class _PilBlur:
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=float(np.random.uniform(0.1, 2.0))))
+
+
+@contextlib.contextmanager
+def engine(name: str, config: Config):
+    with open_pipeline(name, config=config, total_steps=ENDLESS) as pipeline:
+        yield iter(pipeline)
+
+
+@contextlib.contextmanager
+def bare_decode(config: Config):
+    feed = open_feed(config, 0, 1)
+
+    def decode(sample_id: int) -> None:
+        Image.open(io.BytesIO(feed.index.jpeg_bytes(sample_id))).convert("RGB")
+
+    with ThreadPoolExecutor(config.loader.threads) as pool:
+        yield (list(pool.map(decode, feed.order.global_batch(step))) for step in range(ENDLESS))
+
+
+@contextlib.contextmanager
+def dali_crops(config: Config):
+    from pipelines import dali
+
+    feed = open_feed(config, 0, 1)
+    graph = dali.build_graph(
+        dali.Source(feed, 0, ENDLESS),
+        batch_size=feed.batch_size,
+        num_views=feed.num_views,
+        view_size=config.views.view_size,
+        threads=config.loader.threads,
+        device_id=None,
+        decode="cpu",
+        colour=False,
+        prefetch=config.loader.prefetch,
+    )
+    yield (graph.run() for _ in range(ENDLESS))
+
+
+@contextlib.contextmanager
+def moco_v2(config: Config):
+    loader = DataLoader(
+        MocoViews(DatasetIndex.open(config.loader.data), config.views.view_size),
+        batch_size=config.optim.batch_size,
+        shuffle=True,
+        num_workers=config.loader.threads,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    yield (batch for _ in range(ENDLESS) for batch in loader)
+
+
+CONTENDERS = {
+    "decode": bare_decode,
+    "dali": lambda config: engine("dali", config),
+    "crops": dali_crops,
+    "reference": lambda config: engine("reference", config),
+    "moco_v2": moco_v2,
+}
+
+
+def tree_cpu_s() -> float:
+    """CPU seconds of this process, its threads and its living child processes."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / ticks
+    return total
+
+
+def measure(name: str, config: Config, warm_up: int, steps: int) -> dict[str, float]:
+    """One round: {"wall_ms", "cpu_ms"} per source image."""
+    with CONTENDERS[name](config) as batches:
+        for _ in range(warm_up):
+            next(batches)
+        wall, cpu = time.perf_counter(), tree_cpu_s()
+        for _ in range(steps):
+            next(batches)
+        images = steps * config.optim.batch_size
+        wall, cpu = (time.perf_counter() - wall) / images * 1e3, (tree_cpu_s() - cpu) / images * 1e3
+        batches.close() if hasattr(batches, "close") else None
+    return {"wall_ms": wall, "cpu_ms": cpu}
+
+
+def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians, and how many times the bare decode and MoCo v2's pipeline cost, round by round."""
+    summary = {}
+    for name, own in rounds.items():
+        entry = {key: statistics.median(r[key] for r in own) for key in ("wall_ms", "cpu_ms")}
+        entry["images_per_s"] = 1e3 / entry["wall_ms"]
+        for key in ("wall_ms", "cpu_ms"):
+            pairs = [
+                (mine[key], floor[key], moco[key])
+                for mine, floor, moco in zip(own, rounds["decode"], rounds["moco_v2"])
+            ]
+            entry[f"{key}_over_decode"] = statistics.median(mine / floor for mine, floor, _ in pairs)
+            entry[f"{key}_moco_v2_over_this"] = statistics.median(moco / mine for mine, _, moco in pairs)
+        summary[name] = entry
+    return summary
+
+
+def machine() -> dict:
+    model = "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "system": platform.platform()}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def show(summary: dict[str, dict[str, float]], console: Console) -> None:
+    table = Table(title="per source image, medians over rounds")
+    for column in (
+        "contender",
+        "images/s",
+        "wall ms",
+        "CPU ms",
+        "x decode (CPU)",
+        "MoCo v2 / this (CPU)",
+        "MoCo v2 / this (wall)",
+    ):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for name, e in summary.items():
+        cells = [e["images_per_s"], e["wall_ms"], e["cpu_ms"], e["cpu_ms_over_decode"]]
+        cells += [e["cpu_ms_moco_v2_over_this"], e["wall_ms_moco_v2_over_this"]]
+        table.add_row(name, f"{cells[0]:.0f}", *(f"{cell:.2f}" for cell in cells[1:]))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder written by data_prep/make_dali.py")
+    parser.add_argument("--threads", type=int, default=2, help="threads or worker processes of each contender")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="timed batches per round and contender")
+    parser.add_argument("--warm-up", type=int, default=4, help="batches before the clock starts")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loader_cpu.json"))
+    arguments = parser.parse_args()
+    # The consumer only normalises; OpenMP threads that spin for work would be counted as cost.
+    torch.set_num_threads(1)
+    config = Config(
+        loader=LoaderConfig(data=arguments.data, threads=arguments.threads),
+        views=ViewConfig(),
+        optim=OptimConfig(batch_size=arguments.batch_size),
+    )
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    measure("dali", config, 1, 1)  # compiles
+    for _ in range(arguments.rounds):
+        for name, own in rounds.items():
+            own.append(measure(name, config, arguments.warm_up, arguments.steps))
+    summary = summarise(rounds)
+    show(summary, Console())
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "samples": len(DatasetIndex.open(arguments.data)),
+        "view_size": config.views.view_size,
+        "loader": {
+            k: v for k, v in dataclasses.asdict(config.loader).items() if k in ("threads", "prefetch", "decode")
+        },
+        "medians": summary,
+        "rounds": rounds,
+    }
+    report["settings"].pop("data"), report["settings"].pop("out")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

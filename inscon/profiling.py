@@ -1,0 +1,56 @@
+"""What a run's metrics say about its speed: rates from enough steps, warm-up left out, or no rate at all."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+WARM_UP_WINDOWS = 1
+"""Log windows left out at the start: compilation, memory pools, the first batch."""
+FEWEST_WINDOWS = 5
+"""Log windows below which no rate is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpeed:
+    """Medians over log windows, and how the losses moved."""
+
+    windows: int
+    steps: int
+    images_per_s: float
+    step_ms: float
+    step_ms_p99: float
+    data_wait_percent: float
+    first: dict[str, float]
+    """The values of the first window of the run, warm-up included."""
+    last: dict[str, float]
+    """The values of the last window."""
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The windows of a run, oldest first. Raises ValueError if there is no metrics.jsonl."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"there are no metrics at {path}; give the --run-dir of a run")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_speed(windows: list[dict]) -> RunSpeed:
+    """Summarise the windows of one run. Raises ValueError if they are too few to give a rate."""
+    steady = windows[WARM_UP_WINDOWS:]
+    if len(steady) < FEWEST_WINDOWS:
+        raise ValueError(
+            f"a rate needs at least {FEWEST_WINDOWS + WARM_UP_WINDOWS} log windows, the first of them warm-up. "
+            f"Found: {len(windows)}; train longer or set a smaller --log-every"
+        )
+    step_ms = sorted(1000 * window["step_s"] for window in steady)
+    return RunSpeed(
+        windows=len(steady),
+        steps=steady[-1]["step"] - windows[WARM_UP_WINDOWS - 1]["step"],
+        images_per_s=statistics.median(window["images_per_s"] for window in steady),
+        step_ms=statistics.median(step_ms),
+        step_ms_p99=step_ms[min(round(0.99 * (len(step_ms) - 1)), len(step_ms) - 1)],
+        data_wait_percent=statistics.median(window["data_wait_percent"] for window in steady),
+        first=windows[0],
+        last=windows[-1],
+    )

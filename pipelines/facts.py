@@ -1,0 +1,21 @@
+"""What a run must know of its data before a pipeline is opened: how long an epoch is, and which data set it is."""
+
+from dataclasses import dataclass
+
+from inscon.config import Config
+from pipelines.feed import open_feed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """Of the data set and batch size of one configuration."""
+
+    steps_per_epoch: int
+    fingerprint: str
+    """Changes with any sample, size or order of the shards; a checkpoint remembers it."""
+
+
+def data_facts(config: Config) -> DataFacts:
+    """Opens the index only. Raises ValueError for data that are missing, damaged or smaller than one batch."""
+    feed = open_feed(config, rank=0, world_size=1)
+    return DataFacts(steps_per_epoch=feed.steps_per_epoch, fingerprint=feed.index.fingerprint)

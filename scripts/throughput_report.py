@@ -1,0 +1,61 @@
+"""The throughput of a run, from the metrics it wrote: rate, step time, data wait, and how the losses moved.
+
+python scripts/throughput_report.py --run RUN_DIR
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon.profiling import RunSpeed, read_metrics, run_speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What to report on."""
+
+    run: Path
+    """Folder of a run of scripts/train.py."""
+
+
+def table(speed: RunSpeed, settings: dict) -> Table:
+    """One page: how fast, waiting for what, learning what."""
+    title = (
+        f"{settings['model']['arch']} at {settings['views']['view_size']} px through {settings['loader']['pipeline']}"
+    )
+    page = Table(title=f"Throughput: {title}, batch {settings['optim']['batch_size']}", title_justify="left")
+    page.add_column("")
+    page.add_column("value", justify="right")
+    page.add_column("over")
+    over = f"median of {speed.windows} windows, {speed.steps} steps, warm-up left out"
+    page.add_row("source images/s", f"{speed.images_per_s:.1f}", over)
+    page.add_row("step, ms", f"{speed.step_ms:.1f}", f"the same; 99th percentile {speed.step_ms_p99:.1f}")
+    page.add_row("data wait, % of the step", f"{speed.data_wait_percent:.2f}", "the same; worst rank")
+    for name in ("single", "multi", "cell"):
+        if f"loss_{name}" in speed.last:
+            before, after = speed.first[f"loss_{name}"], speed.last[f"loss_{name}"]
+            top1 = 100 * speed.last[f"top1_{name}"]
+            page.add_row(
+                f"loss, {name} head", f"{before:.3f} -> {after:.3f}", f"first and last window; top-1 now {top1:.0f} %"
+            )
+    return page
+
+
+def main(config: ReportConfig) -> None:
+    speed = run_speed(read_metrics(config.run))
+    settings = json.loads((config.run / "config.json").read_text())
+    Console().print(table(speed, settings))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(ReportConfig, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"throughput_report.py: {error}") from None

@@ -1,0 +1,81 @@
+"""Pictures and shards for the tests of the engines."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.index import ShardWriter
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+
+REAL = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train"
+SIZES = [(1, 1), (1, 90), (200, 3), (64, 64), (75, 500), (500, 75)] + [(90 + 7 * i, 160 - 5 * i) for i in range(14)]
+"""(height, width), px."""
+GREY = (3, 8)
+"""Which of the pictures have one channel."""
+
+
+def draw_picture(number: int, height: int, width: int) -> Image.Image:
+    """Smooth colours with some detail: what a JPEG keeps."""
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    fine = rng.integers(-20, 21, (height, width, 1))
+    return Image.fromarray(np.clip(np.asarray(coarse).astype(int) + fine, 0, 255).astype(np.uint8))
+
+
+def as_jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: dict[int, tuple] | None = None) -> Path:
+    """Twenty pictures in several shards; `jpegs` and `sizes` replace what is stored of single samples."""
+    with ShardWriter(folder, max_shard_bytes=60_000) as writer:
+        for i, (height, width) in enumerate(SIZES):
+            image = draw_picture(i, height, width)
+            jpeg = (jpegs or {}).get(i) or as_jpeg(image.convert("L") if i in GREY else image)
+            stored = (sizes or {}).get(i, (height, width))
+            writer.add(jpeg, height=stored[0], width=stored[1], label=0, name=f"a/picture_{i}.jpg")
+        writer.finish(class_names=["a"], shuffle_seed=0, settings={})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    return lambda **changes: write_shards(tmp_path / "shards", **changes)
+
+
+@pytest.fixture
+def make_config(shards):
+    """Batches of 8 out of 20 samples: two steps per epoch."""
+
+    def make(data=shards, *, threads=2, batch_size=8, heads=("single", "multi", "cell"), decode="auto", **views):
+        return Config(
+            loader=LoaderConfig(data=data, threads=threads, decode=decode),
+            views=ViewConfig(**{"view_size": 64, **views}),
+            model=ModelConfig(heads=heads),
+            optim=OptimConfig(batch_size=batch_size),
+            run=RunConfig(seed=3),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_pictures():
+    """A handful of ImageNet's pictures, RGB, among them a wide one."""
+    paths = sorted(REAL.glob("*/*.JPEG"))
+    if not paths:
+        pytest.skip(f"no pictures in {REAL}")
+    widest = max(paths, key=lambda path: Image.open(path).width)
+    return [Image.open(path).convert("RGB") for path in [*paths[::8], widest]]

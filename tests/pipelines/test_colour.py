@@ -1,0 +1,117 @@
+"""The device tail against torchvision's PIL functions, each operation alone and whole plans; here on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter
+
+from inscon.config import ViewConfig
+from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, SATURATION, ViewPlan, plan_views
+from pipelines import colour, reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+def views(count, side=48, seed=0) -> np.ndarray:
+    """Noise, with every second one pale, so that small saturations and greys occur."""
+    made = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
+    made[1::2] = made[1::2, :, :, :1] + made[1::2] // 64
+    return made
+
+
+def plan_of(ops, factors, sigma=0.0) -> ViewPlan:
+    """One row per list of operations."""
+    n = len(ops)
+    rows = np.zeros((n, 5), np.uint8)
+    for row, codes in zip(rows, ops, strict=True):
+        row[: len(codes)] = codes
+    return ViewPlan(
+        crop_box=np.tile(np.float32([0, 0, 48, 48]), (n, 1)),
+        flipped=np.zeros(n, bool),
+        colour_ops=rows,
+        factors=np.broadcast_to(np.array(factors, np.float32), (n, 4)),
+        blur_sigma=np.broadcast_to(np.float32(sigma), (n,)),
+    )
+
+
+def coloured(pixels, plan, device) -> np.ndarray:
+    levels = colour.jitter(torch.from_numpy(pixels).to(device).float(), plan)
+    return colour.blur(levels, plan.blur_sigma).cpu().numpy()
+
+
+OPERATIONS = {
+    "brightness": (BRIGHTNESS, (1.37, 1, 1, 0), lambda image: F.adjust_brightness(image, float(np.float32(1.37)))),
+    "contrast": (CONTRAST, (1, 0.63, 1, 0), lambda image: F.adjust_contrast(image, float(np.float32(0.63)))),
+    "saturation": (SATURATION, (1, 1, 1.4, 0), lambda image: F.adjust_saturation(image, float(np.float32(1.4)))),
+    "hue": (HUE, (1, 1, 1, -0.08), lambda image: F.adjust_hue(image, float(np.float32(-0.08)))),
+    "grey": (GREY, (1, 1, 1, 0), lambda image: F.to_grayscale(image, 3)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_equals_torchvision(name, device):
+    operation, factors, adjust = OPERATIONS[name]
+    pixels = views(6)
+    # The third sample is left alone: operations are per sample.
+    made = coloured(pixels, plan_of([[operation]] * 2 + [[]] + [[operation]] * 3, factors), device)
+    np.testing.assert_array_equal(made[2], pixels[2])
+    for i in (0, 1, 3, 4, 5):
+        np.testing.assert_array_equal(made[i], np.asarray(adjust(Image.fromarray(pixels[i]))))
+
+
+def test_blur_equals_pil(device):
+    sigma = np.float32([0.1, 0.0, 0.5, 1.0, 1.3, 2.0, 3.5, 0.9])
+    pixels = views(8)
+    made = coloured(pixels, plan_of([[]] * 8, (1, 1, 1, 0), sigma), device)
+    np.testing.assert_array_equal(made[1], pixels[1])
+    for i in (0, 2, 3, 4, 5, 6, 7):
+        wanted = np.asarray(Image.fromarray(pixels[i]).filter(ImageFilter.GaussianBlur(float(sigma[i]))))
+        np.testing.assert_array_equal(made[i], wanted)
+
+
+def test_whole_plans_equal_the_reference(device):
+    count = 24
+    config = ViewConfig(view_size=64, jitter_probability=0.9, grey_probability=0.3)
+    plan = plan_views(1, 0, np.arange(count), np.full((count, 2), 80), config).query
+    pictures = views(count, side=80, seed=4)
+    plain = plan_of([[]] * count, (1, 1, 1, 0))
+    crops, wanted = [], []
+    for i, picture in enumerate(map(Image.fromarray, pictures)):
+        only_crop = ViewPlan(
+            crop_box=plan.crop_box, flipped=plan.flipped, colour_ops=plain.colour_ops, factors=plain.factors,
+            blur_sigma=plain.blur_sigma,
+        )  # fmt: skip
+        crops.append(np.asarray(reference.render_view(picture, only_crop, i, 64)))
+        wanted.append(np.asarray(reference.render_view(picture, plan, i, 64)))
+    np.testing.assert_array_equal(coloured(np.stack(crops), plan, device), np.stack(wanted))
+    finished = colour.colour_views(torch.from_numpy(np.stack(crops)).to(device), plan, torch.float32)
+    expected = colour.normalise(torch.from_numpy(np.stack(wanted)), torch.float32)
+    torch.testing.assert_close(finished.cpu(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalise_equals_torchvision(dtype):
+    pixels = views(3, side=10)
+    made = colour.normalise(torch.from_numpy(pixels), dtype)
+    assert made.dtype == dtype and made.shape == (3, 3, 10, 10)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    wanted = torch.stack([F.normalize(F.to_tensor(view), colour.MEAN, colour.STD) for view in pixels])
+    torch.testing.assert_close(made, wanted.to(dtype), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
+
+
+def test_box_taps_have_the_gaussians_variance():
+    sigma = np.float32([0.1, 1.0, 2.0, 4.0])
+    taps = colour.box_taps(sigma) / 2**24
+    np.testing.assert_allclose(taps.sum(1), 1, atol=1e-6)
+    np.testing.assert_array_equal(taps, taps[:, ::-1])
+    # Three boxes have three times the variance of one.
+    distance = np.arange(taps.shape[1]) - taps.shape[1] // 2
+    np.testing.assert_allclose(3 * (taps * distance**2).sum(1), sigma**2, rtol=1e-4)

@@ -1,0 +1,124 @@
+"""What only DALI has: its threads, its own resize, its flavours. What all engines share is in test_engines.py."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytest.importorskip("numba", reason="numba is not installed")
+
+from nvidia.dali import Pipeline as Graph
+from nvidia.dali import fn, types
+
+from inscon.plan import ViewPlan
+from pipelines import dali, open_pipeline, reference
+
+
+def native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_leaving_early_leaves_no_thread(make_config):
+    counts = []
+    for _ in range(4):
+        with open_pipeline("dali", config=make_config(), total_steps=100) as pipeline:
+            next(iter(pipeline))
+        counts.append((native_threads(), threading.active_count()))
+    # The first round may start pools that stay for the process (OpenMP's, DALI's own).
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_two_pipelines_at_once(make_config):
+    with (
+        open_pipeline("dali", config=make_config(), total_steps=4) as one,
+        open_pipeline("dali", config=make_config(), total_steps=4, start_step=1) as other,
+    ):
+        for a, b in zip(list(one)[1:], other, strict=True):
+            assert torch.equal(a.query.pixels, b.query.pixels)
+
+
+def test_batches_stay_as_they_were_given_out(make_config):
+    """DALI writes its buffers again; what was handed out must not change under the reader."""
+    with open_pipeline("dali", config=make_config(), total_steps=8) as pipeline:
+        kept = [(batch, batch.query.pixels.clone(), batch.mosaic.clone()) for batch in pipeline]
+    for batch, pixels, mosaic in kept:
+        assert torch.equal(batch.query.pixels, pixels) and torch.equal(batch.mosaic, mosaic)
+
+
+def test_the_source_is_not_asked_past_the_end(make_config, monkeypatch):
+    asked = []
+    work = dali.Feed.work
+    monkeypatch.setattr(dali.Feed, "work", lambda self, step: asked.append(step) or work(self, step))
+    with open_pipeline("dali", config=make_config(), total_steps=5, start_step=2) as pipeline:
+        assert len(list(pipeline)) == 3
+    assert asked == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("box", "flipped"), [((20, 10, 300, 250), 0), ((20, 10, 300, 250), 1), ((0, 0, 320, 260), 1)])
+def test_dalis_own_crop_is_where_the_plan_says(box, flipped):
+    """The GPU's crop operator runs on the CPU too: same box, same mirror, PIL's picture to a few levels."""
+    coarse = np.random.default_rng(0).integers(0, 256, (14, 16, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((320, 260), Image.Resampling.BICUBIC)
+    plan = ViewPlan(
+        crop_box=np.float32([box]), flipped=np.array([bool(flipped)]), colour_ops=np.zeros((1, 5), np.uint8),
+        factors=np.float32([[1, 1, 1, 0]]), blur_sigma=np.zeros(1, np.float32),
+    )  # fmt: skip
+    graph = Graph(batch_size=1, num_threads=1, device_id=None)
+    with graph:
+        pictures, rows = fn.external_source(
+            source=lambda: ([np.asarray(image)], plan.rows()[None]), num_outputs=2, dtype=[types.UINT8, types.FLOAT]
+        )
+        graph.set_outputs(dali.crop_by_dali(pictures, rows[0], 128))
+    made = np.asarray(graph.run()[0].as_array())[0].astype(int)
+    difference = np.abs(made - np.asarray(reference.render_view(image, plan, 0, 128)))
+    assert difference.mean() < 0.5 and np.percentile(difference, 99) <= 2
+
+
+def test_mixed_decoding_needs_a_gpu(make_config):
+    with pytest.raises(ValueError, match="decode=mixed needs a GPU.*--decode cpu"):
+        open_pipeline("dali", config=make_config(decode="mixed"), total_steps=1)
+
+
+def test_at_least_one_thread(make_config):
+    with pytest.raises(ValueError, match="at least 1 thread. Found: 0"):
+        open_pipeline("dali", config=make_config(threads=0), total_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("driver", "flavour"), [(12040, "cuda120"), (13000, "cuda130"), (13010, "cuda120"), (12000, "cuda110")]
+)
+def test_a_driver_runs_what_was_built_for_it_or_before(driver, flavour):
+    dali.check_dali(driver, flavour)
+
+
+def test_a_driver_too_old_is_told_with_the_package_to_install():
+    with pytest.raises(
+        ValueError, match=r"CUDA 13 is installed.*driver offers CUDA 12.*pip install nvidia-dali-cuda120"
+    ):
+        dali.check_dali(12080, "cuda130")
+
+
+def test_the_installed_flavour_is_found():
+    assert dali.installed_flavour() in ("cuda110", "cuda120", "cuda130")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("decode", ["cpu", "mixed"])
+def test_on_a_gpu_views_are_the_references(make_config, decode):
+    config = make_config(decode=decode)
+    with (
+        open_pipeline("dali", config=config, total_steps=5, device="cuda") as made,
+        open_pipeline("reference", config=config, total_steps=5) as wanted,
+    ):
+        for one, other in zip(made, wanted, strict=True):
+            assert one.query.pixels.device.type == "cuda" and one.query.crop_box.device.type == "cuda"
+            assert torch.equal(one.query.crop_box.cpu(), other.query.crop_box)
+            assert torch.equal(one.sample_ids, other.sample_ids)
+            difference = (one.query.pixels.cpu() - other.query.pixels).abs() * 255 * 0.225
+            # Crops from the host are the reference's own; nvJPEG and DALI's resize differ from PIL by about a level.
+            assert difference.mean() <= (1e-2 if decode == "cpu" else 2.0)

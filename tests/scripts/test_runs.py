@@ -1,0 +1,200 @@
+"""Whole runs through the user's own commands: killed and resumed, on two ranks, refused, drawn, evaluated."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.make_dali import pack_folder
+from inscon import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--recipe", "smoke", "--view-size", "64", "--batch-size", "8", "--queue-size", "16", "--cell-queue-size", "144",
+    "--split-size", "4", "--epochs", "50", "--log-every", "1", "--no-tensorboard", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """20 pictures of odd sizes, one grey, one of 1x1: two steps an epoch at batch 8."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (folder / f"class_{i % 2}").mkdir(exist_ok=True)
+        height, width = (1, 1) if i == 7 else rng.integers(70, 130, 2)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(
+            (int(width), int(height)), Image.BICUBIC
+        )
+        (coarse.convert("L") if i == 3 else coarse).save(folder / f"class_{i % 2}/{i}.jpg", quality=90)
+    pack_folder(folder, folder / "../shards")
+    return folder.parent / "shards"
+
+
+def command(*arguments, script="train.py", ranks=0):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *launcher, str(ROOT / "scripts" / script), *map(str, arguments)]
+
+
+def run(*arguments, script="train.py", ranks=0, ok=True):
+    done = subprocess.run(command(*arguments, script=script, ranks=ranks), capture_output=True, text=True, timeout=400)
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def losses_of(run_dir):
+    keys = "step", "loss", "loss_single", "loss_multi", "loss_cell"
+    return [
+        tuple(json.loads(line)[key] for key in keys) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def kill_once(arguments, run_dir, at_step):
+    """Start a run and send SIGKILL when it has logged `at_step`, which is no step with a checkpoint."""
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= at_step):
+        assert process.poll() is None, process.stderr.read().decode()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "reference"])
+def test_a_killed_run_resumes_bit_for_bit(shards, tmp_path, pipeline):
+    """Checkpoints every 3 steps of 2-step epochs: the resume begins in the middle of an epoch."""
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    base = [*SMALL, "--pipeline", pipeline, "--data", shards, "--checkpoint-every", "3", "--max-steps", "9"]
+    run(*base, "--run-dir", tmp_path / "whole")
+    kill_once([*base, "--run-dir", tmp_path / "killed"], tmp_path / "killed", at_step=5)
+    assert checkpoint.latest(tmp_path / "killed").name == "step-00000003.pt"
+    out = run(*base, "--run-dir", tmp_path / "killed").stdout
+    assert "from step 3" in out
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    assert [step for step, *_ in losses_of(tmp_path / "whole")] == list(range(1, 10))
+    a, b = (checkpoint.load(checkpoint.latest(tmp_path / name)) for name in ("killed", "whole"))
+    assert a["step"] == b["step"] == 9
+    for name, value in b["model"].items():
+        assert torch.equal(a["model"][name], value) if torch.is_tensor(value) else a["model"][name] == value, name
+    for i, state in b["optimizer"]["state"].items():
+        assert torch.equal(a["optimizer"]["state"][i]["momentum_buffer"], state["momentum_buffer"])
+    assert "is finished: step 9 of 9" in run(*base, "--run-dir", tmp_path / "killed").stdout
+
+
+def test_two_ranks_train_through_dali_and_stop_together(shards, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    arguments = [*SMALL, "--pipeline", "dali", "--data", shards, "--run-dir", tmp_path, "--checkpoint-every", "100"]
+    process = subprocess.Popen(
+        command(*arguments, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()[-4000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None, out[-4000:]
+    step = checkpoint.load(newest)["step"]
+    assert f"Stopped by SIGTERM; the checkpoint of step {step}" in out and 3 <= step < 100
+    assert "batch 8 on 2 x cpu" in out and "norm shuffle" in out
+
+
+def test_the_synthetic_pipeline_needs_no_data(tmp_path):
+    run(*SMALL, "--pipeline", "synthetic", "--run-dir", tmp_path, "--max-steps", "2")
+    assert len(losses_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--batch-size", "10"], "batch_size must be a multiple of 4 images .* Found: 10; set --batch-size 8"),
+    (["--queue-size", "20"], "queue_size must be a multiple of the 8 keys of one step. Found: 20; set --queue-size 24"),
+    (["--batch-size", "24", "--queue-size", "24", "--cell-queue-size", "216"], "at least one batch of 24 images. Found: 20"),
+    (["--data", "nowhere"], "nowhere.*make_dali.py"),
+    (["--precision", "fp16"], "precision fp16 needs a GPU. Found: cpu; set --precision fp32"),
+    (["--optimizer", "apex"], "needs NVIDIA's apex.*set --optimizer auto"),
+    (["--decode", "mixed", "--pipeline", "dali"], "needs a GPU.*--decode cpu"),
+])  # fmt: skip
+def test_wrong_use_gets_one_sentence_before_any_work(shards, tmp_path, flags, message):
+    done = run(*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", tmp_path / "run", *flags, ok=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(message, last), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def damage(shards, tmp_path, how):
+    copy = tmp_path / "damaged"
+    shutil.copytree(shards, copy)
+    how(copy)
+    return copy
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    (lambda d: (d / "shard-000000.tar").unlink(), "shard-000000.tar"),
+    (lambda d: os.truncate(d / "shard-000000.tar", 3000), "shard-000000.tar is 3000 bytes"),
+    (lambda d: edit(d / "manifest.json", '"version": 1', '"version": 7'), "format version 7"),
+    (lambda d: [p.unlink() for p in d.iterdir()], "make_dali.py"),
+])  # fmt: skip
+def test_damaged_shards_get_one_sentence(shards, tmp_path, how, message):
+    done = run(
+        *SMALL,
+        "--data",
+        damage(shards, tmp_path, how),
+        "--pipeline",
+        "reference",
+        "--run-dir",
+        tmp_path / "run",
+        ok=False,
+    )
+    assert message in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+
+
+def test_another_configuration_and_other_shards_are_refused(shards, tmp_path):
+    base = [*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", tmp_path / "run", "--max-steps", "1"]
+    run(*base)
+    done = run(*base, "--temperature", "0.1", ok=False)
+    assert "another configuration: model.temperature was 0.2 and is 0.1" in done.stderr
+    (tmp_path / "other").mkdir()
+    for i in range(9):
+        Image.new("RGB", (90, 80), (i * 20, 5, 9)).save(tmp_path / f"other/{i}.jpg")
+    pack_folder(tmp_path / "other", tmp_path / "other_shards")
+    done = run(*base, "--data", tmp_path / "other_shards", ok=False)
+    assert "the data set was" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_knn_views_and_report_of_a_run(shards, tmp_path):
+    run(*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", tmp_path / "run", "--max-steps", "8")
+    out = run("--run", tmp_path / "run", "--train", shards, "--val", shards, "--k", "1", script="knn.py").stdout
+    assert "untrained: 100.0 %" in out and ") trained: 100.0 %" in out  # every picture is its own nearest neighbour
+    picture = tmp_path / "views.png"
+    run("--recipe", "smoke", "--data", shards, "--batch-size", "8", "--queue-size", "16", "--cell-queue-size", "144",
+        "--split-size", "4", "--pipeline", "reference", "--out", picture, script="show_views.py")  # fmt: skip
+    pixels = np.asarray(Image.open(io.BytesIO(picture.read_bytes())))
+    assert (
+        pixels.shape == (4 * 104, 4 * 96 + 3 * 8 + 192 + 8, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
+    )
+    out = run("--run", tmp_path / "run", script="throughput_report.py").stdout
+    assert "source images/s" in out and "loss, cell head" in out
+    done = run("--run", tmp_path, script="throughput_report.py", ok=False)
+    assert "there are no metrics at" in done.stderr and "Traceback" not in done.stderr
