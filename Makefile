@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SCENES := --num-images 2048 --num-val 512 --size 128
+SCENES := --num-images 1024 --num-val 256 --size 128
 
 .PHONY: demo test lint clean
 

@@ -1,5 +1,6 @@
 """What a run's metrics say about its speed: rates from enough steps, warm-up left out, or no rate at all."""
 
+import itertools
 import json
 import statistics
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class RunSpeed:
     step_ms_p99: float
     data_wait_percent: float
     first: dict[str, float]
-    """The values of the first window of the run, warm-up included."""
+    """The values of the first window in which every negative was a real key: fresh queues hold noise, an easy start."""
     last: dict[str, float]
     """The values of the last window."""
 
@@ -35,8 +36,11 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run_speed(windows: list[dict]) -> RunSpeed:
-    """Summarise the windows of one run. Raises ValueError if they are too few to give a rate."""
+def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
+    """Summarise the windows of one run whose queues are full of keys after `fill_steps` steps.
+
+    Raises ValueError if the windows are too few to give a rate.
+    """
     steady = windows[WARM_UP_WINDOWS:]
     if len(steady) < FEWEST_WINDOWS:
         raise ValueError(
@@ -51,6 +55,6 @@ def run_speed(windows: list[dict]) -> RunSpeed:
         step_ms=statistics.median(step_ms),
         step_ms_p99=step_ms[min(round(0.99 * (len(step_ms) - 1)), len(step_ms) - 1)],
         data_wait_percent=statistics.median(window["data_wait_percent"] for window in steady),
-        first=windows[0],
+        first=next((now for before, now in itertools.pairwise(windows) if before["step"] >= fill_steps), windows[-1]),
         last=windows[-1],
     )

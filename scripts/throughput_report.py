@@ -38,19 +38,24 @@ def table(speed: RunSpeed, settings: dict) -> Table:
     page.add_row("source images/s", f"{speed.images_per_s:.1f}", over)
     page.add_row("step, ms", f"{speed.step_ms:.1f}", f"the same; 99th percentile {speed.step_ms_p99:.1f}")
     page.add_row("data wait, % of the step", f"{speed.data_wait_percent:.2f}", "the same; worst rank")
+    over_time = f"windows that end with steps {speed.first['step']} (queues full) and {speed.last['step']}"
     for name in ("single", "multi", "cell"):
         if f"loss_{name}" in speed.last:
             before, after = speed.first[f"loss_{name}"], speed.last[f"loss_{name}"]
             top1 = 100 * speed.last[f"top1_{name}"]
             page.add_row(
-                f"loss, {name} head", f"{before:.3f} -> {after:.3f}", f"first and last window; top-1 now {top1:.0f} %"
+                f"loss, {name} head", f"{before:.3f} -> {after:.3f}", f"{over_time}; top-1 now {top1:.0f} %"
             )
     return page
 
 
 def main(config: ReportConfig) -> None:
-    speed = run_speed(read_metrics(config.run))
+    windows = read_metrics(config.run)
     settings = json.loads((config.run / "config.json").read_text())
+    model, batch_size = settings["model"], settings["optim"]["batch_size"]
+    cells_each = batch_size * model["cell_grid"] ** 2
+    fill_steps = max(model["queue_size"] // batch_size, model["cell_queue_size"] // cells_each)
+    speed = run_speed(windows, fill_steps)
     Console().print(table(speed, settings))
 
 

@@ -75,14 +75,14 @@ def windows(rates):
 
 
 def test_the_report_gives_medians_without_warm_up():
-    speed = run_speed(windows([1, 100, 200, 300, 400, 50]))
+    speed = run_speed(windows([1, 100, 200, 300, 400, 50]), fill_steps=15)
     assert (speed.windows, speed.steps, speed.images_per_s, speed.step_ms) == (5, 50, 200.0, 40.0)
     assert speed.step_ms_p99 == 160.0 and speed.data_wait_percent == 3
-    assert speed.first["loss_single"] == 9.0 and speed.last["loss_single"] == 4.0
+    assert speed.first["step"] == 30 and speed.first["loss_single"] == 7.0 and speed.last["loss_single"] == 4.0
 
 
 def test_the_report_refuses_too_few_windows(tmp_path):
     with pytest.raises(ValueError, match="at least 6 log windows.* Found: 5"):
-        run_speed(windows([1, 100, 200, 300, 400]))
+        run_speed(windows([1, 100, 200, 300, 400]), 15)
     with pytest.raises(ValueError, match="there are no metrics at"):
         read_metrics(tmp_path)
