@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from inscon.config import Config
-from pipelines.feed import open_feed
+from pipelines.feed import Feed, open_feed
+from pipelines.synthetic import MadeUpIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,5 +18,6 @@ class DataFacts:
 
 def data_facts(config: Config) -> DataFacts:
     """Opens the index only. Raises ValueError for data that are missing, damaged or smaller than one batch."""
-    feed = open_feed(config, rank=0, world_size=1)
+    synthetic = config.loader.pipeline == "synthetic"
+    feed = Feed(config, MadeUpIndex(), 0, 1) if synthetic else open_feed(config, 0, 1)
     return DataFacts(steps_per_epoch=feed.steps_per_epoch, fingerprint=feed.index.fingerprint)

@@ -18,7 +18,11 @@ SIZES = np.array([(375, 500), (333, 500), (500, 375), (500, 333), (400, 400), (7
 DISTINCT_BATCHES = 4
 
 
-class _MadeUpIndex:
+class MadeUpIndex:
+    """As much of a `DatasetIndex` as the order and the plan ask for."""
+
+    fingerprint = "synthetic"
+
     def __len__(self) -> int:
         return NUM_SAMPLES
 
@@ -37,7 +41,7 @@ def open_synthetic(
     total_steps: int,
 ) -> Pipeline:
     """See `pipelines.open_pipeline`."""
-    feed = Feed(config, _MadeUpIndex(), rank, world_size)
+    feed = Feed(config, MadeUpIndex(), rank, world_size)
     generator = torch.Generator(device).manual_seed(config.run.seed + rank)
     ready = [_noise(feed, device, dtype, generator) for _ in range(min(DISTINCT_BATCHES, total_steps - start_step))]
 

@@ -26,6 +26,8 @@ from pipelines.evaluation import MEAN, STD
 from scripts.train import parse
 
 QUERY, KEY, GAP = "#ff4040", "#40a0ff", 8
+LEAST_SIDE = 192
+"""Smaller views are enlarged by a whole number of times, so that the cells' numbers can be read."""
 
 
 def main(arguments: list[str]) -> Path:
@@ -49,9 +51,10 @@ def main(arguments: list[str]) -> Path:
 
 def draw(batch: Batch, index: DatasetIndex, config: Config, images: int) -> Image.Image:
     """The whole picture: one row per image (source, query view, key view), the mosaic of the first four at the right."""
-    side = config.views.view_size
+    zoom = -(-LEAST_SIDE // config.views.view_size)
+    side = zoom * config.views.view_size
     overlap = _overlap(batch, config)
-    mosaic = None if batch.mosaic is None else to_image(batch.mosaic[0])
+    mosaic = None if batch.mosaic is None else to_image(batch.mosaic[0], zoom)
     width = 4 * side + 3 * GAP + (0 if mosaic is None else mosaic.width + GAP)
     height = max(images * (side + GAP), 0 if mosaic is None else mosaic.height)
     sheet = Image.new("RGB", (width, height), "white")
@@ -60,7 +63,7 @@ def draw(batch: Batch, index: DatasetIndex, config: Config, images: int) -> Imag
         boxes = {QUERY: batch.query.crop_box[row], KEY: batch.key.crop_box[row]}
         sheet.paste(source(index, int(batch.sample_ids[row]), boxes, (2 * side, side)), (0, top))
         for column, (view, box) in enumerate(((batch.query, overlap.query_box), (batch.key, overlap.key_box))):
-            cells = with_cells(view, row, box[row], config.model.cell_grid, QUERY if column == 0 else KEY)
+            cells = with_cells(view, row, box[row], config.model.cell_grid, QUERY if column == 0 else KEY, zoom)
             sheet.paste(cells, (2 * side + GAP + column * (side + GAP), top))
     if mosaic is not None:
         sheet.paste(mosaic, (width - mosaic.width, 0))
@@ -73,10 +76,11 @@ def _overlap(batch: Batch, config: Config):
     return find_overlap(*boxes, v.view_size, v.overlap_min_side, v.overlap_min_iou)
 
 
-def to_image(pixels) -> Image.Image:
-    """Normalised [3 H W] back to a picture."""
-    levels = pixels.float().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
-    return Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
+def to_image(pixels, zoom: int = 1) -> Image.Image:
+    """Normalised [3 H W] back to a picture, enlarged `zoom` times."""
+    levels = pixels.float().cpu().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
+    picture = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
 
 
 def source(index: DatasetIndex, sample_id: int, boxes: dict[str, object], size: tuple[int, int]) -> Image.Image:
@@ -91,11 +95,11 @@ def source(index: DatasetIndex, sample_id: int, boxes: dict[str, object], size: 
     return fitted
 
 
-def with_cells(view: View, row: int, box, grid: int, frame: str) -> Image.Image:
+def with_cells(view: View, row: int, box, grid: int, frame: str, zoom: int) -> Image.Image:
     """One view with the cells of its overlap, numbered as the loss pairs them: a flipped view's columns run backwards."""
-    picture = to_image(view.pixels[row].cpu())
+    picture = to_image(view.pixels[row], zoom)
     pen = ImageDraw.Draw(picture)
-    x0, y0, x1, y1 = (float(edge) for edge in box)
+    x0, y0, x1, y1 = (float(edge) * zoom for edge in box)
     width, height = (x1 - x0) / grid, (y1 - y0) / grid
     for p in range(grid):
         for q in range(grid):

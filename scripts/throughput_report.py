@@ -43,9 +43,7 @@ def table(speed: RunSpeed, settings: dict) -> Table:
         if f"loss_{name}" in speed.last:
             before, after = speed.first[f"loss_{name}"], speed.last[f"loss_{name}"]
             top1 = 100 * speed.last[f"top1_{name}"]
-            page.add_row(
-                f"loss, {name} head", f"{before:.3f} -> {after:.3f}", f"{over_time}; top-1 now {top1:.0f} %"
-            )
+            page.add_row(f"loss, {name} head", f"{before:.3f} -> {after:.3f}", f"{over_time}; top-1 now {top1:.0f} %")
     return page
 
 
