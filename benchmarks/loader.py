@@ -18,12 +18,10 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -42,12 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
 from inscon.config import Config, LoaderConfig, OptimConfig, ViewConfig
+from inscon.profiling import machine, versions
 from pipelines import open_pipeline
 from pipelines.feed import open_feed
 
 ENDLESS = 10**6
 """More steps than any round takes, so that no contender stops working ahead before the clock does."""
-PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 class MocoViews(Dataset):
@@ -178,23 +176,6 @@ def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, 
             entry[f"{key}_moco_v2_over_this"] = statistics.median(moco / mine for mine, _, moco in pairs)
         summary[name] = entry
     return summary
-
-
-def machine() -> dict:
-    model = "unknown"
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "system": platform.platform()}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def show(summary: dict[str, dict[str, float]], console: Console) -> None:

@@ -10,7 +10,6 @@ its JPEG decoder, and the crop it makes on a GPU, run on the CPU here. Differenc
 import argparse
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon.config import ViewConfig
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan, plan_views
+from inscon.profiling import versions
 from pipelines import colour, kernels, reference
 
 try:
@@ -49,7 +49,6 @@ OPERATIONS = {
 }
 WHOLE = "whole view"
 DECODE = "decode"
-PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 class Differences:
@@ -143,16 +142,6 @@ def plans_of(number: int, epoch: int, image: Image.Image):
 def join(a: ViewPlan, b: ViewPlan) -> ViewPlan:
     names = [field.name for field in dataclasses.fields(ViewPlan)]
     return ViewPlan(**{name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in names})
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def show(figures: dict[str, dict[str, dict]], console: Console) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.loader import machine, versions
 from data_prep.index import DatasetIndex
 from inscon.config import ViewConfig
 from inscon.plan import plan_views
+from inscon.profiling import machine, versions
 from inscon.sampling import EpochOrder
 
 

@@ -1,10 +1,16 @@
 """What a run's metrics say about its speed: rates from enough steps, warm-up left out, or no rate at all."""
 
+import contextlib
+import importlib.metadata
 import itertools
 import json
+import os
+import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 WARM_UP_WINDOWS = 1
 """Log windows left out at the start: compilation, memory pools, the first batch."""
@@ -58,3 +64,29 @@ def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
         first=next((now for before, now in itertools.pairwise(windows) if before["step"] >= fill_steps), windows[-1]),
         last=windows[-1],
     )
+
+
+PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv")
+"""Whose versions a figure depends on."""
+
+
+def machine() -> dict[str, str | int]:
+    """The hardware that a figure was measured on: CPU, cores this process may use, system, GPU if there is one."""
+    model = "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = {"cpu": model, "cores": cores, "system": platform.system()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Python's, and those of the installed ones of PACKAGES."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

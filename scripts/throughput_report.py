@@ -3,6 +3,8 @@
 python scripts/throughput_report.py --run RUN_DIR
 """
 
+import dataclasses
+import datetime
 import json
 import sys
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inscon.profiling import RunSpeed, read_metrics, run_speed
+from inscon.profiling import RunSpeed, machine, read_metrics, run_speed, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class ReportConfig:
 
     run: Path
     """Folder of a run of scripts/train.py."""
+    out: Path | None = None
+    """Write the figures as JSON too, with the machine and versions of now: report where you ran."""
 
 
 def table(speed: RunSpeed, settings: dict) -> Table:
@@ -55,6 +59,12 @@ def main(config: ReportConfig) -> None:
     fill_steps = max(model["queue_size"] // batch_size, model["cell_queue_size"] // cells_each)
     speed = run_speed(windows, fill_steps)
     Console().print(table(speed, settings))
+    if config.out is not None:
+        report = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()}
+        settings["loader"].pop("data"), settings["run"].pop("run_dir")  # paths of this machine
+        figures = {"speed": dataclasses.asdict(speed), "settings": settings}
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps(report | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
