@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Array = np.ndarray | Tensor
+
 
 def _namespace(array):
     return np if isinstance(array, np.ndarray) else torch
@@ -23,11 +25,11 @@ def _namespace(array):
 class Overlap:
     """The region that the query crop and the key crop of one image share."""
 
-    query_box: Float[Tensor, "B 4"]
+    query_box: Float[Array, "*B 4"]
     """The shared region in px of the query view as the encoder sees it (after the flip)."""
-    key_box: Float[Tensor, "B 4"]
+    key_box: Float[Array, "*B 4"]
     """The shared region in px of the key view as the encoder sees it (after the flip)."""
-    weight: Float[Tensor, "B"]
+    weight: Float[Array, "*B"]
     """1 where the overlap is valid, 0 where it is not (METHOD, reading 9)."""
 
 

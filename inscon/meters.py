@@ -95,7 +95,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """One line for the person at the screen, on rank 0."""
         if not self._quiet:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log `values` of the window that ended with `step`, counted from 1."""

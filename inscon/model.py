@@ -36,7 +36,7 @@ class NewKeys:
     """This rank's keys of one step, without gradient; they join the queues after the backward pass."""
 
     single: Float[Tensor, "B D"] | None
-    cell: Float[Tensor, "B G*G D"] | None
+    cell: Float[Tensor, "B cells E"] | None
 
 
 class InsCon(nn.Module):

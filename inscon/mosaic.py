@@ -13,7 +13,7 @@ from torch import Tensor
 TILES_PER_CANVAS = 4
 
 
-def assemble(tiles: Float[Tensor, "B 3 S S"], tile: str = "full") -> Float[Tensor, "M 3 C C"]:
+def assemble(tiles: Float[Tensor, "B F S S"], tile: str = "full") -> Float[Tensor, "M F C C"]:
     """Lay `tiles` on 2x2 canvases, channels-last. `tile` is "full" or "half" (see the module).
 
     Raises ValueError if B is not a multiple of 4, or if `tile="half"` meets an odd side.

@@ -4,7 +4,9 @@
 RandomGrayscale, GaussianBlur (PIL's, radius = sigma). The loader around it is a plain torch DataLoader.
 """
 
+import functools
 import io
+import multiprocessing
 
 import numpy as np
 import torch
@@ -17,9 +19,6 @@ from inscon.config import Config
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan
 from pipelines.colour import normalise
 from pipelines.feed import Feed, Pipeline, check_sizes, make_batch, open_feed, threads_per_rank
-
-WORKER_TIMEOUT_S = 300
-"""A batch takes seconds at most; a worker silent for this long has hung, and that is an error."""
 
 COLOUR = {
     NOTHING: lambda image, factor: image,
@@ -71,8 +70,17 @@ class _Steps(Dataset):
     def __init__(self, feed: Feed):
         self._feed = feed
 
+    def __getstate__(self) -> tuple:
+        # A worker opens the shards itself when the first step is asked for, where a failure can be told as any other.
+        return self._feed.config, self._feed.rank, self._feed.world_size
+
+    def __setstate__(self, state: tuple) -> None:
+        self._feed = functools.partial(open_feed, *state)
+
     def __getitem__(self, step: int):
         try:
+            if isinstance(self._feed, functools.partial):
+                self._feed = self._feed()
             return self._render(step)
         except ValueError as error:
             # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
@@ -104,6 +112,7 @@ def open_reference(
     """See `pipelines.open_pipeline`. `loader.threads` are worker processes here; 0 works in this process."""
     feed = open_feed(config, rank, world_size)
     workers = threads_per_rank(config.loader.threads)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
     loader = DataLoader(
         _Steps(feed),
         batch_size=None,
@@ -111,7 +120,9 @@ def open_reference(
         num_workers=workers,
         # The DataLoader counts per worker; at least one batch each, or the worker idles.
         prefetch_factor=max(config.loader.prefetch // workers, 1) if workers else None,
-        timeout=WORKER_TIMEOUT_S if workers else 0,
+        # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads hangs now and then.
+        # No timeout: PyTorch looks for dead workers every 5 s by itself, and with one it would look at its end only.
+        multiprocessing_context="forkserver" if workers else None,
         pin_memory=device.type == "cuda",
     )
 

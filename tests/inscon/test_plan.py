@@ -1,6 +1,6 @@
 """The plan against Random123's known answers and torchvision's own samplers."""
 
-import glob
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from inscon.config import ViewConfig
 from inscon.geometry import find_overlap
 from inscon.plan import GREY, HUE, NOTHING, ViewPlan, philox, plan_views
 
-REAL = sorted(glob.glob("../shared/data/imagenet_sample/train/*/*.JPEG"))
+REAL = sorted((Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train").glob("*/*.JPEG"))
 FIELDS = ViewPlan.__dataclass_fields__
 
 

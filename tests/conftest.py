@@ -1,0 +1,16 @@
+"""Shapes and types written in annotations are checked while the tests run."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.inscon.test_train")  # whose helpers other tests import
+
+MODULES = ("batch", "encoder", "geometry", "key_queue", "loss", "model", "mosaic", "norm", "pooling", "transfer")
+CHECKED = [*(f"inscon.{name}" for name in MODULES), "pipelines.colour", "pipelines.feed"]
+"""Where tensors are passed. Settings are left out: what they refuse themselves is tested with wrong types."""
+
+try:
+    from jaxtyping import install_import_hook
+
+    install_import_hook(CHECKED, "beartype.beartype")
+except ImportError:  # beartype comes with the dev extra
+    pass

@@ -1,0 +1,59 @@
+"""Every switch of docs/method.md is a flag, and flags land where they should."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inscon.config import resolve
+from scripts.train import parse
+
+SWITCHES = {
+    "--tile half": ("views", "tile", "half"),
+    "--tiles-from third": ("views", "tiles_from", "third"),
+    "--aggregate literal": ("model", "aggregate", "literal"),
+    "--roi-offset 0.5": ("model", "roi_offset", 0.5),
+    "--roi-border normalize": ("model", "roi_border", "normalize"),
+    "--overlap-min-side 64": ("views", "overlap_min_side", 64.0),
+    "--overlap-min-iou 0.2": ("views", "overlap_min_iou", 0.2),
+    "--overlap-candidates 4": ("views", "overlap_candidates", 4),
+    "--queue-size 4096": ("model", "queue_size", 4096),
+    "--cell-queue-size 4608": ("model", "cell_queue_size", 4608),
+    "--multi-head-init independent": ("model", "multi_head_init", "independent"),
+    "--norm sync": ("model", "norm", "sync"),
+    "--split-size 16": ("model", "split_size", 16),
+    "--mosaic-updates-norm": ("model", "mosaic_updates_norm", True),
+    "--cell-stage res4": ("model", "cell_stage", "res4"),
+    "--heads single cell": ("model", "heads", ("single", "cell")),
+    "--cell-temperature 0.4": ("model", "cell_temperature", 0.4),
+    "--data SHARDS": ("loader", "data", Path("SHARDS")),
+    "--pipeline reference": ("loader", "pipeline", "reference"),
+    "--optimizer foreach": ("optim", "optimizer", "foreach"),
+    "--schedule cosine-step": ("optim", "schedule", "cosine-step"),
+    "--precision bf16": ("optim", "precision", "bf16"),
+    "--scale 0.08 1.0": ("views", "scale", (0.08, 1.0)),
+}
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_a_switch_lands_in_its_field(flags):
+    group, field, value = SWITCHES[flags]
+    assert getattr(getattr(parse(flags.split()), group), field) == value
+    assert getattr(getattr(parse([]), group), field) != value
+
+
+def test_every_flag_of_the_method_page_exists():
+    page = (Path(__file__).resolve().parents[2] / "docs/method.md").read_text()
+    flags = set(re.findall(r"`(--[a-z-]+)", page))
+    assert len(flags) >= 14 and flags <= {flag.split()[0] for flag in SWITCHES} | {"--recipe"}
+
+
+def test_recipes_can_be_chosen_and_overridden():
+    config = parse(["--recipe", "moco_v1", "--lr", "0.5", "--batch-size", "64"])
+    assert config.model.heads == ("single",) and not config.model.mlp and config.views.grey_first
+    assert (config.optim.lr, config.optim.batch_size) == (0.5, 64)
+    assert resolve(config, 1).model.queue_size == 65536
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "imagenet"])
+    with pytest.raises(SystemExit):
+        parse(["--tempratur", "1"])
