@@ -99,6 +99,19 @@ class _Steps(Dataset):
         return work, torch.from_numpy(views)
 
 
+def _alive(loader: DataLoader):
+    """What the workers made; whatever the death of one of them looks like from here becomes one sentence."""
+    try:
+        yield from loader
+    except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            "a worker process of the pipeline reference died (killed, or out of memory): run again to go on from the last "
+            "checkpoint, with fewer --threads if memory was short"
+        ) from error
+
+
 def open_reference(
     *,
     config: Config,
@@ -127,7 +140,7 @@ def open_reference(
     )
 
     def batches():
-        for made in loader:
+        for made in _alive(loader):
             if isinstance(made, ValueError):
                 raise made
             work, views = made

@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ChildProcessError) as error:
         if os.environ.get("INSCON_TRACEBACK"):
             raise
         raise SystemExit(f"train.py: {error}") from None
