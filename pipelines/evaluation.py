@@ -10,8 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from data_prep.index import NO_LABEL, DatasetIndex
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from pipelines.colour import MEAN, STD
 
 
 def centre_crops(

@@ -22,7 +22,7 @@ from inscon.batch import Batch, View
 from inscon.config import Config, resolve
 from inscon.geometry import find_overlap
 from pipelines import open_pipeline
-from pipelines.evaluation import MEAN, STD
+from pipelines.colour import MEAN, STD
 from scripts.train import parse
 
 QUERY, KEY, GAP = "#ff4040", "#40a0ff", 8

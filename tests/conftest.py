@@ -1,6 +1,9 @@
 """Shapes and types written in annotations are checked while the tests run."""
 
+from importlib.util import find_spec
+
 import pytest
+from jaxtyping import install_import_hook
 
 pytest.register_assert_rewrite("tests.inscon.test_train")  # whose helpers other tests import
 
@@ -8,9 +11,5 @@ MODULES = ("batch", "encoder", "geometry", "key_queue", "loss", "model", "mosaic
 CHECKED = [*(f"inscon.{name}" for name in MODULES), "pipelines.colour", "pipelines.feed"]
 """Where tensors are passed. Settings are left out: what they refuse themselves is tested with wrong types."""
 
-try:
-    from jaxtyping import install_import_hook
-
+if find_spec("beartype"):  # comes with the dev extra
     install_import_hook(CHECKED, "beartype.beartype")
-except ImportError:  # beartype comes with the dev extra
-    pass
