@@ -133,7 +133,7 @@ def open_reference(
         num_workers=workers,
         # The DataLoader counts per worker; at least one batch each, or the worker idles.
         prefetch_factor=max(config.loader.prefetch // workers, 1) if workers else None,
-        # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads hangs now and then.
+        # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads can hang.
         # No timeout: PyTorch looks for dead workers every 5 s by itself, and with one it would look at its end only.
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=device.type == "cuda",
