@@ -14,6 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dali,tensorboard,dev]'
+	@# FFCV has no wheels: it is compiled against Debian's OpenCV and libjpeg-turbo. Everything else works without it.
+	@{ pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null && \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'; } || \
+	  echo "make: going on without FFCV; for it: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then make clean"
 	@touch $@
 
 demo: $(VENV)/.installed

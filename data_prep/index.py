@@ -1,46 +1,53 @@
-"""The shard folder: what lies in it, how it is opened, how it is written. Nothing else knows the format.
+"""A packed data set: what lies in its folder and how it is opened. Nothing else knows the format.
 
-    shard-000000.tar ...  JPEGs as they came, and labels: members 000000017.jpg and 000000017.cls, where 17 is the
-                          sample id; any WebDataset tool reads them
+    shard-000000.tar ...  samples and their labels: members 000000_000017.jpg and 000000_000017.cls for the eighteenth
+                          sample of shard 0; any WebDataset tool reads them
+    shard-000000.idx ...  where DALI's own WebDataset reader finds them
+    samples.beton         in place of the shards, where data_prep/make_ffcv.py packed: FFCV's format
     index.npy             one RECORD_DTYPE record per sample, in the order of sample ids; mapped, never read whole
     names.txt             one original relative path per sample; UTF-8, undecodable bytes kept by surrogateescape
-    rejected.jsonl        one {"name", "reason"} per picture that was left out
+    rejected.jsonl        one {"name", "kind", "reason"} per picture that was left out
+    changed.jsonl         one {"name", "changes"} per picture that is not stored byte for byte
     manifest.json         a `Manifest`; written last, so a folder that has one is complete
+    packing/              state of a run that has not ended yet
 
-To read one:   index = DatasetIndex.open("SHARDS"); index.jpeg_bytes(17)
-To write one:  `ShardWriter`, which is what data_prep/make_dali.py does.
+To read one:    index = DatasetIndex.open("SHARDS"); index.content(17)
+To write one:   data_prep/make_dali.py, data_prep/make_ffcv.py
+To check one:   data_prep/verify.py
 """
 
-import contextlib
-import hashlib
-import io
 import json
 import mmap
 import operator
 import os
 import re
-import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT = "inscon-shards"
-VERSION = 1
+VERSION = 2
 NO_LABEL = -(2**31)
 """The label of a sample without one. Far from every index on purpose: used as an index by mistake it fails, where -1
 would read the last class."""
 
+JPEG, RAW = 0, 1
+"""How a sample is stored: as a JPEG file, or as uint8 RGB pixels [height width 3]."""
+
 RECORD_DTYPE = np.dtype(
     [
+        ("offset", "<u8"),  # of the sample's first byte inside its shard
+        ("name_offset", "<u8"),  # of the name's first byte in names.txt
+        ("checksum", "<u8"),  # XXH3-64 of the sample's bytes
+        ("byte_count", "<u4"),
         ("shard", "<u4"),  # position in the manifest's list of shards
-        ("offset", "<u8"),  # of the JPEG's first byte inside the tar file
-        ("byte_count", "<u4"),  # of the JPEG
-        ("height", "<u4"),  # px as decoded; EXIF orientation is not applied
+        ("height", "<u4"),  # px as stored
         ("width", "<u4"),
         ("label", "<i4"),  # position in the manifest's class names, or NO_LABEL
+        ("encoding", "<u4"),  # JPEG or RAW
     ]
 )
 
@@ -48,10 +55,13 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.txt"
 REJECTED_NAME = "rejected.jsonl"
+CHANGED_NAME = "changed.jsonl"
+BETON_NAME = "samples.beton"
+STATE_NAME = "packing"
 PARTIAL_SUFFIX = ".partial"
 """What a file is called until it is whole."""
+MAX_NAMES_IN_MANIFEST = 10_000
 
-_FORMAT_FILE = re.compile(r"(shard-\d{6,}\.tar|index\.npy|names\.txt|rejected\.jsonl|manifest\.json)")
 _PACK = "python data_prep/make_dali.py --data DIR --out"
 _REPAIR = "copy it again or rerun data_prep/make_dali.py"
 _MAX_OPEN_SHARDS = 512  # each map holds a file descriptor, of which a process often has 1024
@@ -68,7 +78,8 @@ class StoredFile:
     name: str
     byte_count: int
     sample_count: int
-    sha256: str
+    checksum: str
+    """XXH3-128, hexadecimal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +89,8 @@ class Manifest:
 
     format: str
     version: int
+    container: str
+    """What the samples lie in: "tar" or "beton"."""
     num_samples: int
     class_names: tuple[str, ...]
     """In label order; empty where the pictures have no labels."""
@@ -86,9 +99,19 @@ class Manifest:
     """The writer's settings that decide the bytes."""
     rejected: Mapping[str, int]
     """How many pictures were left out, by kind of fault."""
+    changed: Mapping[str, int]
+    """How many pictures are not stored byte for byte, by kind of change."""
+    changed_names: tuple[str, ...]
+    """Which ones: the first MAX_NAMES_IN_MANIFEST. changed.jsonl has all."""
+    content: str
+    """XXH3-128 over every sample's size, label, encoding and checksum, in order: equal wherever the same samples lie."""
     index: StoredFile
     names: StoredFile
+    rejected_list: StoredFile
+    changed_list: StoredFile
     shards: tuple[StoredFile, ...]
+    dali_indices: tuple[StoredFile, ...]
+    """One per shard, for DALI's own WebDataset reader; none for a beton."""
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -116,9 +139,9 @@ class Manifest:
     def _from_json(cls, entries: dict) -> "Manifest":
         typed = {
             "class_names": tuple(entries["class_names"]),
-            "index": StoredFile(**entries["index"]),
-            "names": StoredFile(**entries["names"]),
-            "shards": tuple(StoredFile(**shard) for shard in entries["shards"]),
+            "changed_names": tuple(entries["changed_names"]),
+            **{name: StoredFile(**entries[name]) for name in ("index", "names", "rejected_list", "changed_list")},
+            **{name: tuple(StoredFile(**file) for file in entries[name]) for name in ("shards", "dali_indices")},
         }
         return cls(**(entries | typed))
 
@@ -135,22 +158,22 @@ class DatasetIndex:
     """Absolute, so that a later change of directory does no harm."""
     manifest: Manifest
     _records: np.ndarray
-    _shard_bytes: dict[int, NDArray[np.uint8]]
-    _name_lines: "_Lines"
+    _mapped: dict[int | str, NDArray[np.uint8]]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DatasetIndex":
-        """Open a shard folder after cheap checks: versions, counts and byte counts, no contents.
+        """Open a packed folder, or the beton in one, after cheap checks: versions, counts and byte counts, no contents.
 
         Raises ShardError, with the remedy, for anything missing, cut short or of another version.
         """
         folder = Path(path)
+        if folder.suffix == ".beton" and not folder.is_dir():
+            folder = _folder_of_beton(folder)
         manifest = Manifest.read(folder)
         records = _open_records(folder, manifest)
         for stored in (manifest.names, *manifest.shards):
-            _check_byte_count(folder, stored)
-        absolute = folder.absolute()
-        return cls(absolute, manifest, records, {}, _Lines(absolute / manifest.names.name))
+            check_byte_count(folder, stored)
+        return cls(folder.absolute(), manifest, records, {})
 
     def __reduce__(self):
         return DatasetIndex.open, (self.path,)  # maps do not travel; the other process makes its own
@@ -165,9 +188,12 @@ class DatasetIndex:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any sample, label or order; the checksums of index and shards as written."""
-        sums = [self.manifest.index.sha256, *(shard.sha256 for shard in self.manifest.shards)]
-        return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change with any sample, label or order, but not with what the samples lie in."""
+        return self.manifest.content[:16]
+
+    def records(self, sample_ids: ArrayLike) -> NDArray[np.void]:
+        """RECORD_DTYPE records, [n], of n sample ids. ValueError for an id out of range."""
+        return self._records[self._checked(sample_ids)]
 
     def sizes(self, sample_ids: ArrayLike) -> NDArray[np.int64]:
         """(height, width) as decoded, px, [n 2], of n sample ids. ValueError for an id out of range."""
@@ -180,18 +206,32 @@ class DatasetIndex:
 
     def name(self, sample_id: int) -> str:
         """The path of the picture it was packed from, relative to the packed folder, with forward slashes."""
-        return self._name_lines[self._checked_one(sample_id)]
+        names = self._map("names", self.manifest.names)
+        start = int(self._records["name_offset"][self._checked_one(sample_id)])
+        length = 64
+        while (line := names[start : start + length].tobytes()).find(b"\n") < 0:
+            length *= 4
+            if start + length > 4 * len(names):
+                raise ShardError(f"{self.path / self.manifest.names.name} ends within a name: {_REPAIR}.")
+        return line.partition(b"\n")[0].decode("utf-8", "surrogateescape")
 
-    def jpeg_bytes(self, sample_id: int) -> NDArray[np.uint8]:
-        """The JPEG file of one sample, [byte_count], a read-only view into the mapped shard: nothing is copied.
+    def content(self, sample_id: int) -> NDArray[np.uint8]:
+        """The stored bytes of one sample, [byte_count], a read-only view into the mapped shard: nothing is copied.
 
         ValueError for an id out of range; ShardError where the shard changed or vanished after `open`.
         """
-        shard, offset, byte_count, *_ = self._records[self._checked_one(sample_id)].item()
-        whole = self._shard_bytes.get(shard)
-        if whole is None:
-            whole = self._map_shard(shard)
-        return whole[offset : offset + byte_count]
+        record = self._records[self._checked_one(sample_id)]
+        shard, offset = int(record["shard"]), int(record["offset"])
+        return self._map(shard, self.manifest.shards[shard])[offset : offset + int(record["byte_count"])]
+
+    def jpeg_bytes(self, sample_id: int) -> NDArray[np.uint8]:
+        """The JPEG file of one sample, as `content`. ShardError where the sample is stored as raw pixels."""
+        if self._records["encoding"][self._checked_one(sample_id)] != JPEG:
+            raise ShardError(
+                f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
+                "--write-mode jpg."
+            )
+        return self.content(sample_id)
 
     def describe(self, sample_id: int) -> str:
         """For messages: "sample 17 (n01440764/x.JPEG) in shard-000003.tar"."""
@@ -215,31 +255,15 @@ class DatasetIndex:
             raise ValueError(f"Sample ids of {self.path} must be from 0 to {len(self) - 1}. Found: {number}.")
         return number
 
-    def _map_shard(self, shard: int) -> NDArray[np.uint8]:
-        stored = self.manifest.shards[shard]
-        _check_byte_count(self.path, stored)
-        while len(self._shard_bytes) >= _MAX_OPEN_SHARDS:
+    def _map(self, key: int | str, stored: StoredFile) -> NDArray[np.uint8]:
+        mapped = self._mapped.get(key)
+        if mapped is not None:
+            return mapped
+        check_byte_count(self.path, stored)
+        while len(self._mapped) >= _MAX_OPEN_SHARDS:
             # The oldest goes. Views of it that are still in use keep its map alive.
-            self._shard_bytes.pop(next(iter(self._shard_bytes)), None)
-        return self._shard_bytes.setdefault(shard, _map_file(self.path / stored.name))
-
-
-class _Lines:
-    """The lines of a text file by number; mapped, and cut into lines, when the first one is asked for."""
-
-    __slots__ = ("_mapped", "_path")
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._mapped: tuple[np.ndarray, np.ndarray] | None = None
-
-    def __getitem__(self, number: int) -> str:
-        if self._mapped is None:
-            text = _map_file(self._path)
-            self._mapped = text, np.flatnonzero(text == ord("\n"))
-        text, ends = self._mapped
-        start = ends[number - 1] + 1 if number else 0
-        return text[start : ends[number]].tobytes().decode("utf-8", "surrogateescape")
+            self._mapped.pop(next(iter(self._mapped)), None)
+        return self._mapped.setdefault(key, _map_file(self.path / stored.name))
 
 
 def _map_file(path: Path) -> NDArray[np.uint8]:
@@ -255,7 +279,7 @@ def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
     try:
         records = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except (ValueError, EOFError) as error:
-        _check_byte_count(folder, manifest.index)  # says so where the file was cut short
+        check_byte_count(folder, manifest.index)  # says so where the file was cut short
         raise ShardError(f"{path} is not readable as a NumPy array ({error}): {_REPAIR}.") from None
     if records.dtype != RECORD_DTYPE:
         raise ShardError(f"{path} holds records of {records.dtype}, not of {RECORD_DTYPE}: {_REPAIR}.")
@@ -264,10 +288,14 @@ def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
             f"{path} holds {len(records)} samples where the manifest says {manifest.num_samples}; "
             f"the two are not of one run: {_REPAIR}."
         )
+    last = records[-1]  # of a file that was mixed up or overwritten, hardly ever right by chance
+    if last["shard"] >= len(manifest.shards) or last["name_offset"] >= manifest.names.byte_count:
+        raise ShardError(f"{path} points outside the shards or the names; the files are not of one run: {_REPAIR}.")
     return records
 
 
-def _check_byte_count(folder: Path, stored: StoredFile) -> None:
+def check_byte_count(folder: Path, stored: StoredFile) -> None:
+    """ShardError where a file of the folder is missing or not as long as the manifest says."""
     path = folder / stored.name
     try:
         found = path.stat().st_size
@@ -280,210 +308,42 @@ def _check_byte_count(folder: Path, stored: StoredFile) -> None:
         )
 
 
+def _folder_of_beton(path: Path) -> Path:
+    if not path.exists():
+        raise ShardError(
+            f"{path} does not exist; pack a data set with python data_prep/make_ffcv.py --data DIR --out DIR."
+        )
+    if path.name != BETON_NAME or not (path.parent / MANIFEST_NAME).is_file():
+        raise ShardError(
+            f"{path} has no index of ours beside it, so its order, sizes and checksums are unknown; pack the pictures with "
+            "python data_prep/make_ffcv.py --data DIR --out DIR."
+        )
+    return path.parent
+
+
 def _why_no_manifest(folder: Path) -> str:
     if not folder.exists():
         return f"{folder} does not exist; pack a data set into it with {_PACK} {folder}."
     if not folder.is_dir():
         return f"{folder} is a file, not a shard folder; give the folder that holds {MANIFEST_NAME}."
-    names = os.listdir(folder)
-    if not names:
+    if not os.listdir(folder):
         return f"{folder} is empty; pack a data set into it with {_PACK} {folder}."
-    if any(_FORMAT_FILE.fullmatch(name.removesuffix(PARTIAL_SUFFIX)) for name in names):
-        return f"{folder} holds shards but no {MANIFEST_NAME}; packing did not end: run {_PACK} {folder} --overwrite."
+    if (folder / STATE_NAME).is_dir():
+        return (
+            f"{folder} holds a data set whose packing did not end: run the command that packs it once more, it goes on."
+        )
+    if format_files(folder):
+        return f"{folder} holds shards but no {MANIFEST_NAME}: {_REPAIR}."
     return f"{folder} is not a shard folder, it holds no {MANIFEST_NAME}; pack one with {_PACK} SHARDS."
 
 
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-class ShardWriter:
-    """Writes a shard folder, one sample after the other; the order of `add` decides the sample ids.
-
-        with ShardWriter("SHARDS", max_shard_bytes=256_000_000) as writer:
-            writer.add(jpeg, height=375, width=500, label=0, name="n01440764/x.JPEG")
-            index = writer.finish(class_names=["n01440764"], shuffle_seed=0, settings={})
-
-    A file gets its final name when it is whole. Left without `finish`, the writer takes away what it wrote. The same
-    samples in the same order give the same bytes.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], *, max_shard_bytes: int, overwrite: bool = False) -> None:
-        """No shard is longer than `max_shard_bytes`, unless one picture alone is.
-
-        A folder with shards is refused (ShardError); `overwrite` replaces them as soon as the first sample is added.
-        """
-        self.folder = Path(folder)
-        if not overwrite:
-            refuse_shards(self.folder)
-        self.num_samples = 0
-        self._max_shard_bytes = max_shard_bytes
-        self._made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in _shard_files(self.folder, PARTIAL_SUFFIX):  # of a run that was killed
-            leftover.unlink()
-        self._files: list[_NewFile] = []
-        self._names = self._create(NAMES_NAME)
-        self._rejected = self._create(REJECTED_NAME)
-        self._rejected_counts: dict[str, int] = {}
-        self._tar_file: _NewFile | None = None
-        self._tar: tarfile.TarFile | None = None
-        self._rows: list[tuple[int, ...]] = []  # of the shard being written
-        self._records: list[np.ndarray] = []  # of the shards before it
-        self._shards: list[StoredFile] = []
-        self._finished = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._finished:
-            return
-        for file in self._files:
-            file.discard()
-        if self._made_folder:
-            with contextlib.suppress(OSError):  # somebody else's file lies in it by now
-                self.folder.rmdir()
-
-    def add(self, jpeg: bytes, *, height: int, width: int, label: int, name: str) -> int:
-        """Append one sample and return its id. `height` and `width` as decoded, px; `label` may be NO_LABEL.
-
-        `name` is the picture's original path; a line break in it is a ValueError, for names.txt has one per line.
-        """
-        if "\n" in name:
-            raise ValueError(f"A picture's name must not hold a line break. Found: {name!r}.")
-        if self.num_samples == 0:
-            _remove_shards(self.folder)
-        members = {"jpg": jpeg} if label == NO_LABEL else {"jpg": jpeg, "cls": str(label).encode()}
-        self._make_room(sum(tarfile.BLOCKSIZE + _padded(len(content)) for content in members.values()))
-        # In USTAR with short names every header is one block, so the JPEG begins one block after the end so far.
-        offset = self._tar.offset + tarfile.BLOCKSIZE
-        for extension, content in members.items():
-            member = tarfile.TarInfo(f"{self.num_samples:09d}.{extension}")  # owner and time stay 0: same bytes always
-            member.size = len(content)
-            self._tar.addfile(member, io.BytesIO(content))
-        self._rows.append((len(self._shards), offset, len(jpeg), height, width, label))
-        self._names.write(name.encode("utf-8", "surrogateescape") + b"\n")
-        self.num_samples += 1
-        return self.num_samples - 1
-
-    def reject(self, *, name: str, kind: str, reason: str) -> None:
-        """Note a picture that is left out: name and reason in rejected.jsonl, one more of its kind in the manifest."""
-        self._rejected.write(json.dumps({"name": name, "reason": reason}).encode() + b"\n")
-        self._rejected_counts[kind] = self._rejected_counts.get(kind, 0) + 1
-
-    def finish(self, *, class_names: Sequence[str], shuffle_seed: int, settings: Mapping) -> DatasetIndex:
-        """Write what is left, the manifest last, and open the folder. `settings`: JSON values, see `Manifest`."""
-        assert self.num_samples > 0, "an empty shard folder is the caller's to refuse"
-        self._close_shard()
-        index_file = self._create(INDEX_NAME)
-        np.save(index_file, np.concatenate(self._records))
-        self._rejected.commit(sum(self._rejected_counts.values()))
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            num_samples=self.num_samples,
-            class_names=tuple(class_names),
-            shuffle_seed=shuffle_seed,
-            settings=dict(settings),
-            rejected=dict(sorted(self._rejected_counts.items())),
-            index=index_file.commit(self.num_samples),
-            names=self._names.commit(self.num_samples),
-            shards=tuple(self._shards),
-        )
-        manifest_file = self._create(MANIFEST_NAME)
-        manifest_file.write(json.dumps(asdict(manifest), indent=1).encode() + b"\n")
-        manifest_file.commit(self.num_samples)
-        self._finished = True
-        return DatasetIndex.open(self.folder)
-
-    def _create(self, name: str) -> "_NewFile":
-        self._files.append(_NewFile(self.folder / name))
-        return self._files[-1]
-
-    def _make_room(self, byte_count: int) -> None:
-        """Have a shard open that can take this many bytes more."""
-        if self._tar is not None:
-            end = self._tar.offset + byte_count + 2 * tarfile.BLOCKSIZE  # two empty blocks mark a tar's end
-            if _padded(end, tarfile.RECORDSIZE) > self._max_shard_bytes:
-                self._close_shard()
-        if self._tar is None:
-            self._tar_file = self._create(f"shard-{len(self._shards):06d}.tar")
-            # Open across many calls of `add`; `_close_shard` closes it.
-            self._tar = tarfile.open(fileobj=self._tar_file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-
-    def _close_shard(self) -> None:
-        self._tar.close()
-        self._shards.append(self._tar_file.commit(len(self._rows)))
-        self._records.append(np.array(self._rows, dtype=RECORD_DTYPE))
-        self._tar = self._tar_file = None
-        self._rows = []
-
-
-def refuse_shards(folder: Path) -> None:
-    """ShardError where files of a shard folder lie in `folder` already."""
-    found = _shard_files(folder)
-    if found:
-        raise ShardError(
-            f"{folder} already holds a packed data set ({found[0].name}): pass --overwrite to replace it, "
-            "or give another --out."
-        )
-
-
-def _remove_shards(folder: Path) -> None:
-    # The manifest first: a folder with a manifest is complete, at every moment.
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in _shard_files(folder):
-        path.unlink()
-
-
-def _shard_files(folder: Path, suffix: str = "") -> list[Path]:
-    """The files in `folder` that are called as this format calls them, with `suffix` added."""
+def format_files(folder: Path) -> list[Path]:
+    """The files in `folder` that are called as this format calls them, whole or not; sorted."""
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.endswith(suffix) and _FORMAT_FILE.fullmatch(path.name.removesuffix(suffix))
-    )
+    return sorted(path for path in folder.iterdir() if _FORMAT_FILE.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX)))
 
 
-def _padded(byte_count: int, block: int = tarfile.BLOCKSIZE) -> int:
-    return -(-byte_count // block) * block
-
-
-class _NewFile:
-    """A file being written under a temporary name, hashed on the way. What `tarfile` and `np.save` need, no more."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
-        self._file = self._partial.open("wb")
-        self._sha256 = hashlib.sha256()
-        self._byte_count = 0
-        self._committed = False
-
-    def write(self, data: bytes) -> int:
-        self._sha256.update(data)
-        self._byte_count += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._byte_count
-
-    def commit(self, sample_count: int) -> StoredFile:
-        """Close it and give it its final name."""
-        self._file.close()
-        os.replace(self._partial, self._path)
-        self._committed = True
-        return StoredFile(
-            name=self._path.name,
-            byte_count=self._byte_count,
-            sample_count=sample_count,
-            sha256=self._sha256.hexdigest(),
-        )
-
-    def discard(self) -> None:
-        """Take it away, whole or not."""
-        with contextlib.suppress(OSError):  # on a full disk, closing fails again at what is still buffered
-            self._file.close()
-        (self._path if self._committed else self._partial).unlink(missing_ok=True)
+_FORMAT_FILE = re.compile(
+    r"shard-\d{6,}\.(tar|idx)|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json"
+)

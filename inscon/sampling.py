@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from inscon.plan import philox
+from inscon.philox import philox
 
 _ROUNDS = 8
 

@@ -9,11 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: {"inscon.geometry", "inscon.batch"},
+    0: {"inscon.geometry", "inscon.batch", "inscon.philox"},
     1: {"inscon.config", "inscon.plan", "inscon.sampling", "inscon.mosaic", "data_prep.index"},
     2: {
         "inscon.model", "inscon.encoder", "inscon.heads", "inscon.pooling", "inscon.norm", "inscon.key_queue", "inscon.loss",
-        "inscon.optim", "inscon.distributed", "inscon.precision", "data_prep.make_dali", "data_prep.make_scenes",
+        "inscon.optim", "inscon.distributed", "inscon.precision",
+        "data_prep.sources", "data_prep.reading", "data_prep.listing", "data_prep.pictures", "data_prep.new_file",
+        "data_prep.locks", "data_prep.shards", "data_prep.beton", "data_prep.joining", "data_prep.job", "data_prep.workers",
+        "data_prep.packing", "data_prep.forecast", "data_prep.command", "data_prep.verify",
+        "data_prep.make_dali", "data_prep.make_ffcv", "data_prep.make_scenes",
     },
     3: {"pipelines"},
     4: {"inscon.train", "inscon.meters", "inscon.profiling", "inscon.checkpoint", "inscon.transfer"},

@@ -1,6 +1,5 @@
 """The shard folder: what is written is read back, other tools read it too, and damage is told in one sentence."""
 
-import hashlib
 import json
 import multiprocessing
 import pickle
@@ -8,21 +7,29 @@ import tarfile
 
 import numpy as np
 import pytest
+import xxhash
 
 from data_prep import index as shard_format
-from data_prep.index import NO_LABEL, DatasetIndex, ShardError, ShardWriter
+from data_prep.index import NO_LABEL, RAW, DatasetIndex, ShardError
+from tests.packed import Sample, write_set
 
 
-def write_samples(folder, count=7, *, max_shard_bytes=20_480, overwrite=False, names=None, labels=None):
-    """Shards of made-up "JPEGs" of different lengths; the format never looks inside them."""
+def write_samples(folder, count=7, *, per_shard=3, names=None, labels=None, container="tar"):
+    """A set of made-up "JPEGs" of different lengths; the format never looks inside them."""
     jpegs = [bytes([i]) * (3000 + 517 * i) for i in range(count)]
-    with ShardWriter(folder, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
-        for i, jpeg in enumerate(jpegs):
-            name = names[i] if names else f"class_{i % 2}/picture {i}.JPEG"
-            label = labels[i] if labels else i % 2
-            assert writer.add(jpeg, height=10 + i, width=20 + i, label=label, name=name) == i
-        index = writer.finish(class_names=["class_0", "class_1"], shuffle_seed=5, settings={"shard_mb": 1})
-    return index, jpegs
+    samples = [
+        Sample(
+            content=jpeg,
+            height=10 + i,
+            width=20 + i,
+            label=labels[i] if labels else i % 2,
+            name=names[i] if names else f"class_{i % 2}/picture {i}.JPEG",
+        )
+        for i, jpeg in enumerate(jpegs)
+    ]
+    return write_set(
+        folder, samples, per_shard=per_shard, class_names=["class_0", "class_1"], container=container
+    ), jpegs
 
 
 def edit_manifest(folder, **changes):
@@ -51,13 +58,15 @@ def test_every_offset_is_the_one_that_tarfile_finds(tmp_path):
     for number, shard in enumerate(index.manifest.shards):
         with tarfile.open(tmp_path / "shards" / shard.name) as tar:
             for member in tar.getmembers():
-                sample_id, extension = int(member.name.split(".")[0]), member.name.split(".")[1]
+                shard, position, extension = member.name.replace(".", "_").split("_")
+                assert int(shard) == number
+                sample_id = 3 * number + int(position)
                 content = tar.extractfile(member).read()
                 if extension == "cls":
                     assert int(content) == index.labels([sample_id])[0]
                     continue
                 found += 1
-                assert member.name == f"{sample_id:09d}.jpg"
+                assert extension == "jpg"
                 assert index.describe(sample_id).endswith(f"shard-{number:06d}.tar")
                 assert content == jpegs[sample_id] == index.jpeg_bytes(sample_id).tobytes()
     assert found == len(jpegs)
@@ -69,7 +78,7 @@ def test_webdataset_reads_the_shards(tmp_path):
     index, jpegs = write_samples(tmp_path / "shards")
     urls = [str(tmp_path / "shards" / shard.name) for shard in index.manifest.shards]
     samples = list(wds.WebDataset(urls, shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(7)]
+    assert [sample["__key__"] for sample in samples] == [f"{i // 3:06d}_{i % 3:06d}" for i in range(7)]
     assert [sample["jpg"] for sample in samples] == jpegs
     assert [int(sample["cls"]) for sample in samples] == index.labels(range(7)).tolist()
 
@@ -77,18 +86,12 @@ def test_webdataset_reads_the_shards(tmp_path):
 def test_the_checksums_and_counts_in_the_manifest_are_those_of_the_files(tmp_path):
     index, _ = write_samples(tmp_path / "shards")
     manifest = index.manifest
-    for stored in (manifest.index, manifest.names, *manifest.shards):
+    lists = (manifest.rejected_list, manifest.changed_list)
+    for stored in (manifest.index, manifest.names, *lists, *manifest.shards, *manifest.dali_indices):
         content = (tmp_path / "shards" / stored.name).read_bytes()
         assert stored.byte_count == len(content)
-        assert stored.sha256 == hashlib.sha256(content).hexdigest()
+        assert stored.checksum == xxhash.xxh3_128_hexdigest(content)
     assert sum(shard.sample_count for shard in manifest.shards) == manifest.num_samples == 7
-
-
-def test_no_shard_is_longer_than_asked_unless_one_picture_is(tmp_path):
-    index, _ = write_samples(tmp_path / "some", max_shard_bytes=20_480)
-    assert [shard.byte_count for shard in index.manifest.shards] == [20_480, 20_480, 20_480]
-    index, _ = write_samples(tmp_path / "each", max_shard_bytes=1)
-    assert [shard.sample_count for shard in index.manifest.shards] == [1] * 7
 
 
 def test_bytes_are_a_read_only_view_into_the_map(tmp_path):
@@ -101,10 +104,10 @@ def test_bytes_are_a_read_only_view_into_the_map(tmp_path):
 
 def test_views_outlive_the_bound_on_open_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_format, "_MAX_OPEN_SHARDS", 2)
-    index, jpegs = write_samples(tmp_path / "shards", max_shard_bytes=1)
+    index, jpegs = write_samples(tmp_path / "shards", per_shard=1)
     views = [index.jpeg_bytes(i) for i in (0, 1, 2, 3, 4, 5, 6)]
     assert [view.tobytes() for view in views] == jpegs
-    assert len(index._shard_bytes) == 2
+    assert len(index._mapped) == 2
     assert index.jpeg_bytes(0).tobytes() == jpegs[0]
 
 
@@ -115,16 +118,17 @@ def test_names_keep_bytes_that_are_not_utf8_and_odd_characters(tmp_path):
     assert (tmp_path / "shards/names.txt").read_bytes().split(b"\n")[1] == b"caf\xe9.jpg"
 
 
-def test_a_name_with_a_line_break_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must not hold a line break. Found: 'a\\nb.jpg'"):
-        write_samples(tmp_path / "shards", 1, names=["a\nb.jpg"])
+def test_names_of_any_length(tmp_path):
+    names = ["x" * length for length in (1, 63, 64, 65, 255, 256, 4000)]
+    index, _ = write_samples(tmp_path / "shards", names=names)
+    assert [index.name(i) for i in range(7)] == names
 
 
 def test_a_sample_without_label_has_no_cls_member_and_an_unusable_label(tmp_path):
     index, _ = write_samples(tmp_path / "shards", 2, labels=[NO_LABEL, 1])
     assert index.labels([0, 1]).tolist() == [NO_LABEL, 1]
     with tarfile.open(tmp_path / "shards/shard-000000.tar") as tar:
-        assert tar.getnames() == ["000000000.jpg", "000000001.jpg", "000000001.cls"]
+        assert tar.getnames() == ["000000_000000.jpg", "000000_000001.jpg", "000000_000001.cls"]
     with pytest.raises(IndexError):
         index.class_names[index.labels(0)]
 
@@ -197,9 +201,9 @@ def test_a_shortened_shard(tmp_path):
     write_samples(tmp_path / "shards")
     path = tmp_path / "shards/shard-000001.tar"
     whole = path.read_bytes()
-    path.write_bytes(whole[:10_240])
+    path.write_bytes(whole[:10_000])
     assert assert_refused(tmp_path / "shards") == (
-        f"{path} is 10240 bytes long where the manifest says {len(whole)}; it was cut short: copy it again or rerun "
+        f"{path} is 10000 bytes long where the manifest says {len(whole)}; it was cut short: copy it again or rerun "
         "data_prep/make_dali.py."
     )
     path.write_bytes(whole + b"more")
@@ -229,9 +233,9 @@ def test_a_shard_that_vanishes_or_shrinks_after_open(tmp_path):
 
 def test_another_version(tmp_path):
     write_samples(tmp_path / "shards")
-    edit_manifest(tmp_path / "shards", version=7)
+    edit_manifest(tmp_path / "shards", version=1)
     assert assert_refused(tmp_path / "shards") == (
-        f"{tmp_path / 'shards'} was written in format version 7, this program reads 1: rerun data_prep/make_dali.py, "
+        f"{tmp_path / 'shards'} was written in format version 1, this program reads 2: rerun data_prep/make_dali.py, "
         "or install the version of inscon that wrote it."
     )
 
@@ -284,55 +288,53 @@ def test_a_folder_that_is_no_shard_folder(tmp_path):
 def test_an_unfinished_folder(tmp_path):
     write_samples(tmp_path / "shards")
     (tmp_path / "shards/manifest.json").unlink()
-    assert_refused(tmp_path / "shards", "holds shards but no manifest.json; packing did not end", "--overwrite")
+    assert_refused(tmp_path / "shards", "holds shards but no manifest.json", "rerun")
+    (tmp_path / "shards/packing").mkdir()
+    assert_refused(tmp_path / "shards", "whose packing did not end: run the command that packs it once more")
 
 
-# ------------------------------------------------------------------------------------------------------- the writer
+def test_an_index_of_another_set(tmp_path):
+    write_samples(tmp_path / "shards")
+    path = tmp_path / "shards/index.npy"
+    records = np.load(path)
+    records["shard"][-1] = 9
+    np.save(path, records)
+    assert_refused(tmp_path / "shards", "points outside the shards or the names")
 
 
-def test_files_get_their_final_name_when_they_are_whole(tmp_path):
-    folder = tmp_path / "shards"
-    with ShardWriter(folder, max_shard_bytes=1) as writer:
-        writer.add(b"a" * 100, height=1, width=1, label=0, name="a.jpg")
-        assert not (folder / "shard-000000.tar").exists()
-        writer.add(b"b" * 100, height=1, width=1, label=0, name="b.jpg")
-        with tarfile.open(folder / "shard-000000.tar") as tar:
-            assert tar.getnames() == ["000000000.jpg", "000000000.cls"]
-        assert not (folder / "shard-000001.tar").exists()
-        assert not (folder / "manifest.json").exists()
-        writer.finish(class_names=["a"], shuffle_seed=0, settings={})
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "index.npy",
-        "manifest.json",
-        "names.txt",
-        "rejected.jsonl",
-        "shard-000000.tar",
-        "shard-000001.tar",
-    ]
+def test_a_beton_is_opened_like_shards_and_by_its_own_name(tmp_path):
+    tar, jpegs = write_samples(tmp_path / "tar")
+    write_samples(tmp_path / "beton", container="beton")
+    for path in (tmp_path / "beton", tmp_path / "beton/samples.beton"):
+        index = DatasetIndex.open(path)
+        assert [index.jpeg_bytes(i).tobytes() for i in range(7)] == jpegs
+        assert [index.name(i) for i in range(7)] == [tar.name(i) for i in range(7)]
+        assert index.fingerprint == tar.fingerprint
+        assert index.describe(6) == "sample 6 (class_0/picture 6.JPEG) in samples.beton"
 
 
-def test_a_writer_left_unfinished_takes_its_files_away(tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
-    for folder in (tmp_path, tmp_path / "new"):
-        with pytest.raises(RuntimeError, match="stopped"), ShardWriter(folder, max_shard_bytes=1) as writer:
-            for i in range(3):
-                writer.add(b"a" * 100, height=1, width=1, label=0, name=f"{i}.jpg")
-            raise RuntimeError("stopped")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+def test_a_foreign_beton(tmp_path):
+    (tmp_path / "theirs.beton").write_bytes(b"whatever")
+    command = "python data_prep/make_ffcv.py --data DIR --out DIR"
+    assert_refused(tmp_path / "theirs.beton", "theirs.beton has no index of ours beside it", command)
+    assert_refused(tmp_path / "none.beton", "none.beton does not exist", command)
 
 
-def test_a_folder_with_shards_is_refused_and_overwritten_on_request(tmp_path):
-    folder = tmp_path / "shards"
-    write_samples(folder)
-    with pytest.raises(ShardError, match=r"already holds a packed data set .*: pass --overwrite"):
-        write_samples(folder, 2)
-    (folder / "shard-000009.tar.partial").write_bytes(b"of a run that was killed")
-    with ShardWriter(folder, max_shard_bytes=1, overwrite=True):
-        pass  # nothing was added, so the old shards stay
-    assert len(DatasetIndex.open(folder)) == 7
-    index, jpegs = write_samples(folder, 2, overwrite=True)
-    assert index.jpeg_bytes(1).tobytes() == jpegs[1]
-    assert sorted(path.name for path in folder.glob("shard-*")) == ["shard-000000.tar"]
+def test_raw_pixels_are_no_jpeg(tmp_path):
+    samples = [Sample(bytes(600), encoding=RAW), Sample(b"jpeg")]
+    index = write_set(tmp_path / "beton", samples, container="beton")
+    assert len(index.content(0)) == 600 and index.jpeg_bytes(1).tobytes() == b"jpeg"
+    with pytest.raises(ShardError, match=r"sample 0 .* is stored as raw pixels: read this set with --pipeline ffcv"):
+        index.jpeg_bytes(0)
+
+
+def test_records_are_what_lies_there(tmp_path):
+    index, jpegs = write_samples(tmp_path / "shards")
+    records = index.records([6, 0])
+    assert records["checksum"].tolist() == [xxhash.xxh3_64_intdigest(jpegs[6]), xxhash.xxh3_64_intdigest(jpegs[0])]
+    assert records["byte_count"].tolist() == [len(jpegs[6]), len(jpegs[0])]
+    with pytest.raises(ValueError, match="must be from 0 to 6"):
+        index.records([7])
 
 
 def test_a_fingerprint_tells_data_sets_apart(tmp_path):

@@ -11,7 +11,8 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from inscon.config import ViewConfig
 from inscon.geometry import find_overlap
-from inscon.plan import GREY, HUE, NOTHING, ViewPlan, philox, plan_views
+from inscon.philox import philox
+from inscon.plan import GREY, HUE, NOTHING, ViewPlan, plan_views
 
 REAL = sorted((Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train").glob("*/*.JPEG"))
 FIELDS = ViewPlan.__dataclass_fields__

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.index import ShardWriter
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from tests.packed import Sample, write_set
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train"
 SIZES = [(1, 1), (1, 90), (200, 3), (64, 64), (75, 500), (500, 75)] + [(90 + 7 * i, 160 - 5 * i) for i in range(14)]
@@ -35,13 +35,13 @@ def as_jpeg(image: Image.Image) -> bytes:
 
 def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: dict[int, tuple] | None = None) -> Path:
     """Twenty pictures in several shards; `jpegs` and `sizes` replace what is stored of single samples."""
-    with ShardWriter(folder, max_shard_bytes=60_000) as writer:
-        for i, (height, width) in enumerate(SIZES):
-            image = draw_picture(i, height, width)
-            jpeg = (jpegs or {}).get(i) or as_jpeg(image.convert("L") if i in GREY else image)
-            stored = (sizes or {}).get(i, (height, width))
-            writer.add(jpeg, height=stored[0], width=stored[1], label=0, name=f"a/picture_{i}.jpg")
-        writer.finish(class_names=["a"], shuffle_seed=0, settings={})
+    samples = []
+    for i, (height, width) in enumerate(SIZES):
+        image = draw_picture(i, height, width)
+        jpeg = (jpegs or {}).get(i) or as_jpeg(image.convert("L") if i in GREY else image)
+        stored = (sizes or {}).get(i, (height, width))
+        samples.append(Sample(jpeg, *stored, label=0, name=f"a/picture_{i}.jpg"))
+    write_set(folder, samples, per_shard=6, class_names=["a"], seed=0)
     return folder
 
 

@@ -1,0 +1,64 @@
+"""Pack pictures into one .beton, FFCV's format, with the same samples, order and index as make_dali.py.
+
+    python data_prep/make_ffcv.py --data ~/imagenet/train --out ~/beton/train
+    python data_prep/make_ffcv.py --data ~/shards/train --out ~/beton/train       (from a packed set: nothing is decoded)
+    python data_prep/make_ffcv.py --data ~/imagenet/train --out ~/beton/train400 --write-mode raw --max-resolution 400
+
+Writes OUT/samples.beton and beside it index, names, lists and manifest. `jpg` stores sound JPEGs byte for byte, where
+FFCV's own writer encodes each anew; `raw` stores pixels, about five times as many bytes at ImageNet's sizes, for
+training without decoding; `smart` stores pixels where they take little more room. FFCV need not be installed.
+After a stop of any kind the same command goes on.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.command import run
+from data_prep.index import DatasetIndex
+from data_prep.job import Target
+from data_prep.packing import BYTES_PER_MB, PackConfig, pack
+from data_prep.pictures import Treatment
+
+_PART_MB = 128  # how much one process takes at a time; it doesn't change a byte of the beton
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetonConfig(PackConfig):
+    """Pack pictures into one .beton and an index, for --pipeline ffcv and FFCV's own Loader."""
+
+    write_mode: Literal["jpg", "raw", "smart"] = "jpg"
+    """Store JPEGs, RGB pixels, or of each picture what `smart_threshold` says."""
+    smart_threshold: float = 4.0
+    """With `smart`: pixels are stored where they take at most this many times the JPEG's bytes."""
+
+    def target(self) -> Target:
+        """ValueError for settings out of range."""
+        treatment = Treatment(
+            short_side=self.short_side,
+            max_resolution=self.max_resolution,
+            quality=self.quality,
+            write_mode=self.write_mode,
+            smart_threshold=self.smart_threshold,
+        )
+        return Target(
+            container="beton",
+            writer="data_prep/make_ffcv.py",
+            treatment=treatment,
+            shard_bytes=_PART_MB * BYTES_PER_MB,
+        )
+
+
+def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:
+    """Pack `data` into a beton in `out` and open it; `settings` as in `BetonConfig`. ValueError with the remedy."""
+    config = BetonConfig(data=Path(data), out=Path(out), **settings)
+    return pack(config, config.target())
+
+
+if __name__ == "__main__":
+    run(BetonConfig)
