@@ -27,7 +27,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -184,7 +184,7 @@ class _File:
     """
 
     def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
-        self._file, self._hash = path.open("rb", buffering=_PIECE_BYTES), xxhash.xxh3_128()
+        self._file, self._hash = _opened(path, _PIECE_BYTES), xxhash.xxh3_128()
         self._tell, self._told, self.position = tell, 0, 0
 
     def __enter__(self) -> "_File":
@@ -224,7 +224,7 @@ class _Records:
 
     def __init__(self, path: Path) -> None:
         self._path, self._start, self._count = path, 0, 0
-        with contextlib.suppress(Exception), path.open("rb") as file:  # NumPy has several for damage
+        with contextlib.suppress(Exception), _opened(path) as file:  # NumPy has several for damage
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             self._start = file.tell()
@@ -249,9 +249,14 @@ class _Records:
 
 def _read_at(path: Path, position: int, length: int) -> bytes:
     """As many of these bytes as there are."""
-    with path.open("rb", buffering=0) as file:
+    with _opened(path) as file:
         file.seek(position)
-        return file.read(length) or b""
+        return file.read(length)
+
+
+def _opened(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open for reading; without waiting where it is a pipe, which nobody may ever write to."""
+    return open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 class _Set:
@@ -481,7 +486,7 @@ def _finding(
 def _check_file(here: _Set, stored: StoredFile, parts: Iterator[_Part | _Content] | None = None) -> Iterator[Finding]:
     """A file's length and checksum and, where they are given, its parts."""
     path = here.folder / stored.name
-    if path.exists() and not path.is_file():  # to open a pipe would take for ever
+    if path.exists() and not path.is_file():
         yield Finding(stored.name, f"is no regular file: {_REPAIR}.")
         return
     wrong_length = False

@@ -177,7 +177,9 @@ def test_a_set_is_verified_after_it_was_moved(packed, tmp_path):
 
 def run(*arguments):
     command = [sys.executable, ROOT / "data_prep/verify.py", *arguments, "--workers", "1"]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
 
 
 def test_the_command_says_what_it_found_and_ends_accordingly(packed, container):
@@ -296,7 +298,7 @@ def test_the_first_and_the_last_byte_of_every_region_are_told(whole, container):
             with Flipped(path, offset, 0x01):
                 assert_told(whole, path, offset, start, phrase, sample_id)
             told.add(phrase.split(" sample ")[0])
-    assert len(told) == {"tar": 7, "beton": 7}[container]
+    assert len(told) == {"tar": 7, "beton": 6}[container]  # between pages: the test after the next
     assert findings(whole) == []
 
 
@@ -509,15 +511,15 @@ def test_an_index_whose_header_is_damaged_is_told(packed, offset):
     assert {finding.file for finding in found} <= {"index.npy", "manifest.json"}
 
 
-def test_a_folder_or_a_pipe_for_a_file_is_told(packed, shard):
-    shard.unlink()
-    os.mkfifo(shard)  # opened, it would hang
-    (packed / "names.txt").unlink()
-    (packed / "names.txt").mkdir()
-    assert [(finding.file, finding.sentence[:18]) for finding in findings(packed)] == [
-        ("names.txt", "is no regular file"),
-        (shard.name, "is no regular file"),
-    ]
+@pytest.mark.parametrize("name", ["index.npy", "names.txt", "changed.jsonl", None])
+def test_a_folder_or_a_pipe_for_a_file_is_told(packed, shard, name):
+    path = packed / (name or shard.name)
+    for make in (os.mkdir, os.mkfifo):  # to open a pipe would take for ever
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        done = run(packed)
+        assert (done.returncode, done.stderr.count("Traceback")) == (1, 0)
+        assert done.stdout.splitlines()[0].startswith(f"{path.name} is no regular file: ")
 
 
 def test_a_file_that_cannot_be_opened_is_told(packed, shard):

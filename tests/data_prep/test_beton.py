@@ -1,0 +1,204 @@
+"""FFCV's format as we write it: where samples lie, and that FFCV itself finds the same."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from data_prep import beton
+from data_prep.beton import Layout, allocations_of, metadata_of, read_header
+from data_prep.index import JPEG, NO_LABEL, RAW, RECORD_DTYPE, ShardError
+from tests.packed import Sample, write_set
+
+MB = 1 << 20
+HEAD = 24 + 2 * 1041  # header, two descriptions of 1 + 16 + 1024
+ROW = 24
+
+
+def slowly(byte_counts, page_size, start):
+    """Positions of samples, and what follows the last: the obvious loop."""
+    positions, end = [], start
+    for byte_count in byte_counts:
+        if end % page_size + byte_count > page_size:
+            while end % page_size:
+                end += 1
+        positions.append(end)
+        end += byte_count
+    return positions, end
+
+
+def placed(layout, byte_counts):
+    return layout.place(np.array(byte_counts, np.uint32)).tolist()
+
+
+def test_pages_begin_after_the_metadata():
+    assert Layout(1, 1).data_start == 8 * MB
+    last = (8 * MB - HEAD) // ROW
+    assert Layout(last, 1).data_start == 8 * MB
+    assert Layout(last + 1, 1).data_start == 16 * MB
+
+
+def test_the_last_byte_of_the_metadata_may_be_the_last_of_a_page(monkeypatch):
+    monkeypatch.setattr(beton, "MIN_PAGE_SIZE", HEAD + 5 * ROW)
+    assert [Layout(count, 1).data_start for count in (4, 5, 6)] == [2226, 2226, 2 * 2226]
+
+
+def test_samples_lie_one_after_the_other_and_none_across_pages():
+    layout = Layout(6, 8 * MB)
+    assert layout.page_size == 8 * MB
+    # 3 and 4 MB fill a page but for one, 2 MB do not fit; 6 MB fill the second page exactly; 8 MB take one alone.
+    assert placed(layout, [3 * MB, 4 * MB, 2 * MB, 6 * MB, 8 * MB, 1]) == [
+        8 * MB, 11 * MB, 16 * MB, 18 * MB, 24 * MB, 32 * MB,
+    ]  # fmt: skip
+    assert layout.end == 32 * MB + 1
+
+
+def test_a_sample_that_does_not_fit_by_one_byte_begins_a_page():
+    assert placed(Layout(3, 8 * MB), [1, 8 * MB - 1, 1]) == [8 * MB, 8 * MB + 1, 16 * MB]
+    assert placed(Layout(3, 8 * MB), [1, 8 * MB, 1]) == [8 * MB, 16 * MB, 24 * MB]
+    assert placed(Layout(2, 8 * MB), [2, 8 * MB - 1]) == [8 * MB, 16 * MB]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_positions_are_those_of_the_obvious_loop(monkeypatch, seed):
+    monkeypatch.setattr(beton, "MIN_PAGE_SIZE", 64)
+    rng = np.random.default_rng(seed)
+    largest = int(rng.integers(1, 65))
+    byte_counts = rng.integers(1, largest + 1, 300)
+    layout = Layout(len(byte_counts), largest)
+    assert layout.page_size == 64
+    assert layout.data_start % 64 == 0 and 0 <= layout.data_start - (HEAD + ROW * len(byte_counts)) < 64
+    positions, end = slowly(byte_counts.tolist(), 64, layout.data_start)
+    assert placed(layout, byte_counts) == positions
+    assert layout.end == end
+    assert any(position % 64 == 0 for position in positions[1:])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_positions_do_not_depend_on_how_many_are_placed_at_a_time(monkeypatch, seed):
+    monkeypatch.setattr(beton, "MIN_PAGE_SIZE", 64)
+    rng = np.random.default_rng(seed)
+    byte_counts = rng.integers(1, 65, 100)
+    at_once, piecewise = Layout(100, 64), Layout(100, 64)
+    cuts = [0, *np.sort(rng.integers(0, 101, 12)).tolist(), 100]  # some pieces are empty
+    pieces = [placed(piecewise, byte_counts[start:stop]) for start, stop in pairwise(cuts)]
+    assert [position for piece in pieces for position in piece] == placed(at_once, byte_counts)
+    assert piecewise.end == at_once.end
+
+
+def test_the_sum_of_many_samples_does_not_overflow():
+    layout = Layout(5, 2**31)
+    start = 2**31
+    assert placed(layout, [2**31] * 5) == [start * (1 + i) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("largest", "page_size"), [(1, 8), (8 * MB, 8), (8 * MB + 1, 16), (16 * MB, 16), (100 * MB, 128), (2**31, 2048)]
+)
+def test_a_page_doubles_until_it_holds_the_largest_sample(largest, page_size):
+    layout = Layout(1, largest)
+    assert layout.page_size == page_size * MB
+    assert layout.data_start == page_size * MB
+    header = np.frombuffer(layout.head(0)[:24], beton.HEADER_DTYPE)[0]
+    assert header["page_size"] == page_size * MB
+
+
+def test_a_sample_that_no_page_holds_is_refused():
+    with pytest.raises(
+        ValueError, match=r"samples of at most 2147483648 bytes. Found: 2147483649; .* --write-mode jpg"
+    ):
+        Layout(1, 2**31 + 1)
+
+
+def test_the_head_by_hand():
+    head = Layout(3, 1).head(9_000_000)
+    assert len(head) == HEAD
+    assert head[:24] == (
+        b"\x02\x00" + b"\x02\x00" + (8 * MB).to_bytes(4, "little") + (3).to_bytes(8, "little")
+        + (9_000_000).to_bytes(8, "little")
+    )  # fmt: skip
+    assert head[24 : 24 + 1041] == b"\x02image" + bytes(11 + 1024)
+    assert head[24 + 1041 :] == b"\x01label" + bytes(11 + 1024)
+
+
+def test_rows_of_the_tables_by_hand():
+    records = np.zeros(2, RECORD_DTYPE)
+    records["offset"], records["byte_count"] = [8 * MB, 2**40], [7, 2**31]
+    records["height"], records["width"] = [300, 65_500], [500, 1]
+    records["label"], records["encoding"] = [NO_LABEL, 999], [JPEG, RAW]
+    first, second = (row.tobytes() for row in metadata_of(records))
+    # mode, width, height, position; three bytes of alignment; label
+    assert first[:13] == b"\0" + b"\xf4\x01" + b"\x2c\x01" + (8 * MB).to_bytes(8, "little")
+    assert first[16:] == (-(2**31)).to_bytes(8, "little", signed=True)
+    assert second[:13] == b"\x01" + b"\x01\x00" + b"\xdc\xff" + (2**40).to_bytes(8, "little")
+    assert second[16:] == (999).to_bytes(8, "little")
+    assert first[13:16] == second[13:16] == bytes(3)
+    assert allocations_of(41, records).tolist() == [(41, 8 * MB, 7), (42, 2**40, 2**31)]
+
+
+def test_what_is_no_beton_is_refused(tmp_path):
+    path = tmp_path / "x.beton"
+    path.write_bytes(bytes(23))
+    with pytest.raises(ShardError, match=r"x.beton is 23 bytes long and no .beton"):
+        read_header(path)
+    path.write_bytes(b"\x03" + bytes(23))
+    with pytest.raises(ShardError, match=r"of version 3 of FFCV's format, this program reads 2"):
+        read_header(path)
+    path.write_bytes(Layout(3, 1).head(77))
+    assert read_header(path).item() == (2, 2, 8 * MB, 3, 77)
+
+
+# ---------------------------------------------------------------------------------------------------------- FFCV itself
+
+
+@pytest.fixture(scope="module")
+def ffcv_types():
+    return pytest.importorskip("ffcv.types", reason="ffcv is not installed")
+
+
+def test_types_are_ffcvs(ffcv_types):
+    from ffcv.fields import IntField, RGBImageField
+
+    assert ffcv_types.CURRENT_VERSION == beton.FFCV_VERSION
+    assert ffcv_types.HeaderType == beton.HEADER_DTYPE
+    assert ffcv_types.FieldDescType == beton.FIELD_DTYPE
+    assert ffcv_types.ALLOC_TABLE_TYPE == beton.ALLOCATION_DTYPE
+    assert ffcv_types.get_metadata_type([RGBImageField(), IntField()]) == beton.METADATA_DTYPE
+    for ours, theirs in (
+        (beton.HEADER_DTYPE, ffcv_types.HeaderType),
+        (beton.FIELD_DTYPE, ffcv_types.FieldDescType),
+        (beton.METADATA_DTYPE, ffcv_types.get_metadata_type([RGBImageField(), IntField()])),
+    ):
+        assert ours.itemsize == theirs.itemsize
+        assert [ours.fields[name][1] for name in ours.names] == [theirs.fields[name][1] for name in theirs.names]
+
+
+def test_ffcv_finds_every_sample(ffcv_types, tmp_path):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.reader import Reader
+
+    rng = np.random.default_rng(0)
+    sizes = [(3 * MB, JPEG), (8 * MB + 5, JPEG), (30, RAW), (1, JPEG), (7 * MB, JPEG)]
+    samples = [
+        Sample(rng.bytes(size), 2 + i, 5 + i, label, f"{i}.jpg", encoding)
+        for i, ((size, encoding), label) in enumerate(zip(sizes, [0, 1, NO_LABEL, 1, 0]))
+    ]
+    write_set(tmp_path / "set", samples, per_shard=2, container="beton")
+    path = tmp_path / "set/samples.beton"
+    reader = Reader(str(path))
+    assert (reader.num_samples, reader.page_size) == (5, 16 * MB)
+    assert list(reader.handlers) == ["image", "label"]
+    assert [type(handler) for handler in reader.handlers.values()] == [RGBImageField, IntField]
+    assert reader.metadata["f1"].tolist() == [sample.label for sample in samples]
+    images = reader.metadata["f0"]
+    assert images["mode"].tolist() == [0, 0, 1, 0, 0]  # FFCV's "jpg" and "raw"
+    assert images["height"].tolist() == [2, 3, 4, 5, 6] and images["width"].tolist() == [5, 6, 7, 8, 9]
+    assert reader.alloc_table["sample_id"].tolist() == list(range(5))
+    assert reader.alloc_table["ptr"].tolist() == images["data_ptr"].tolist()
+    content = path.read_bytes()
+    pages = set()
+    for sample, (_, start, size) in zip(samples, reader.alloc_table.tolist()):
+        assert content[start : start + size] == sample.content
+        pages.add(start // reader.page_size)
+        assert (start + size - 1) // reader.page_size == start // reader.page_size  # FFCV reads a page at a time
+    assert len(pages) == 2
