@@ -20,8 +20,8 @@ from data_prep.index import JPEG, ShardError
 FFCV_VERSION = 2
 MIN_PAGE_SIZE = 1 << 23
 """Bytes; FFCV's own default."""
-MAX_PAGE_SIZE = 1 << 31
-"""Bytes; the largest power of two that the header's 32 bits hold."""
+MAX_PAGE_SIZE = 1 << 30
+"""Bytes; FFCV's process cache reads a page in one call, and Linux reads less than 2 GiB at a time."""
 
 HEADER_DTYPE = np.dtype(
     [

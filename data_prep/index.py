@@ -63,7 +63,7 @@ PARTIAL_SUFFIX = ".partial"
 MAX_NAMES_IN_MANIFEST = 10_000
 
 _PACK = "python data_prep/make_dali.py --data DIR --out"
-_REPAIR = "copy it again or rerun data_prep/make_dali.py"
+REPAIR = "copy it again or rerun data_prep/make_dali.py"
 _MAX_OPEN_SHARDS = 512  # each map holds a file descriptor, of which a process often has 1024
 
 
@@ -122,7 +122,7 @@ class Manifest:
         try:
             entries = json.loads(path.read_bytes())
         except ValueError as error:
-            raise ShardError(f"{path} is not readable as JSON ({error}): {_REPAIR}.") from None
+            raise ShardError(f"{path} is not readable as JSON ({error}): {REPAIR}.") from None
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
             raise ShardError(f'{path} does not say "format": "{FORMAT}"; pack a folder with {_PACK} {folder}.')
         if entries.get("version") != VERSION:
@@ -133,7 +133,7 @@ class Manifest:
         try:
             return cls._from_json(entries)
         except (KeyError, TypeError) as error:
-            raise ShardError(f"{path} lacks a field or has one too many ({error}): {_REPAIR}.") from None
+            raise ShardError(f"{path} lacks a field or has one too many ({error}): {REPAIR}.") from None
 
     @classmethod
     def _from_json(cls, entries: dict) -> "Manifest":
@@ -168,7 +168,7 @@ class DatasetIndex:
         """
         folder = Path(path)
         if folder.suffix == ".beton" and not folder.is_dir():
-            folder = _folder_of_beton(folder)
+            folder = folder_of_beton(folder)
         manifest = Manifest.read(folder)
         records = _open_records(folder, manifest)
         for stored in (manifest.names, *manifest.shards):
@@ -212,7 +212,7 @@ class DatasetIndex:
         while (line := names[start : start + length].tobytes()).find(b"\n") < 0:
             length *= 4
             if start + length > 4 * len(names):
-                raise ShardError(f"{self.path / self.manifest.names.name} ends within a name: {_REPAIR}.")
+                raise ShardError(f"{self.path / self.manifest.names.name} ends within a name: {REPAIR}.")
         return line.partition(b"\n")[0].decode("utf-8", "surrogateescape")
 
     def content(self, sample_id: int) -> NDArray[np.uint8]:
@@ -275,22 +275,22 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
 def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
     path = folder / manifest.index.name
     if not path.is_file():
-        raise ShardError(f"{path} is missing: {_REPAIR}.")
+        raise ShardError(f"{path} is missing: {REPAIR}.")
     try:
         records = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # NumPy reads the header as Python, which brings out SyntaxError, TokenError and more
         check_byte_count(folder, manifest.index)  # says so where the file was cut short
-        raise ShardError(f"{path} is not readable as a NumPy array ({error}): {_REPAIR}.") from None
+        raise ShardError(f"{path} is not readable as a NumPy array ({error}): {REPAIR}.") from None
     if records.dtype != RECORD_DTYPE:
-        raise ShardError(f"{path} holds records of {records.dtype}, not of {RECORD_DTYPE}: {_REPAIR}.")
+        raise ShardError(f"{path} holds records of {records.dtype}, not of {RECORD_DTYPE}: {REPAIR}.")
     if len(records) != manifest.num_samples:
         raise ShardError(
             f"{path} holds {len(records)} samples where the manifest says {manifest.num_samples}; "
-            f"the two are not of one run: {_REPAIR}."
+            f"the two are not of one run: {REPAIR}."
         )
     last = records[-1]  # of a file that was mixed up or overwritten, hardly ever right by chance
     if last["shard"] >= len(manifest.shards) or last["name_offset"] >= manifest.names.byte_count:
-        raise ShardError(f"{path} points outside the shards or the names; the files are not of one run: {_REPAIR}.")
+        raise ShardError(f"{path} points outside the shards or the names; the files are not of one run: {REPAIR}.")
     return records
 
 
@@ -300,15 +300,15 @@ def check_byte_count(folder: Path, stored: StoredFile) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: {_REPAIR}.") from None
+        raise ShardError(f"{path} is missing: {REPAIR}.") from None
     if found != stored.byte_count:
         fault = "was cut short" if found < stored.byte_count else "was changed after it was packed"
         raise ShardError(
-            f"{path} is {found} bytes long where the manifest says {stored.byte_count}; it {fault}: {_REPAIR}."
+            f"{path} is {found} bytes long where the manifest says {stored.byte_count}; it {fault}: {REPAIR}."
         )
 
 
-def _folder_of_beton(path: Path) -> Path:
+def folder_of_beton(path: Path) -> Path:
     if not path.exists():
         raise ShardError(
             f"{path} does not exist; pack a data set with python data_prep/make_ffcv.py --data DIR --out DIR."
@@ -333,7 +333,7 @@ def _why_no_manifest(folder: Path) -> str:
             f"{folder} holds a data set whose packing did not end: run the command that packs it once more, it goes on."
         )
     if format_files(folder):
-        return f"{folder} holds shards but no {MANIFEST_NAME}: {_REPAIR}."
+        return f"{folder} holds shards but no {MANIFEST_NAME}: {REPAIR}."
     return f"{folder} is not a shard folder, it holds no {MANIFEST_NAME}; pack one with {_PACK} SHARDS."
 
 

@@ -26,7 +26,7 @@ JOB_NAME, LISTING_NAME = "job.json", "listing"
 _PACKING_ORDER = 2**32 - 1  # an epoch number that no training reaches: packing shuffles unlike any epoch
 _READ_AHEAD_BYTES, _READ_AHEAD_PICTURES, _READ_THREADS = 16_000_000, 64, 4
 _TELL_EVERY_S = 0.1
-_PARTS_OF_SMALL_BETON, _PICTURES_OF_SMALL_PART = 64, 100
+_PARTS_OF_SMALL_BETON, _PICTURES_OF_SMALL_PART, _PICTURES_OF_LARGEST_PART = 64, 100, 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class Job:
         """Or parts of a beton, of which even a small set has some for every worker; their number doesn't change a byte."""
         count = max(1, math.ceil(self.listing.total_bytes / self.target.shard_bytes))
         if self.target.container == "beton":
-            count = max(count, min(_PARTS_OF_SMALL_BETON, len(self.listing) // _PICTURES_OF_SMALL_PART))
+            small = min(_PARTS_OF_SMALL_BETON, len(self.listing) // _PICTURES_OF_SMALL_PART)
+            count = max(count, small, len(self.listing) // _PICTURES_OF_LARGEST_PART)
         return min(count, len(self.listing))
 
     def entries(self, shard: int) -> Iterator[Entry]:

@@ -31,7 +31,7 @@ from data_prep.index import (
     StoredFile,
 )
 from data_prep.new_file import NewFile
-from data_prep.shards import ShardReport
+from data_prep.shards import ShardReport, report_path
 
 _COPY_BYTES = 1 << 22
 
@@ -68,7 +68,7 @@ def join(out: Path, num_shards: int, facts: SetFacts) -> DatasetIndex:
             records["name_offset"] += np.uint64(names.byte_count)
             index.write(records.tobytes())
             names.write(report.names)
-            content.update(_content_of(records))
+            content.update(content_of(records))
             for entry in report.rejected:
                 rejected_kinds[entry["kind"]] += 1
                 rejected.write(json.dumps(entry).encode() + b"\n")
@@ -150,8 +150,12 @@ def _write_beton(out: Path, reports: Reports) -> _InBeton:
     allocations_start, end = layout.end, layout.end + count * beton.ALLOCATION_DTYPE.itemsize
     if path.is_file() and path.stat().st_size == end:  # an earlier run came this far
         os.replace(path, path.with_name(path.name + PARTIAL_SUFFIX))
-        with NewFile(path, keep=end) as file:
+        file = NewFile(path, keep=end)
+        try:
             return _InBeton(_layout(reports), file.commit(count))
+        except BaseException:
+            file.leave()  # its parts are gone, so it must stay
+            raise
     done, keep = _joined_before(out, reports)
     file = NewFile(path, keep=keep)
     try:
@@ -165,7 +169,7 @@ def _write_beton(out: Path, reports: Reports) -> _InBeton:
             placed = _placed(layout, report)
             if number >= done and len(placed):
                 part = out / STATE_NAME / report.files[0].name
-                _copy(part, file, report.records, placed)
+                _copy(part, file, report, placed)
                 file.sync()
                 part.unlink()
         allocations_layout, first_id = _layout(reports), 0
@@ -205,8 +209,12 @@ def _joined_before(out: Path, reports: Reports) -> tuple[int, int]:
     return done, end
 
 
-def _copy(part: Path, file: NewFile, records: NDArray[np.void], placed: NDArray[np.void]) -> None:
-    """Append a part's samples at their places; what lies between is zero."""
+def _copy(part: Path, file: NewFile, report: ShardReport, placed: NDArray[np.void]) -> None:
+    """Append a part's samples at their places; what lies between is zero.
+
+    ShardError where the part is not what it was when it was written; a later run then takes it up again.
+    """
+    records, checksum = report.records, xxhash.xxh3_128()
     gaps = np.diff(placed["offset"].astype(np.int64) - records["offset"].astype(np.int64), prepend=-1) != 0
     starts = np.flatnonzero(gaps)
     ends = [*starts[1:], len(records)]
@@ -219,12 +227,23 @@ def _copy(part: Path, file: NewFile, records: NDArray[np.void], placed: NDArray[
             while left:
                 piece = source.read(min(left, _COPY_BYTES))
                 if not piece:
-                    raise ShardError(f"{part} was cut short: remove it and its report, and run the same command again.")
+                    raise _damaged(part, report)
                 file.write(piece)
+                checksum.update(piece)
                 left -= len(piece)
+    if checksum.hexdigest() != report.files[0].checksum:
+        raise _damaged(part, report)
 
 
-def _content_of(records: NDArray[np.void]) -> bytes:
+def _damaged(part: Path, report: ShardReport) -> ShardError:
+    written_again = report_path(part.parent, report.number)
+    return ShardError(
+        f"{part} is not as it was written, for its checksum is another: remove it and {written_again}, and run the same "
+        "command again."
+    )
+
+
+def content_of(records: NDArray[np.void]) -> bytes:
     """The bytes that `Manifest.content` is the checksum of."""
     fields = ["checksum", "byte_count", "height", "width", "label", "encoding"]
     packed = np.empty(len(records), [(name, RECORD_DTYPE[name]) for name in fields])

@@ -87,13 +87,13 @@ def test_positions_do_not_depend_on_how_many_are_placed_at_a_time(monkeypatch, s
 
 
 def test_the_sum_of_many_samples_does_not_overflow():
-    layout = Layout(5, 2**31)
-    start = 2**31
-    assert placed(layout, [2**31] * 5) == [start * (1 + i) for i in range(5)]
+    layout = Layout(5, 2**30)
+    start = 2**30
+    assert placed(layout, [2**30] * 5) == [start * (1 + i) for i in range(5)]
 
 
 @pytest.mark.parametrize(
-    ("largest", "page_size"), [(1, 8), (8 * MB, 8), (8 * MB + 1, 16), (16 * MB, 16), (100 * MB, 128), (2**31, 2048)]
+    ("largest", "page_size"), [(1, 8), (8 * MB, 8), (8 * MB + 1, 16), (16 * MB, 16), (100 * MB, 128), (2**30, 1024)]
 )
 def test_a_page_doubles_until_it_holds_the_largest_sample(largest, page_size):
     layout = Layout(1, largest)
@@ -105,9 +105,9 @@ def test_a_page_doubles_until_it_holds_the_largest_sample(largest, page_size):
 
 def test_a_sample_that_no_page_holds_is_refused():
     with pytest.raises(
-        ValueError, match=r"samples of at most 2147483648 bytes. Found: 2147483649; .* --write-mode jpg"
+        ValueError, match=r"samples of at most 1073741824 bytes. Found: 1073741825; .* --write-mode jpg"
     ):
-        Layout(1, 2**31 + 1)
+        Layout(1, 2**30 + 1)
 
 
 def test_the_head_by_hand():

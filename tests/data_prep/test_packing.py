@@ -18,6 +18,7 @@ from data_prep import locks, packing
 from data_prep.index import DatasetIndex, ShardError
 from data_prep.job import PackingStopped, Target
 from data_prep.locks import only_writer
+from data_prep.new_file import NewFile
 from data_prep.packing import PackConfig, Ranks, pack
 from data_prep.pictures import Treatment
 from tests.data_prep.pictures_for_tests import contents, jpeg_of, listed, two_classes, write_files
@@ -480,3 +481,47 @@ def test_one_manifest_says_nothing_of_the_run(tmp_path, data, undisturbed):
         "writer", "shard_mb", "short_side", "max_resolution", "quality", "write_mode", "smart_threshold",
     }  # fmt: skip
     assert str(data) not in undisturbed["tar"]["manifest.json"].decode()
+
+
+def test_a_part_damaged_before_the_join_is_not_joined(tmp_path, data, undisturbed):
+    """And what was joined before it stays; removed as the sentence says, it is written again."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_RANK_WAIT_S", 0.1)
+        with pytest.raises(PackingStopped):
+            run_pack(data, out, "beton", ranks=Ranks(0, 2))
+        run_pack(data, out, "beton", ranks=Ranks(1, 2))
+    part, report = out / "packing/part-000003", out / "packing/shard-000003.npz"
+    content = bytearray(part.read_bytes())
+    content[100] ^= 4
+    part.write_bytes(content)
+    with pytest.raises(
+        ShardError, match=rf"{part} is not as it was written, .*: remove it and {report}, and run the same"
+    ):
+        run_pack(data, out, "beton")
+    assert not (out / "packing/part-000001").exists()  # joined by then
+    part.unlink(), report.unlink()
+    run_pack(data, out, "beton")
+    assert contents(out) == undisturbed["beton"]
+
+
+def test_a_beton_whose_manifest_was_not_written_is_kept_through_another_failure(tmp_path, data, undisturbed):
+    out = tmp_path / "out"
+    commit = NewFile.commit
+
+    def fail_at_manifest(file, count):
+        if file.path.name == "manifest.json":
+            raise OSError("power cut")
+        return commit(file, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NewFile, "commit", fail_at_manifest)
+        with pytest.raises(OSError, match="power cut"):
+            run_pack(data, out, "beton")
+    assert (out / "samples.beton").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NewFile, "sync", lambda file: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_pack(data, out, "beton")
+    run_pack(data, out, "beton")
+    assert contents(out) == undisturbed["beton"]

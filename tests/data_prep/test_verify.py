@@ -1,5 +1,6 @@
 """Verification: whatever byte of a packed set is changed, the sentence says which file, which sample and what of it."""
 
+import contextlib
 import errno
 import io
 import itertools
@@ -17,7 +18,7 @@ import pytest
 import xxhash
 from PIL import Image
 
-from data_prep import verify as module
+from data_prep import checks, plain_reading, rebuilding
 from data_prep.index import JPEG, NO_LABEL, RAW, STATE_NAME, DatasetIndex, ShardError
 from data_prep.joining import SetFacts, join
 from data_prep.shards import BetonPart, ReportBuilder, TarShard
@@ -106,18 +107,24 @@ def edit_manifest(folder, **changes):
 
 
 def seal(folder):
-    """Give the manifest the checksums that the files have by now, as if they had been packed so."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for entry in ("index", "names", "rejected_list", "changed_list", "shards", "dali_indices"):
-        for stored in manifest[entry] if isinstance(manifest[entry], list) else [manifest[entry]]:
-            stored["checksum"] = xxhash.xxh3_128_hexdigest((folder / stored["name"]).read_bytes())
+    """Make the manifest fit the files as they are by now, as if they had been packed so."""
+    seal_files(folder)
     content = b"".join(
         struct.pack(
             "<QIIIiI", *(r[name] for name in ("checksum", "byte_count", "height", "width", "label", "encoding"))
         )
         for r in np.load(folder / "index.npy")
     )
-    edit_manifest(folder, **manifest | {"content": xxhash.xxh3_128_hexdigest(content)})
+    edit_manifest(folder, content=xxhash.xxh3_128_hexdigest(content))
+
+
+def seal_files(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in ("index", "names", "rejected_list", "changed_list", "shards", "dali_indices"):
+        for stored in manifest[entry] if isinstance(manifest[entry], list) else [manifest[entry]]:
+            found = (folder / stored["name"]).read_bytes()
+            stored |= {"byte_count": len(found), "checksum": xxhash.xxh3_128_hexdigest(found)}
+    edit_manifest(folder, **manifest)
 
 
 def edit_index(folder, sample_id, **changes):
@@ -127,27 +134,22 @@ def edit_index(folder, sample_id, **changes):
     np.save(folder / "index.npy", records)
 
 
-def flipped(path, offset, bits):
-    """Flip bits of a byte, until the end of a with statement."""
+def flip(path, offset, bits=0x10):
     with path.open("r+b") as file:
         file.seek(offset)
         before = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([before ^ bits]))
-    return before
 
 
-class Flipped:
-    """A byte whose bits are flipped for a moment."""
-
-    def __init__(self, path, offset, bits=0x10):
-        self.arguments = path, offset, bits
-
-    def __enter__(self):
-        flipped(*self.arguments)
-
-    def __exit__(self, *_):
-        flipped(*self.arguments)
+@contextlib.contextmanager
+def flipped(path, offset, bits=0x10):
+    """For a moment."""
+    flip(path, offset, bits)
+    try:
+        yield
+    finally:
+        flip(path, offset, bits)
 
 
 # ------------------------------------------------------------------------------------------------------- sound sets
@@ -163,8 +165,8 @@ def test_an_untouched_set_is_sound(whole, container):
 
 
 def test_two_processes_say_the_same(packed, container):
-    flipped(packed / SHARD[container], 600, 1)
-    flipped(packed / "names.txt", 3, 1)
+    flip(packed / SHARD[container], 600, 1)
+    flip(packed / "names.txt", 3, 1)
     several = verify(packed, workers=2)
     assert several.findings == verify(packed, workers=1).findings
     assert len(several.findings) == 2 and several.num_decoded == verify(packed, workers=1).num_decoded > 0
@@ -189,7 +191,7 @@ def test_the_command_says_what_it_found_and_ends_accordingly(packed, container):
     assert sound.stdout.startswith(f"{path} is sound: 8 samples") and sound.stdout.endswith(", 3 decoded.\n")
     content = int(np.load(packed / "index.npy")["offset"][6])  # whose name is not UTF-8, and the terminal is ASCII
     shard = {"tar": "shard-000002.tar", "beton": "samples.beton"}[container]
-    flipped(packed / shard, content, 1)
+    flip(packed / shard, content, 1)
     damaged = run(path)
     assert damaged.returncode == 1
     line, closing = damaged.stdout.splitlines()
@@ -295,7 +297,7 @@ def test_the_first_and_the_last_byte_of_every_region_are_told(whole, container):
     told = set()
     for path, start, end, phrase, sample_id in regions(whole, container):
         for offset in {start, end - 1} if end > start else ():
-            with Flipped(path, offset, 0x01):
+            with flipped(path, offset, 0x01):
                 assert_told(whole, path, offset, start, phrase, sample_id)
             told.add(phrase.split(" sample ")[0])
     assert len(told) == {"tar": 7, "beton": 6}[container]  # between pages: the test after the next
@@ -308,14 +310,15 @@ def test_random_bytes_of_shards_are_told(whole, container):
     for _ in range(60):
         path, start, end, phrase, sample_id = places[rng.integers(len(places))]
         offset = int(rng.integers(start, end))
-        with Flipped(path, offset, int(rng.integers(1, 256))):
+        with flipped(path, offset, int(rng.integers(1, 256))):
             assert_told(whole, path, offset, start, phrase, sample_id)
 
 
 def test_gaps_between_pages_are_compared_too(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.beton.MIN_PAGE_SIZE", 4096)
-    monkeypatch.setattr(module, "_PIECE_BYTES", 1000)  # so that samples and gaps are longer than a piece
-    monkeypatch.setattr(module, "_RECORDS_AT_A_TIME", 2)
+    for module in (plain_reading, rebuilding):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1000)  # so that samples and gaps are longer than a piece
+    monkeypatch.setattr(plain_reading, "RECORDS_AT_A_TIME", 2)
     sizes = [(40, 60), (50, 60), (60, 60), (30, 30), (60, 61)]
     samples = [Sample(jpeg(*size, 3500 + i), *size, 0, f"a/{i}.jpg") for i, size in enumerate(sizes)]
     write_set(tmp_path / "set", samples, container="beton")
@@ -325,7 +328,7 @@ def test_gaps_between_pages_are_compared_too(tmp_path, monkeypatch):
     assert len(gaps) == 4 and all(end - start > 500 for start, end, *_ in gaps)
     for start, end, phrase, sample_id in [*gaps, *list(beton_regions(tmp_path / "set"))]:
         for offset in {start, (start + end) // 2, end - 1} if end > start else ():
-            with Flipped(path, offset):
+            with flipped(path, offset):
                 assert_told(tmp_path / "set", path, offset, start, phrase, sample_id)
 
 
@@ -337,7 +340,7 @@ def test_random_bytes_of_other_files_are_told(whole, name):
     rng = np.random.default_rng(2)
     path = whole / name
     for _ in range(60):
-        with Flipped(path, int(rng.integers(path.stat().st_size)), int(rng.integers(1, 256))):
+        with flipped(path, int(rng.integers(path.stat().st_size)), int(rng.integers(1, 256))):
             found = findings(whole, pixels=0)
             assert found and found[0].file == name, found
             assert found[0].sentence.startswith("has the checksum ")
@@ -352,7 +355,7 @@ def test_random_bytes_of_dalis_indices_are_told(tmp_path):
     for _ in range(60):
         offset = int(rng.integers(path.stat().st_size))
         line = next(n for n in range(4) if offset < sum(map(len, lines[: n + 1])))
-        with Flipped(path, offset, int(rng.integers(1, 256))):
+        with flipped(path, offset, int(rng.integers(1, 256))):
             (finding,) = findings(folder, pixels=0)
             assert (finding.file, finding.offset) == (path.name, offset)
             assert finding.sample_id == (None if line == 0 else 3 + line - 1)
@@ -365,7 +368,7 @@ def test_whatever_of_the_manifest_is_said_elsewhere_too_is_checked(whole):
     believed = range(text.index('"class_names"'), text.index('"rejected"'))
     refused = told = 0
     for offset in rng.choice([i for i in range(len(text)) if i not in believed], 150, replace=False).tolist():
-        with Flipped(path, offset, 0x01):
+        with flipped(path, offset, 0x01):
             try:
                 found = findings(whole, pixels=0)
             except ShardError:
@@ -477,11 +480,21 @@ def test_a_shard_that_was_extended_is_told(packed, shard):
     assert finding.file == shard.name and "was changed after it was packed" in finding.sentence
 
 
+def test_bytes_after_the_last_sample_are_told_even_where_the_manifest_counts_them(packed, shard):
+    byte_count = shard.stat().st_size
+    with shard.open("ab") as file:
+        file.write(bytes(512))
+    seal(packed)
+    (finding,) = findings(packed)
+    said = f"says that {shard.name} is {byte_count + 512} bytes long, where its samples in index.npy make {byte_count}."
+    assert (finding.file, finding.sentence) == ("manifest.json", said)
+
+
 def test_a_missing_shard_is_told_and_the_others_are_checked(packed, shard, container):
     shard.unlink()
-    flipped(packed / "changed.jsonl", 3, 1)
+    flip(packed / "changed.jsonl", 3, 1)
     if container == "tar":
-        flipped(packed / "shard-000002.tar", 600, 1)
+        flip(packed / "shard-000002.tar", 600, 1)
     found = {finding.file: finding for finding in findings(packed)}
     assert found[shard.name].sentence.startswith("is missing: ")
     assert found.keys() == {shard.name, "changed.jsonl"} | ({"shard-000002.tar"} if container == "tar" else set())
@@ -496,7 +509,7 @@ def test_another_missing_file_is_told(packed, name):
 
 def test_without_a_whole_index_checksums_still_tell_damaged_shards(packed, shard):
     os.truncate(packed / "index.npy", (packed / "index.npy").stat().st_size - 1)
-    flipped(shard, 600, 1)
+    flip(shard, 600, 1)
     index, damaged = findings(packed)
     assert index.file == "index.npy" and "was cut short" in index.sentence
     assert damaged.file == shard.name and damaged.sentence.startswith("has the checksum ")
@@ -505,7 +518,7 @@ def test_without_a_whole_index_checksums_still_tell_damaged_shards(packed, shard
 @pytest.mark.parametrize("offset", [0, 8, 40, 100])
 def test_an_index_whose_header_is_damaged_is_told(packed, offset):
     """NumPy raises errors of several kinds for these."""
-    flipped(packed / "index.npy", offset, 0x10)
+    flip(packed / "index.npy", offset, 0x10)
     found = findings(packed)
     assert found[0].file == "index.npy" and found[0].sentence.startswith("has the checksum ")
     assert {finding.file for finding in found} <= {"index.npy", "manifest.json"}
@@ -532,40 +545,40 @@ def test_a_file_that_cannot_be_opened_is_told(packed, shard):
 
 
 def test_a_shard_that_is_cut_short_while_it_is_read_is_told(packed, shard, monkeypatch):
-    def check(folder, stored, check_byte_count=module.check_byte_count):
+    def check(folder, stored, check_byte_count=checks.check_byte_count):
         check_byte_count(folder, stored)
         if stored.name == shard.name:
             os.truncate(shard, 700)
 
-    monkeypatch.setattr(module, "check_byte_count", check)
+    monkeypatch.setattr(checks, "check_byte_count", check)
     (finding,) = findings(packed, pixels=0)
     assert finding.file == shard.name and finding.sentence.endswith("at byte 700.") and finding.offset == 700
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_is_checked(packed, shard, container, monkeypatch):
     offsets = np.load(packed / "index.npy")["offset"]
-    bad, flip = int(offsets[3]), int(offsets[5])
-    flipped(shard, flip, 1)
-    read = module._File.read
+    bad, later = int(offsets[3]), int(offsets[5])
+    flip(shard, later, 1)
+    read = plain_reading.PlainFile.read
 
     def failing(file, byte_count):
         if file._file.name == str(shard) and file.position <= bad < file.position + byte_count:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(file, byte_count)
 
-    monkeypatch.setattr(module._File, "read", failing)
+    monkeypatch.setattr(plain_reading.PlainFile, "read", failing)
     unread, damaged = findings(packed)
     assert (unread.sample_id, unread.offset) == (3, bad)
     assert unread.sentence.startswith("cannot be read in the content of sample 3 ")
     assert unread.sentence.endswith(f"from byte {bad} on (Input/output error).")
-    assert (damaged.sample_id, damaged.offset) == (5, flip)
+    assert (damaged.sample_id, damaged.offset) == (5, later)
 
 
 def test_at_most_twenty_of_a_file_are_listed(tmp_path):
     samples = [Sample(jpeg(8, 8 + i), 8, 8 + i, 0, f"a/{i}.jpg") for i in range(30)]
     write_set(tmp_path / "set", samples, per_shard=27)
     for record in np.load(tmp_path / "set/index.npy"):
-        flipped(tmp_path / f"set/shard-{record['shard']:06d}.tar", int(record["offset"]), 1)
+        flip(tmp_path / f"set/shard-{record['shard']:06d}.tar", int(record["offset"]), 1)
     result = verify(tmp_path / "set", workers=1)
     assert [finding.sample_id for finding in result.findings] == [*range(20), None, *range(27, 30)]
     assert str(result.findings[20]) == "... and 7 more in shard-000000.tar"
@@ -597,14 +610,15 @@ def test_swapped_contents_are_told(packed, shard):
 def test_a_changed_label_of_a_beton_is_told(tmp_path):
     folder = write_full_set(tmp_path / "set", "beton")
     label = BETON_HEADER + BETON_FIELDS + 4 * BETON_ROW + 16
-    flipped(folder / "samples.beton", label, 1)
+    flip(folder / "samples.beton", label, 1)
     (finding,) = findings(folder)
     assert (finding.file, finding.sample_id, finding.offset) == ("samples.beton", 4, label)
     assert "in the metadata of sample 4 (a/picture 4.jpg), " in str(finding)
     assert str(finding).endswith(f"at byte {label} (found 0x01, expected 0x00).")
+    flip(folder / "samples.beton", label + 2 * BETON_ROW, 1)
+    assert [(f.sample_id, f.offset) for f in findings(folder)] == [(4, label), (6, label + 2 * BETON_ROW)]
     seal(folder)
-    (finding,) = findings(folder)
-    assert (finding.file, finding.sample_id) == ("index.npy", 4)
+    assert [(f.file, f.sample_id) for f in findings(folder)] == [("index.npy", 4), ("index.npy", 6)]
 
 
 def test_a_wrong_place_of_a_sample_is_told(packed, shard):
@@ -649,14 +663,8 @@ def test_numbers_of_samples_that_contradict_each_other_are_told(packed):
 
 def test_a_set_is_not_sound_where_its_readers_refuse_it(packed):
     records = np.load(packed / "index.npy")
-    np.save(packed / "index.npy", records.view(np.uint8))  # as long, of another type
-    edit_manifest(
-        packed, index=json.loads((packed / "manifest.json").read_text())["index"]
-        | {"byte_count": (packed / "index.npy").stat().st_size},
-    )  # fmt: skip
-    manifest = json.loads((packed / "manifest.json").read_text())
-    manifest["index"]["checksum"] = xxhash.xxh3_128_hexdigest((packed / "index.npy").read_bytes())
-    edit_manifest(packed, **manifest)
+    np.save(packed / "index.npy", records.view(np.uint8))  # as many bytes, of another type
+    seal_files(packed)
     (finding,) = findings(packed)
     assert finding.file == "index.npy" and "holds records of uint8" in finding.sentence
 
@@ -722,16 +730,19 @@ def test_the_same_samples_in_another_container_are_equal(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"label": 1}, ["sample 2 (a/picture 2.jpg) with label 1 where {} has 0."]),
-        ({"height": 13}, ["sample 2 (a/picture 2.jpg) with height 13 where {} has 12."]),
-        ({"name": "c.jpg"}, ["sample 2 with the name c.jpg where {} has a/picture 2.jpg."]),
+        ({"label": 1}, "sample 2 (a/picture 2.jpg) with label 1 where {} has label 0."),
+        (
+            {"height": 13, "width": 2},
+            "sample 2 (a/picture 2.jpg) with height 13, width 2 where {} has height 12, width 22.",
+        ),
+        ({"name": "c.jpg"}, "sample 2 with the name c.jpg where {} has a/picture 2.jpg."),
     ],
 )
 def test_samples_that_differ_from_another_sets_are_told(tmp_path, changes, said):
     shards, beton = pair(tmp_path, **changes)
-    found = findings(shards, against=beton, pixels=0)
-    assert [str(finding) for finding in found] == [f"{beton} has {sentence.format(shards)}" for sentence in said]
-    assert [finding.sample_id for finding in found] == [2]
+    (finding,) = findings(shards, against=beton, pixels=0)
+    assert str(finding) == f"{beton} has {said.format(shards)}"
+    assert finding.sample_id == 2
 
 
 def test_other_contents_numbers_and_classes_are_told(tmp_path):
@@ -742,7 +753,7 @@ def test_other_contents_numbers_and_classes_are_told(tmp_path):
     found = [finding.sentence for finding in findings(shards, against=tmp_path / "other")]
     assert found[0] == f"has a number of samples of 6 where {shards} has 8."
     assert found[1] == f"has other class names than {shards}."
-    assert any(sentence.startswith("has sample 1 (b/picture 1.jpg) with checksum ") for sentence in found)
+    assert any(sentence.startswith("has sample 1 (b/picture 1.jpg) with byte_count ") for sentence in found)
     assert not any("sample 2 " in sentence for sentence in found)
 
 

@@ -63,7 +63,11 @@ CHANGED = {
     "good/png.jpg": (encoded(picture(11, 12), "PNG"), ["PNG"], (11, 12)),
     "good/webp.JPEG": (encoded(picture(11, 12), "WEBP"), ["WEBP"], (11, 12)),
     "good/turned.jpg": (exif_turned(), ["EXIF orientation"], (40, 16)),
-    "good/deep.png": (encoded(Image.fromarray(np.full((5, 6), 256 * 200, np.uint16)), "PNG"), ["PNG", "16 bit"], (5, 6)),
+    "good/deep.png": (
+        encoded(Image.fromarray(np.full((5, 6), 256 * 200, np.uint16)), "PNG"),
+        ["PNG", "16 bit"],
+        (5, 6),
+    ),
 }
 BAD = {
     "good/truncated.jpg": (jpeg_of(64, 64)[:400], "damaged"),
@@ -171,7 +175,9 @@ def test_dalis_own_webdataset_reader_reads_the_shards_by_our_index(tmp_path, lab
     pipe = read()
     pipe.build()
     outputs = pipe.run()
-    assert [bytes(np.asarray(outputs[0].at(i))) for i in range(12)] == [index.jpeg_bytes(i).tobytes() for i in range(12)]
+    assert [bytes(np.asarray(outputs[0].at(i))) for i in range(12)] == [
+        index.jpeg_bytes(i).tobytes() for i in range(12)
+    ]
     if labels:
         assert [int(bytes(np.asarray(outputs[1].at(i)))) for i in range(12)] == index.labels(range(12)).tolist()
 
@@ -179,7 +185,9 @@ def test_dalis_own_webdataset_reader_reads_the_shards_by_our_index(tmp_path, lab
 def test_dalis_index_is_what_dalis_own_tool_writes(tmp_path):
     wds2idx = pytest.importorskip("wds2idx", reason="DALI is not installed")
     index = pack_folder(two_classes(tmp_path / "data", 12), tmp_path / "out")
-    with wds2idx.IndexCreator(str(tmp_path / "out/shard-000000.tar"), str(tmp_path / "theirs.idx"), verbose=False) as creator:
+    with wds2idx.IndexCreator(
+        str(tmp_path / "out/shard-000000.tar"), str(tmp_path / "theirs.idx"), verbose=False
+    ) as creator:
         creator.create_index()
     ours = (tmp_path / "out/shard-000000.idx").read_text()
     assert ours == (tmp_path / "theirs.idx").read_text() and ours.startswith(f"v1.2 {len(index)}\n")
@@ -206,7 +214,9 @@ def ffcv_reads(index: DatasetIndex, out: Path, os_cache: bool):
     """In a process of its own: FFCV 1.0.2 makes every uint8 array of a process read-only for numba."""
     pytest.importorskip("ffcv", reason="FFCV is not installed")
     arguments = [str(index.path / "samples.beton"), str(out), str(int(os_cache))]
-    done = subprocess.run([sys.executable, "-c", READ_WITH_FFCV, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_WITH_FFCV, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return np.load(out)
 
@@ -230,7 +240,9 @@ def test_ffcvs_own_loader_reads_the_beton(packed_hostile, tmp_path, os_cache):
 
 @pytest.mark.parametrize("mode", ["raw", "smart"])
 def test_ffcvs_own_loader_reads_raw_pixels(tmp_path, mode):
-    data = write_files(tmp_path / "data", {f"{i}.jpg": jpeg_of(48, 48, seed=i, quality=20 + 79 * (i % 2)) for i in range(6)})
+    data = write_files(
+        tmp_path / "data", {f"{i}.jpg": jpeg_of(48, 48, seed=i, quality=20 + 79 * (i % 2)) for i in range(6)}
+    )
     index = pack_beton(data, tmp_path / "out", write_mode=mode, smart_threshold=7.5)
     encodings = index.records(range(6))["encoding"]
     assert set(encodings) == ({1} if mode == "raw" else {0, 1})
@@ -261,7 +273,9 @@ def test_the_same_pictures_from_a_folder_a_list_and_a_tar_of_tars(tmp_path, pack
     data = two_classes(tmp_path / "data", 30)
     pictures = {str(path.relative_to(data)): path.read_bytes() for path in sorted(data.rglob("*.jpg"))}
     lines = [f"{data / name}\t{name.split('/')[0]}\n" for name in pictures]
-    inner = {f"{c}.tar": tar_of({n.split("/")[1]: p for n, p in pictures.items() if n.startswith(c)}) for c in ("cat", "ape")}
+    inner = {
+        f"{c}.tar": tar_of({n.split("/")[1]: p for n, p in pictures.items() if n.startswith(c)}) for c in ("cat", "ape")
+    }
     write_files(tmp_path, {"list.tsv": "".join(lines).encode(), "ILSVRC2012_img_train.tar": tar_of(inner)})
     from_folder = packer(data, tmp_path / "from_folder")
     from_tar = packer(tmp_path / "ILSVRC2012_img_train.tar", tmp_path / "from_tar")
@@ -282,7 +296,9 @@ def test_webdataset_tars_written_by_others(tmp_path, packer):
     for shard in range(2):
         with wds.TarWriter(str(tmp_path / f"tars/{shard:02d}.tar")) as tar:
             for i in range(5):
-                tar.write({"__key__": f"key{i}", "jpg": jpeg_of(seed=10 * shard + i), "cls": shard + i, "json": {"i": i}})
+                tar.write(
+                    {"__key__": f"key{i}", "jpg": jpeg_of(seed=10 * shard + i), "cls": shard + i, "json": {"i": i}}
+                )
     index = packer(tmp_path / "tars", tmp_path / "out")
     assert len(index) == 10 and sorted(index.labels(range(10))) == sorted([0, 1, 2, 3, 4, 1, 2, 3, 4, 5])
     expected = {jpeg_of(seed=10 * shard + i): shard + i for shard in range(2) for i in range(5)}
@@ -362,7 +378,9 @@ def test_the_plan_says_what_would_be_and_does_nothing(tmp_path, container):
     assert not (tmp_path / "out").exists()
     expected = float(re.search(r"expected size +([\d.]+) GB", done.stdout)[1]) * 1e9
     index = PACKERS[container](data, tmp_path / "out", bad_limit=0.2)
-    assert expected == pytest.approx(sum(p.stat().st_size for p in index.path.iterdir()), abs=1e6 if container == "tar" else 2e7)
+    assert expected == pytest.approx(
+        sum(p.stat().st_size for p in index.path.iterdir()), abs=1e6 if container == "tar" else 2e7
+    )
 
 
 @pytest.mark.parametrize(
