@@ -44,48 +44,58 @@ _METADATA_START = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
 
 
 class Layout:
-    """Where everything lies in a beton of `num_samples` samples, the largest of `largest` bytes.
+    """Where everything lies in a beton, worked out while its samples become known.
 
-    `place` is to be called with all samples in order, some at a time; `place` and `end` then know the rest. Two layouts
-    that are given the same place the same.
+    `place` is to be called with all samples in order, some at a time; `end` and `page_size` then know the rest. Two
+    layouts that are given the same place the same.
     """
 
-    def __init__(self, num_samples: int, largest: int) -> None:
-        """ValueError for a sample that no page of FFCV holds."""
-        self.num_samples = num_samples
+    def __init__(self, num_listed: int) -> None:
+        """`num_listed`: samples and pictures that were left out; room is kept for the metadata of all."""
         self.page_size = MIN_PAGE_SIZE
-        while self.page_size < largest:
-            self.page_size *= 2
-        if self.page_size > MAX_PAGE_SIZE:
-            raise ValueError(
-                f"A .beton holds samples of at most {MAX_PAGE_SIZE} bytes. Found: {largest}; shrink the pictures "
-                "(--max-resolution) or store them with --write-mode jpg."
-            )
-        self.data_start = _up(_METADATA_START + num_samples * METADATA_DTYPE.itemsize, self.page_size)
+        """Of what was placed so far: the smallest that holds the largest sample."""
+        self.data_start = _up(_METADATA_START + num_listed * METADATA_DTYPE.itemsize, MIN_PAGE_SIZE)
         self.end = self.data_start
         """Of what was placed so far: the position of the first free byte."""
 
     def place(self, byte_counts: NDArray[np.unsignedinteger]) -> NDArray[np.uint64]:
-        """Positions, [n] uint64, of the next n samples: one after the other, at a new page where one would not fit."""
+        """Positions, [n] uint64, of the next n samples: one after the other, none across the end of a page.
+
+        Pages are of the smallest size until a sample is larger. It begins at a multiple of the page that holds it, so
+        what was placed before it lies within such pages too. ValueError for a sample that no page of FFCV holds.
+        """
         sums = np.concatenate([[0], np.cumsum(byte_counts, dtype=np.int64)])
         positions = np.empty(len(byte_counts), np.uint64)
         first = 0
         while first < len(byte_counts):
-            room = self.page_size - self.end % self.page_size  # a whole page at a page's beginning
+            room = MIN_PAGE_SIZE - self.end % MIN_PAGE_SIZE  # a whole page at a page's beginning
             stop = int(np.searchsorted(sums, sums[first] + room, side="right")) - 1
-            positions[first:stop] = self.end + sums[first:stop] - sums[first]
             if stop == first:
-                self.end += room
-                continue
+                page = self._page_of(int(byte_counts[first]))
+                self.end = _up(self.end, page)
+                stop += page > MIN_PAGE_SIZE
+            positions[first:stop] = self.end + sums[first:stop] - sums[first]
             self.end += int(sums[stop] - sums[first])
             first = stop
         return positions
 
-    def head(self, allocations_start: int) -> bytes:
-        """Header and field descriptions."""
+    def _page_of(self, byte_count: int) -> int:
+        page = MIN_PAGE_SIZE
+        while page < byte_count:
+            page *= 2
+        if page > MAX_PAGE_SIZE:
+            raise ValueError(
+                f"A .beton holds samples of at most {MAX_PAGE_SIZE} bytes. Found: {byte_count}; shrink the pictures "
+                "(--max-resolution) or store them with --write-mode jpg."
+            )
+        self.page_size = max(self.page_size, page)
+        return page
+
+    def head(self, num_samples: int) -> bytes:
+        """Header and field descriptions, once all samples are placed."""
         header = np.zeros(1, HEADER_DTYPE)
         header["version"], header["num_fields"], header["page_size"] = FFCV_VERSION, 2, self.page_size
-        header["num_samples"], header["alloc_table_ptr"] = self.num_samples, allocations_start
+        header["num_samples"], header["alloc_table_ptr"] = num_samples, self.end
         fields = np.zeros(2, FIELD_DTYPE)
         for field, name, type_id in zip(fields, (b"image", b"label"), (_IMAGE_FIELD, _INT_FIELD)):
             field["type_id"] = type_id

@@ -24,7 +24,8 @@ from inscon.sampling import permute
 
 JOB_NAME, LISTING_NAME = "job.json", "listing"
 _PACKING_ORDER = 2**32 - 1  # an epoch number that no training reaches: packing shuffles unlike any epoch
-_READ_AHEAD_BYTES, _READ_AHEAD_PICTURES, _READ_THREADS = 16_000_000, 64, 4
+_READ_AHEAD_BYTES, _READ_AHEAD_HANDFULS, _READ_THREADS = 16_000_000, 8, 4
+_HANDFUL, _HANDFUL_BYTES = 8, 2_000_000
 _TELL_EVERY_S = 0.1
 _PARTS_OF_SMALL_BETON, _PICTURES_OF_SMALL_PART, _PICTURES_OF_LARGEST_PART = 64, 100, 5000
 
@@ -101,23 +102,35 @@ class Progressed(NamedTuple):
     """Name and reason of each picture that was left out."""
 
 
-def pack_shard(job: Job, reader: Reader, number: int) -> Iterator[Progressed]:
-    """Write one shard and its report, telling every moment how far it is. Closed early, it leaves nothing."""
-    builder = ReportBuilder(number)
-    shard = (TarShard if job.target.container == "tar" else BetonPart)(job.out, number)
-    try:
+class ShardPacker:
+    """Writes one shard and its report: first all `steps`, then `finish`. Discarded, it leaves nothing."""
+
+    def __init__(self, job: Job, reader: Reader, number: int) -> None:
+        self._job, self._reader, self._number = job, reader, number
+        self._builder = ReportBuilder(number)
+        self._shard = (TarShard if job.target.container == "tar" else BetonPart)(job.out, number)
+
+    def steps(self) -> Iterator[Progressed]:
+        """Read, check and write its pictures, telling every moment how far it is."""
         pictures, source_bytes, left_out, told = 0, 0, [], time.monotonic()
-        for entry, source in _read_ahead(reader, job.entries(number)):
-            reason = _add(builder, shard, job, entry, source)
+        for entry, source in _read_ahead(self._reader, self._job.entries(self._number)):
+            reason = _add(self._builder, self._shard, self._job, entry, source)
             pictures, source_bytes = pictures + 1, source_bytes + entry.byte_count
             left_out += [f"{entry.name}: {reason}"] * (reason is not None)
             if left_out or time.monotonic() - told > _TELL_EVERY_S:
                 yield Progressed(pictures, source_bytes, tuple(left_out))
                 pictures, source_bytes, left_out, told = 0, 0, [], time.monotonic()
-        builder.report(shard.finish()).save(job.state)
         yield Progressed(pictures, source_bytes, tuple(left_out))
-    finally:
-        shard.discard()
+
+    def finish(self) -> None:
+        """Bring it to the disk and report it; another thread may do that while the next shard is begun."""
+        try:
+            self._builder.report(self._shard.finish()).save(self._job.state)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        self._shard.discard()
 
 
 def _add(
@@ -159,24 +172,41 @@ def _prepare(source: bytes, entry: Entry, job: Job) -> Prepared:
 def _read_ahead(reader: Reader, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | Unreadable]]:
     """Entries with their bytes, in order; disks and networks like several requests at a time."""
 
-    def read(entry: Entry) -> bytes | Unreadable:
-        try:
-            return reader.read(entry)
-        except Unreadable as fault:
-            return fault
+    def read(handful: list[Entry]) -> list[tuple[Entry, bytes | Unreadable]]:
+        sources = []
+        for entry in handful:
+            try:
+                sources.append((entry, reader.read(entry)))
+            except Unreadable as fault:
+                sources.append((entry, fault))
+        return sources
 
     ahead: deque = deque()
     ahead_bytes = 0
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for entry in entries:
-            ahead.append((entry, pool.submit(read, entry)))
-            ahead_bytes += entry.byte_count
-            while ahead_bytes > _READ_AHEAD_BYTES or len(ahead) > _READ_AHEAD_PICTURES:
-                first, reading = ahead.popleft()
-                ahead_bytes -= first.byte_count
-                yield first, reading.result()
-        for first, reading in ahead:
-            yield first, reading.result()
+        for handful in _handfuls(entries):
+            byte_count = sum(entry.byte_count for entry in handful)
+            ahead.append((byte_count, pool.submit(read, handful)))
+            ahead_bytes += byte_count
+            while ahead_bytes > _READ_AHEAD_BYTES or len(ahead) > _READ_AHEAD_HANDFULS:
+                byte_count, reading = ahead.popleft()
+                ahead_bytes -= byte_count
+                yield from reading.result()
+        for _, reading in ahead:
+            yield from reading.result()
+
+
+def _handfuls(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """A few at a time: to hand over one costs as much as to read one."""
+    handful, byte_count = [], 0
+    for entry in entries:
+        handful.append(entry)
+        byte_count += entry.byte_count
+        if len(handful) == _HANDFUL or byte_count > _HANDFUL_BYTES:
+            yield handful
+            handful, byte_count = [], 0
+    if handful:
+        yield handful
 
 
 def _size(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +31,12 @@ from data_prep.index import (
     ShardError,
     StoredFile,
 )
-from data_prep.new_file import NewFile
+from data_prep.new_file import KeptFile, NewFile
 from data_prep.shards import ShardReport, report_path
 
 _COPY_BYTES = 1 << 22
+_LOOK_EVERY_S = 0.1
+_PARTS_PER_SYNC = 8  # to wait for the disk takes as long as some parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,11 @@ class SetFacts:
     settings: Mapping
 
 
-def join(out: Path, num_shards: int, facts: SetFacts) -> DatasetIndex:
+def join(out: Path, num_shards: int, facts: SetFacts, beton_join: "BetonJoin | None" = None) -> DatasetIndex:
     """Write index, names, lists and manifest of the `num_shards` reported shards of `out`, and open the set.
 
-    May be stopped at any moment and called again. One report is in memory at a time.
+    Of a beton, `beton_join` has laid all parts into it, or none was begun. May be stopped at any moment and called
+    again. One report is in memory at a time.
     """
     reports = Reports(out / STATE_NAME, num_shards)
     with (
@@ -59,7 +63,7 @@ def join(out: Path, num_shards: int, facts: SetFacts) -> DatasetIndex:
         NewFile(out / CHANGED_NAME) as changed,
         NewFile(out / MANIFEST_NAME) as manifest_file,
     ):
-        place = _write_beton(out, reports) if facts.container == "beton" else _Tars()
+        place = _in_beton(out, num_shards, reports, beton_join) if facts.container == "beton" else _Tars()
         _write_npy_header(index, reports.num_samples)
         content = xxhash.xxh3_128()
         rejected_kinds, changed_kinds, changed_names, num_changed = Counter(), Counter(), [], 0
@@ -106,10 +110,9 @@ class Reports:
 
     def __init__(self, state: Path, num_shards: int) -> None:
         self._state, self._num_shards = state, num_shards
-        counts = [(len(r.records), int(r.records["byte_count"].max(initial=0))) for r in self]
+        counts = [(len(report.records), len(report.rejected)) for report in self]
         self.num_samples = sum(count for count, _ in counts)
-        self.largest = max(largest for _, largest in counts)
-        """Byte count of the largest sample."""
+        self.num_listed = self.num_samples + sum(rejected for _, rejected in counts)
 
     def __iter__(self) -> Iterator[ShardReport]:
         return (ShardReport.load(self._state, number) for number in range(self._num_shards))
@@ -134,56 +137,98 @@ class _Tars:
 class _InBeton:
     """Samples of a beton lie where its layout says."""
 
-    def __init__(self, layout: beton.Layout, stored: StoredFile) -> None:
-        self._layout, self.shards, self.dali_indices = layout, [stored], []
+    def __init__(self, num_listed: int, stored: StoredFile) -> None:
+        self._layout, self.shards, self.dali_indices = beton.Layout(num_listed), [stored], []
 
     def __call__(self, report: ShardReport) -> NDArray[np.void]:
         return _placed(self._layout, report)
 
 
-def _write_beton(out: Path, reports: Reports) -> _InBeton:
-    """Make the beton of its parts, unless an earlier run did. Each part is removed when the disk has its samples."""
-    path, count = out / BETON_NAME, reports.num_samples
-    layout = _layout(reports)
-    for report in reports:
-        layout.place(report.records["byte_count"])
-    allocations_start, end = layout.end, layout.end + count * beton.ALLOCATION_DTYPE.itemsize
-    if path.is_file() and path.stat().st_size == end:  # an earlier run came this far
-        os.replace(path, path.with_name(path.name + PARTIAL_SUFFIX))
-        file = NewFile(path, keep=end)
-        try:
-            return _InBeton(_layout(reports), file.commit(count))
-        except BaseException:
-            file.leave()  # its parts are gone, so it must stay
-            raise
-    done, keep = _joined_before(out, reports)
-    file = NewFile(path, keep=keep)
-    try:
-        layout = _layout(reports)
-        if not keep:
-            file.write(layout.head(allocations_start))
-            metadata_layout = _layout(reports)
-            for report in reports:
-                file.write(beton.metadata_of(_placed(metadata_layout, report)).tobytes())
-        for number, report in enumerate(reports):
-            placed = _placed(layout, report)
-            if number >= done and len(placed):
-                part = out / STATE_NAME / report.files[0].name
-                _copy(part, file, report, placed)
-                file.sync()
-                part.unlink()
-        allocations_layout, first_id = _layout(reports), 0
+def _in_beton(out: Path, num_shards: int, reports: Reports, beton_join: "BetonJoin | None") -> _InBeton:
+    if beton_join is None:
+        with BetonJoin(out, num_shards, reports.num_listed) as beton_join:
+            beton_join.append_reported(threading.Event())
+            return _InBeton(reports.num_listed, beton_join.finish(reports))
+    return _InBeton(reports.num_listed, beton_join.finish(reports))
+
+
+class BetonJoin:
+    """Lays the parts of a beton into it, in order, as they are reported, while others are still written.
+
+    A part is removed when the disk has its samples in the beton, so the disk hardly ever has them twice. Where an earlier
+    run stopped shows in which parts are there no more.
+    """
+
+    def __init__(self, out: Path, num_shards: int, num_listed: int) -> None:
+        """ShardError where the beton of an earlier run is gone, and with it the parts that it had taken up."""
+        self._state, self._num_shards, self._num_listed = out / STATE_NAME, num_shards, num_listed
+        path = out / BETON_NAME
+        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        if path.is_file():  # whole already, but for the manifest
+            os.replace(path, partial)
+        self._layout, self._next = beton.Layout(num_listed), 0
+        while (report := self._report()) is not None and not self._is_part_there(report):
+            self._layout.place(report.records["byte_count"])
+            self._next += 1
+        end, found = self._layout.end, partial.stat().st_size if partial.is_file() else 0
+        if end > self._layout.data_start and found < end:
+            raise ShardError(
+                f"{partial} was removed or cut short, and with it {self._next} finished parts: pass --overwrite to begin anew."
+            )
+        self._copied: list[Path] = []
+        self._file = KeptFile(path, keep=end)
+
+    def __enter__(self) -> "BetonJoin":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.discard()
+
+    def append_reported(self, stopped: threading.Event) -> None:
+        """Take up all parts, waiting for each to be reported; ends early when `stopped` is set."""
+        while self._next < self._num_shards:
+            report = self._report()
+            if report is None:
+                if stopped.wait(_LOOK_EVERY_S):
+                    return
+                continue
+            placed = _placed(self._layout, report)
+            if len(placed):
+                part = self._state / report.files[0].name
+                _copy(part, self._file, report, placed)
+                self._copied.append(part)
+            self._next += 1
+            if len(self._copied) == _PARTS_PER_SYNC or self._next == self._num_shards:
+                self._remove_copied()
+
+    def finish(self, reports: Reports) -> StoredFile:
+        """Write what the beton says of all its samples, and give it its name."""
+        assert self._next == self._num_shards and not self._copied
+        head, layout, first_id = self._layout.head(reports.num_samples), beton.Layout(self._num_listed), 0
+        self._file.write_at(0, head)
         for report in reports:
-            file.write(beton.allocations_of(first_id, _placed(allocations_layout, report)).tobytes())
-            first_id += len(report.records)
-        return _InBeton(_layout(reports), file.commit(count))
-    except BaseException:
-        file.leave()  # its parts are gone, so it must stay
-        raise
+            placed = _placed(layout, report)
+            rows = beton.metadata_of(placed)
+            self._file.write_at(len(head) + first_id * rows.itemsize, rows.tobytes())
+            self._file.write(beton.allocations_of(first_id, placed).tobytes())
+            first_id += len(placed)
+        return self._file.commit(reports.num_samples)
 
+    def _report(self) -> ShardReport | None:
+        """Of the next part, if it is written."""
+        written = self._next < self._num_shards and report_path(self._state, self._next).is_file()
+        return ShardReport.load(self._state, self._next) if written else None
 
-def _layout(reports: Reports) -> beton.Layout:
-    return beton.Layout(reports.num_samples, reports.largest)
+    def _is_part_there(self, report: ShardReport) -> bool:
+        return bool(report.files) and (self._state / report.files[0].name).exists()
+
+    def _remove_copied(self) -> None:
+        """The first ones first: whichever is there, those before it are not needed."""
+        if self._copied:
+            self._file.sync()
+        for part in self._copied:
+            part.unlink()
+        self._copied.clear()
 
 
 def _placed(layout: beton.Layout, report: ShardReport) -> NDArray[np.void]:
@@ -192,24 +237,7 @@ def _placed(layout: beton.Layout, report: ShardReport) -> NDArray[np.void]:
     return records
 
 
-def _joined_before(out: Path, reports: Reports) -> tuple[int, int]:
-    """How many reports' parts an earlier run has laid into the beton, and how long it was then, bytes."""
-    layout, done, end = _layout(reports), 0, 0
-    for report in reports:
-        layout.place(report.records["byte_count"])
-        if report.files and (out / STATE_NAME / report.files[0].name).exists():
-            break
-        done += 1
-        end = layout.end if report.files else end
-    partial = out / (BETON_NAME + PARTIAL_SUFFIX)
-    if end and (not partial.is_file() or partial.stat().st_size < end):
-        raise ShardError(
-            f"{partial} was removed or cut short, and with it {done} finished parts: pass --overwrite to begin anew."
-        )
-    return done, end
-
-
-def _copy(part: Path, file: NewFile, report: ShardReport, placed: NDArray[np.void]) -> None:
+def _copy(part: Path, file: KeptFile, report: ShardReport, placed: NDArray[np.void]) -> None:
     """Append a part's samples at their places; what lies between is zero.
 
     ShardError where the part is not what it was when it was written; a later run then takes it up again.

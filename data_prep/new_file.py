@@ -1,6 +1,5 @@
 """Files that appear under their name only when they are whole, with their checksum."""
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -12,7 +11,7 @@ import xxhash
 from data_prep.index import PARTIAL_SUFFIX, StoredFile
 
 _LOCK_WAIT_S = 30.0
-_BUFFER = 1 << 20
+_PIECE = 1 << 20
 
 
 class CannotWrite(ValueError):
@@ -29,21 +28,19 @@ class NewFile:
     Left without `commit` it is taken away. Raises CannotWrite, one sentence with the remedy.
     """
 
-    def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """`keep`: go on after this many bytes of what an earlier run left, instead of beginning anew."""
-        self.path = path
+    def __init__(self, path: Path) -> None:
+        self._begin(path, 0)
+        self._hash = xxhash.xxh3_128()
+
+    def _begin(self, path: Path, keep: int) -> None:
+        self.path, self.byte_count = path, keep
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         try:
             self._file = _open_locked(self._partial)
-            self._hash = xxhash.xxh3_128()
-            self._file.seek(0)
-            for start in range(0, keep, _BUFFER):
-                self._hash.update(self._file.read(min(_BUFFER, keep - start)))
+            self._file.truncate(keep)
             self._file.seek(keep)
-            self._file.truncate()
         except OSError as error:
             raise self._cannot(error) from None
-        self.byte_count = keep
         self._open = True
 
     def __enter__(self) -> "NewFile":
@@ -53,24 +50,31 @@ class NewFile:
         self.discard()
 
     def write(self, data: bytes | memoryview) -> int:
+        """Append; the number of bytes, as `np.lib.format` wants it."""
         self._hash.update(data)
+        self._append(data)
+        return len(data)
+
+    def _append(self, data: bytes | memoryview) -> None:
         self.byte_count += len(data)
+        rest = memoryview(data)
         try:
-            return self._file.write(data)
+            while rest:  # a disk that fills up takes a part first
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise self._cannot(error) from None
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
         try:
-            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise self._cannot(error) from None
 
-    def commit(self, sample_count: int) -> StoredFile:
-        """Give it its final name, once it is on the disk."""
-        self.sync()
+    def commit(self, sample_count: int, *, durable: bool = True) -> StoredFile:
+        """Give it its final name; if `durable`, once it is on the disk, so that a power cut leaves it whole."""
+        if durable:
+            self.sync()
         try:
             os.replace(self._partial, self.path)
         except OSError as error:
@@ -90,16 +94,7 @@ class NewFile:
             return
         self._open = False
         self._partial.unlink(missing_ok=True)  # before the lock goes
-        self._close_quietly()
-
-    def leave(self) -> None:
-        """Close it unfinished, for a later run to go on with `keep`."""
-        self._open = False
-        self._close_quietly()
-
-    def _close_quietly(self) -> None:
-        with contextlib.suppress(OSError):  # on a full disk, closing fails again at what is still buffered
-            self._file.close()
+        self._file.close()
 
     def _cannot(self, error: OSError) -> CannotWrite:
         folder = self.path.parent
@@ -110,12 +105,51 @@ class NewFile:
         )
 
 
+class KeptFile(NewFile):
+    """A file that is written by several runs, if need be: left without `commit` it stays as it is, for the next one.
+
+    Its beginning may be written last, so it is hashed when it is whole, from the disk.
+    """
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        """Go on after the first `keep` bytes; where there are fewer, zeros stand for the others."""
+        self._begin(path, keep)
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._append(data)
+        return len(data)
+
+    def write_at(self, position: int, data: bytes) -> None:
+        """Write over what lies there."""
+        try:
+            self._file.seek(position)
+            self._append(data)
+            self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise self._cannot(error) from None
+        self.byte_count -= len(data)
+
+    def commit(self, sample_count: int) -> StoredFile:
+        self.sync()
+        self._hash = xxhash.xxh3_128()
+        self._file.seek(0)
+        while piece := self._file.read(_PIECE):
+            self._hash.update(piece)
+        return super().commit(sample_count)
+
+    def discard(self) -> None:
+        """Close it, unless it is committed."""
+        if self._open:
+            self._open = False
+            self._file.close()
+
+
 def _open_locked(partial: Path):
     """The partial file, with the only lock on it. A killed run's last process may hold it for a moment."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
-        # Buffered by ourselves in big pieces, and open for reading too, for `keep`.
-        file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", _BUFFER)
+        # Unbuffered, for what is written comes in big pieces; open for reading too, for `keep`.
+        file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", 0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The former holder may have renamed or removed the file while we waited: then ours is not the one there.

@@ -14,8 +14,10 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_prep.index import MANIFEST_NAME, STATE_NAME, DatasetIndex, Manifest, ShardError, format_files
 from data_prep.job import JOB_NAME, LISTING_NAME, Job, PackingStopped, Progressed, Target
-from data_prep.joining import SetFacts, join
+from data_prep.joining import BetonJoin, SetFacts, join
 from data_prep.locks import is_held, only_writer
 from data_prep.new_file import NewFile
 from data_prep.shards import ShardReport
@@ -110,11 +112,14 @@ def pack(
             job = _open_job(config, target, ranks, console)
             if job is None:
                 return None
-            _write_shards(job, config, ranks, console)
             if ranks.rank != 0:
+                _write_shards(job, config, ranks, console)
                 return None
-            _wait_for_ranks(job, ranks, console)
-            index = _join(job, config)
+            with _beton_joined_meanwhile(job) as joined:
+                _write_shards(job, config, ranks, console)
+                _wait_for_ranks(job, ranks, console)
+                index = _join(job, config, joined)
+            (state / JOB_NAME).unlink()  # first: without it there is nothing to go on with
             shutil.rmtree(state)
             return index
         finally:
@@ -307,7 +312,27 @@ def _wait_for_ranks(job: Job, ranks: Ranks, console: Console) -> None:
         time.sleep(min(5.0, _RANK_WAIT_S / 10))
 
 
-def _join(job: Job, config: PackConfig) -> DatasetIndex:
+@contextlib.contextmanager
+def _beton_joined_meanwhile(job: Job) -> Iterator[Callable[[], BetonJoin | None]]:
+    """While shards are written, a thread lays the parts of a beton into it. Yields a function that waits for its end."""
+    if job.target.container != "beton":
+        yield lambda: None
+        return
+    stopped = threading.Event()
+    with BetonJoin(job.out, job.num_shards, len(job.listing)) as beton_join, ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(beton_join.append_reported, stopped)
+
+        def joined() -> BetonJoin:
+            ending.result()
+            return beton_join
+
+        try:
+            yield joined
+        finally:
+            stopped.set()
+
+
+def _join(job: Job, config: PackConfig, joined: Callable[[], BetonJoin | None]) -> DatasetIndex:
     _Watch(job, config, sum(len(report.rejected) for report in _reports(job))).check()  # of all ranks together
     if not any(len(report.records) for report in _reports(job)):
         first = next(report.rejected[0] for report in _reports(job) if report.rejected)
@@ -321,7 +346,7 @@ def _join(job: Job, config: PackConfig) -> DatasetIndex:
         shuffle_seed=(job.listing.source_seed or 0) if job.seed is None else job.seed,
         settings=_settings(job.target),
     )
-    return join(job.out, job.num_shards, facts)
+    return join(job.out, job.num_shards, facts, joined())
 
 
 def _reports(job: Job) -> Iterator[ShardReport]:

@@ -103,22 +103,22 @@ def _shard_number(shard: StoredFile) -> int:
 
 def beton_parts(here: PlainSet, _: int) -> Iterator[Part | Content]:
     count = int(here.firsts[-1])
-    largest = max(int(rows["byte_count"].max()) for _, rows in here.records.slices(0, count))
+    num_listed = count + sum(here.manifest.rejected.values())
+    layout = beton.Layout(num_listed)
     try:
-        layout = beton.Layout(count, largest)
+        for _, rows in here.records.slices(0, count):
+            layout.place(rows["byte_count"])
     except ValueError as error:
         raise ShardError(f"says what cannot be ({error})") from None
 
     def placed() -> Iterator[tuple[int, NDArray[np.void]]]:
-        layout = beton.Layout(count, largest)
+        layout = beton.Layout(num_listed)
         for first, rows in here.records.slices(0, count):
             rows = np.array(rows)
             rows["offset"] = layout.place(rows["byte_count"])
             yield first, rows
 
-    for _, rows in here.records.slices(0, count):
-        layout.place(rows["byte_count"])
-    head = layout.head(layout.end)
+    head = layout.head(count)
     yield Part("the header", head[: beton.HEADER_DTYPE.itemsize])
     yield Part("the description of the fields", head[beton.HEADER_DTYPE.itemsize :])
     for first, rows in placed():

@@ -21,6 +21,8 @@ from data_prep.index import NO_LABEL, RECORD_DTYPE, STATE_NAME, ShardError, Stor
 from data_prep.new_file import NewFile
 
 DALI_INDEX_VERSION = "v1.2"
+_TAR_HEADER = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
+_TAR_HEADER[148:156] = b"      \0 "  # the checksum, over a field of blanks; written in six digits
 _RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple of Python's numbers has ten times as many
 
 
@@ -122,8 +124,7 @@ class TarShard:
             parts += [tar_header(name, len(member)), member, bytes(-len(member) % tarfile.BLOCKSIZE)]
             entries.append(dali_entry(name, start, len(member)))
         self._index_lines += " ".join(entries).encode() + b"\n"
-        for part in parts:
-            self._file.write(part)
+        self._file.write(b"".join(parts))
         self._count += 1
         return offset
 
@@ -159,7 +160,7 @@ class BetonPart:
         if self._count == 0:
             self.discard()
             return ()
-        return (self._file.commit(self._count),)
+        return (self._file.commit(self._count, durable=False),)  # `BetonJoin` compares its checksum
 
     def discard(self) -> None:
         self._file.discard()
@@ -180,9 +181,11 @@ def dali_entry(name: str, position: int, byte_count: int) -> str:
 
 def tar_header(name: str, byte_count: int) -> bytes:
     """One block. Owner, time and mode stay at their defaults: the same bytes always."""
-    member = tarfile.TarInfo(name)
-    member.size = byte_count
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(_TAR_HEADER)  # tarfile takes 45 us for one
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % byte_count
+    header[148:154] = b"%06o" % (sum(header) + 32)  # the blank that is a zero byte by now
+    return bytes(header)
 
 
 def tar_end(byte_count: int) -> bytes:

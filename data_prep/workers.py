@@ -5,20 +5,32 @@ import multiprocessing
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from data_prep.job import Job, PackingStopped, Progressed, pack_shard
+from data_prep.job import Job, PackingStopped, Progressed, ShardPacker
 from data_prep.reading import Reader
 
 
-def work_here(job: Job, todo: list[int], tell: Callable[[Progressed], None]) -> None:
-    with contextlib.closing(Reader(job.listing)) as reader:
-        for number in todo:
-            with contextlib.closing(pack_shard(job, reader, number)) as steps:
-                for progressed in steps:
+def work_here(job: Job, numbers: Iterable[int], tell: Callable[[Progressed], None]) -> None:
+    """Pack these shards one after the other; while one is brought to the disk, the next is begun."""
+    with contextlib.closing(Reader(job.listing)) as reader, ThreadPoolExecutor(1) as disk:
+        finishing = None
+        for number in numbers:
+            packer = ShardPacker(job, reader, number)
+            try:
+                for progressed in packer.steps():
                     tell(progressed)
+                if finishing is not None:
+                    finishing.result()
+            except BaseException:
+                packer.discard()
+                raise
+            finishing = disk.submit(packer.finish)
+        if finishing is not None:
+            finishing.result()
 
 
 def work_in_processes(job: Job, todo: list[int], workers: int, tell: Callable[[Progressed], None]) -> None:
@@ -32,7 +44,6 @@ def work_in_processes(job: Job, todo: list[int], workers: int, tell: Callable[[P
             process.start()
             theirs.close()  # so that a worker that dies ends `recv`
             processes[ours] = process
-            ours.send(waiting.popleft())
         at_work = dict.fromkeys(processes)
         while at_work:
             for connection in wait(at_work):
@@ -46,8 +57,8 @@ def work_in_processes(job: Job, todo: list[int], workers: int, tell: Callable[[P
                     raise PackingStopped(value)
                 elif kind == "crashed":
                     raise RuntimeError(f"a worker of data_prep/packing.py failed; this is its traceback:\n{value}")
-                elif waiting:
-                    connection.send(waiting.popleft())
+                elif kind == "ready":
+                    connection.send(waiting.popleft() if waiting else None)
                 else:
                     del at_work[connection]
     finally:
@@ -71,19 +82,25 @@ def _death(process: multiprocessing.Process) -> str:
 
 
 def _worker(connection: Connection, out: Path) -> None:
-    """A process that packs the shards whose numbers it is sent, until the connection ends."""
+    """A process that packs the shards whose numbers it is sent, until it is sent None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
+
+    def numbers() -> Iterator[int]:
+        while True:
+            connection.send(("ready", None))
+            number = connection.recv()
+            if number is None:
+                return
+            yield number
+
+    def tell(progressed: Progressed) -> None:
+        connection.send(("progressed", progressed))
+        if connection.poll():  # nothing is sent during a shard: the other end is gone
+            raise EOFError
+
     try:
-        job = Job.open(out)
-        with contextlib.closing(Reader(job.listing)) as reader:
-            while True:
-                number = connection.recv()
-                with contextlib.closing(pack_shard(job, reader, number)) as steps:
-                    for progressed in steps:
-                        connection.send(("progressed", progressed))
-                        if connection.poll():  # nothing is sent during a shard: the other end is gone
-                            return
-                connection.send(("done", number))
+        work_here(Job.open(out), numbers(), tell)
+        message = "done", None
     except (EOFError, ConnectionError):
         return
     except ValueError as error:

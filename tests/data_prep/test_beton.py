@@ -32,19 +32,19 @@ def placed(layout, byte_counts):
 
 
 def test_pages_begin_after_the_metadata():
-    assert Layout(1, 1).data_start == 8 * MB
+    assert Layout(1).data_start == 8 * MB
     last = (8 * MB - HEAD) // ROW
-    assert Layout(last, 1).data_start == 8 * MB
-    assert Layout(last + 1, 1).data_start == 16 * MB
+    assert Layout(last).data_start == 8 * MB
+    assert Layout(last + 1).data_start == 16 * MB
 
 
 def test_the_last_byte_of_the_metadata_may_be_the_last_of_a_page(monkeypatch):
     monkeypatch.setattr(beton, "MIN_PAGE_SIZE", HEAD + 5 * ROW)
-    assert [Layout(count, 1).data_start for count in (4, 5, 6)] == [2226, 2226, 2 * 2226]
+    assert [Layout(count).data_start for count in (4, 5, 6)] == [2226, 2226, 2 * 2226]
 
 
 def test_samples_lie_one_after_the_other_and_none_across_pages():
-    layout = Layout(6, 8 * MB)
+    layout = Layout(6)
     assert layout.page_size == 8 * MB
     # 3 and 4 MB fill a page but for one, 2 MB do not fit; 6 MB fill the second page exactly; 8 MB take one alone.
     assert placed(layout, [3 * MB, 4 * MB, 2 * MB, 6 * MB, 8 * MB, 1]) == [
@@ -54,9 +54,9 @@ def test_samples_lie_one_after_the_other_and_none_across_pages():
 
 
 def test_a_sample_that_does_not_fit_by_one_byte_begins_a_page():
-    assert placed(Layout(3, 8 * MB), [1, 8 * MB - 1, 1]) == [8 * MB, 8 * MB + 1, 16 * MB]
-    assert placed(Layout(3, 8 * MB), [1, 8 * MB, 1]) == [8 * MB, 16 * MB, 24 * MB]
-    assert placed(Layout(2, 8 * MB), [2, 8 * MB - 1]) == [8 * MB, 16 * MB]
+    assert placed(Layout(3), [1, 8 * MB - 1, 1]) == [8 * MB, 8 * MB + 1, 16 * MB]
+    assert placed(Layout(3), [1, 8 * MB, 1]) == [8 * MB, 16 * MB, 24 * MB]
+    assert placed(Layout(2), [2, 8 * MB - 1]) == [8 * MB, 16 * MB]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -65,7 +65,7 @@ def test_positions_are_those_of_the_obvious_loop(monkeypatch, seed):
     rng = np.random.default_rng(seed)
     largest = int(rng.integers(1, 65))
     byte_counts = rng.integers(1, largest + 1, 300)
-    layout = Layout(len(byte_counts), largest)
+    layout = Layout(len(byte_counts))
     assert layout.page_size == 64
     assert layout.data_start % 64 == 0 and 0 <= layout.data_start - (HEAD + ROW * len(byte_counts)) < 64
     positions, end = slowly(byte_counts.tolist(), 64, layout.data_start)
@@ -79,7 +79,7 @@ def test_positions_do_not_depend_on_how_many_are_placed_at_a_time(monkeypatch, s
     monkeypatch.setattr(beton, "MIN_PAGE_SIZE", 64)
     rng = np.random.default_rng(seed)
     byte_counts = rng.integers(1, 65, 100)
-    at_once, piecewise = Layout(100, 64), Layout(100, 64)
+    at_once, piecewise = Layout(100), Layout(100)
     cuts = [0, *np.sort(rng.integers(0, 101, 12)).tolist(), 100]  # some pieces are empty
     pieces = [placed(piecewise, byte_counts[start:stop]) for start, stop in pairwise(cuts)]
     assert [position for piece in pieces for position in piece] == placed(at_once, byte_counts)
@@ -87,7 +87,7 @@ def test_positions_do_not_depend_on_how_many_are_placed_at_a_time(monkeypatch, s
 
 
 def test_the_sum_of_many_samples_does_not_overflow():
-    layout = Layout(5, 2**30)
+    layout = Layout(5)
     start = 2**30
     assert placed(layout, [2**30] * 5) == [start * (1 + i) for i in range(5)]
 
@@ -96,26 +96,44 @@ def test_the_sum_of_many_samples_does_not_overflow():
     ("largest", "page_size"), [(1, 8), (8 * MB, 8), (8 * MB + 1, 16), (16 * MB, 16), (100 * MB, 128), (2**30, 1024)]
 )
 def test_a_page_doubles_until_it_holds_the_largest_sample(largest, page_size):
-    layout = Layout(1, largest)
-    assert layout.page_size == page_size * MB
-    assert layout.data_start == page_size * MB
-    header = np.frombuffer(layout.head(0)[:24], beton.HEADER_DTYPE)[0]
-    assert header["page_size"] == page_size * MB
+    layout = Layout(4)
+    positions = placed(layout, [5, largest, 7, 9 * MB])
+    assert layout.page_size == max(page_size, 16) * MB
+    sizes = [5, largest, 7, 9 * MB]
+    assert all(start // layout.page_size == (start + n - 1) // layout.page_size for start, n in zip(positions, sizes))
+    assert all(start + n <= after for (start, n), after in zip(zip(positions, sizes), positions[1:]))
+    assert positions[1] % (page_size * MB) == 0 or page_size == 8
+    header = np.frombuffer(layout.head(4)[:24], beton.HEADER_DTYPE)[0]
+    assert header["page_size"] == layout.page_size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_sample_crosses_a_page_whatever_the_sizes(monkeypatch, seed):
+    monkeypatch.setattr(beton, "MIN_PAGE_SIZE", 64)
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, rng.choice([60, 100, 500, 3000]), 200)
+    layout = Layout(200)
+    starts = np.array(placed(layout, sizes))
+    assert (starts // layout.page_size == (starts + sizes - 1) // layout.page_size).all()
+    assert (starts[1:] >= (starts + sizes)[:-1]).all() and layout.end == starts[-1] + sizes[-1]
+    assert layout.page_size == max(64, 2 ** int(np.ceil(np.log2(sizes.max()))))
 
 
 def test_a_sample_that_no_page_holds_is_refused():
     with pytest.raises(
         ValueError, match=r"samples of at most 1073741824 bytes. Found: 1073741825; .* --write-mode jpg"
     ):
-        Layout(1, 2**30 + 1)
+        placed(Layout(1), [2**30 + 1])
 
 
 def test_the_head_by_hand():
-    head = Layout(3, 1).head(9_000_000)
+    layout = Layout(3)
+    placed(layout, [MB])
+    head = layout.head(3)
     assert len(head) == HEAD
     assert head[:24] == (
         b"\x02\x00" + b"\x02\x00" + (8 * MB).to_bytes(4, "little") + (3).to_bytes(8, "little")
-        + (9_000_000).to_bytes(8, "little")
+        + (9 * MB).to_bytes(8, "little")
     )  # fmt: skip
     assert head[24 : 24 + 1041] == b"\x02image" + bytes(11 + 1024)
     assert head[24 + 1041 :] == b"\x01label" + bytes(11 + 1024)
@@ -144,8 +162,8 @@ def test_what_is_no_beton_is_refused(tmp_path):
     path.write_bytes(b"\x03" + bytes(23))
     with pytest.raises(ShardError, match=r"of version 3 of FFCV's format, this program reads 2"):
         read_header(path)
-    path.write_bytes(Layout(3, 1).head(77))
-    assert read_header(path).item() == (2, 2, 8 * MB, 3, 77)
+    path.write_bytes(Layout(3).head(3))
+    assert read_header(path).item() == (2, 2, 8 * MB, 3, 8 * MB)
 
 
 # ---------------------------------------------------------------------------------------------------------- FFCV itself

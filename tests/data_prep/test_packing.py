@@ -17,6 +17,7 @@ from data_prep import job as job_module
 from data_prep import locks, packing
 from data_prep.index import DatasetIndex, ShardError
 from data_prep.job import PackingStopped, Target
+from data_prep.joining import BetonJoin
 from data_prep.locks import only_writer
 from data_prep.new_file import NewFile
 from data_prep.packing import PackConfig, Ranks, pack
@@ -488,6 +489,7 @@ def test_a_part_damaged_before_the_join_is_not_joined(tmp_path, data, undisturbe
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_RANK_WAIT_S", 0.1)
+        patch.setattr(BetonJoin, "append_reported", lambda *_: None)
         with pytest.raises(PackingStopped):
             run_pack(data, out, "beton", ranks=Ranks(0, 2))
         run_pack(data, out, "beton", ranks=Ranks(1, 2))
@@ -499,7 +501,6 @@ def test_a_part_damaged_before_the_join_is_not_joined(tmp_path, data, undisturbe
         ShardError, match=rf"{part} is not as it was written, .*: remove it and {report}, and run the same"
     ):
         run_pack(data, out, "beton")
-    assert not (out / "packing/part-000001").exists()  # joined by then
     part.unlink(), report.unlink()
     run_pack(data, out, "beton")
     assert contents(out) == undisturbed["beton"]
@@ -509,10 +510,10 @@ def test_a_beton_whose_manifest_was_not_written_is_kept_through_another_failure(
     out = tmp_path / "out"
     commit = NewFile.commit
 
-    def fail_at_manifest(file, count):
+    def fail_at_manifest(file, count, **options):
         if file.path.name == "manifest.json":
             raise OSError("power cut")
-        return commit(file, count)
+        return commit(file, count, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NewFile, "commit", fail_at_manifest)

@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep.index import NO_LABEL, DatasetIndex
 from data_prep.make_dali import pack_folder
 from data_prep.make_ffcv import pack_beton
+from data_prep.shards import tar_header
 from tests.data_prep.pictures_for_tests import (
     ARITHMETIC_JPEG,
     contents,
@@ -415,3 +416,11 @@ def test_the_command_fails_in_one_sentence(tmp_path, container, files, message):
 def test_settings_out_of_range_are_refused(tmp_path, container, settings, message):
     with pytest.raises(ValueError, match=message):
         PACKERS[container](tmp_path, tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("byte_count", [0, 1, 511, 512, 99_999_999, 8**11 - 1])
+def test_tar_headers_are_tarfiles(byte_count):
+    for name in ("000000_000000.jpg", "123456_1234567.cls"):
+        member = tarfile.TarInfo(name)
+        member.size = byte_count
+        assert tar_header(name, byte_count) == member.tobuf(tarfile.USTAR_FORMAT)
