@@ -16,11 +16,14 @@ To write one:   data_prep/make_dali.py, data_prep/make_ffcv.py
 To check one:   data_prep/verify.py
 """
 
+import contextlib
+import functools
 import json
 import mmap
 import operator
 import os
 import re
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +67,8 @@ MAX_NAMES_IN_MANIFEST = 10_000
 
 _PACK = "python data_prep/make_dali.py --data DIR --out"
 REPAIR = "copy it again or rerun data_prep/make_dali.py"
-_MAX_OPEN_SHARDS = 512  # each map holds a file descriptor, of which a process often has 1024
+_DESCRIPTORS = 1 << 16
+"""As many files as shards may hold open, where the system lets a process have twice as many."""
 
 
 class ShardError(ValueError):
@@ -260,10 +264,23 @@ class DatasetIndex:
         if mapped is not None:
             return mapped
         check_byte_count(self.path, stored)
-        while len(self._mapped) >= _MAX_OPEN_SHARDS:
+        while len(self._mapped) >= _max_open_shards():
             # The oldest goes. Views of it that are still in use keep its map alive.
             self._mapped.pop(next(iter(self._mapped)), None)
         return self._mapped.setdefault(key, _map_file(self.path / stored.name))
+
+
+@functools.cache
+def _max_open_shards() -> int:
+    """Each map holds a file descriptor. The limit is often 1,024, to be raised by whoever needs more; ImageNet has 550
+    shards, and to map one anew costs more than all else in reading a sample."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 2 * _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return _DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft // 2, _DESCRIPTORS)
 
 
 def _map_file(path: Path) -> NDArray[np.uint8]:

@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import xxhash
 from data_prep import index as shard_format
 from data_prep.index import NO_LABEL, RAW, DatasetIndex, ShardError
 from tests.packed import Sample, write_set
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_samples(folder, count=7, *, per_shard=3, names=None, labels=None, container="tar"):
@@ -103,12 +108,22 @@ def test_bytes_are_a_read_only_view_into_the_map(tmp_path):
 
 
 def test_views_outlive_the_bound_on_open_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_format, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_format, "_max_open_shards", lambda: 2)
     index, jpegs = write_samples(tmp_path / "shards", per_shard=1)
     views = [index.jpeg_bytes(i) for i in (0, 1, 2, 3, 4, 5, 6)]
     assert [view.tobytes() for view in views] == jpegs
     assert len(index._mapped) == 2
     assert index.jpeg_bytes(0).tobytes() == jpegs[0]
+
+
+def test_shards_may_hold_half_of_the_files_a_process_may_open():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}));"
+        "from data_prep.index import _max_open_shards; print(_max_open_shards(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    for hard, expected in ((64, "32 64"), (200, "100 200")):
+        done = subprocess.run([sys.executable, "-c", code.format(hard=hard)], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_names_keep_bytes_that_are_not_utf8_and_odd_characters(tmp_path):
