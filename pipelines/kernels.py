@@ -70,7 +70,7 @@ def crop_resize(image, row, out):
     if y1 - y0 > side and y1 - y0 - side > 2 * (x1 - x0 - side):
         short = np.empty((side, 3 * (x1 - x0)), np.uint8)
         _resize_columns(source, y0, y1, 3 * x0, short)
-        made[:] = _resize_rows(short, 0, side, 0, x1 - x0, side, flipped)
+        made[:] = _resize_rows(short, 0, side, 0, x1 - x0, side, flipped)[:side, : 3 * side]
     else:
         wide = _resize_rows(source, y0, y1, 3 * x0, x1 - x0, side, flipped)
         _resize_columns(wide, 0, y1 - y0, 0, made)
@@ -103,53 +103,89 @@ def resize_weights(source, target):
     return first, weights
 
 
-@intrinsic
-def _weigh_pixel(typingctx, source, start, weights, row, out, at):
-    """`out[at + c] = sum over k of source[start + 3 k + c] * weights[row, k]`, fixed point, for c = 0..2 in one vector.
+ROWS_AT_ONCE = 8
 
-    The fourth lane carries rubbish: one byte past the last pixel is read, and one past the pixel `out` is written, so
-    both need a byte to spare and pixels must be written from left to right. numba itself finds no vector in three
-    interleaved channels; by hand this is 1.7 times faster.
-    """
-    lanes, quad = ir.VectorType(ir.IntType(32), 4), ir.VectorType(ir.IntType(8), 4)
+
+@intrinsic
+def _load_pixel(typingctx, flat, at):
+    """Bytes `at` to `at + 3` of a flat uint8 array as one uint32: a pixel, and a byte of the next."""
 
     def codegen(context, builder, signature, args):
-        source_array, weight_array, out_array = (
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        word = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(32).as_pointer())
+        return builder.load(word, align=1)
+
+    return types.uint32(flat, types.intp), codegen
+
+
+@intrinsic
+def _weigh_pixels(typingctx, pixels, start, weights, row, out, at):
+    """`out[r, at + c] = sum over k of pixels[start + k, r][c] * weights[row, k]`, fixed point, for 8 rows r and c = 0..2.
+
+    One vector of 32 sums: four lanes for each row, of which the fourth carries rubbish. One byte past the pixel is
+    written to `out`, so it needs a byte to spare and pixels must be written from left to right. numba itself finds no
+    vector in three interleaved channels; rows share the weights, so 8 at once take a third of the time.
+    """
+    word, count = ir.IntType(32), 4 * ROWS_AT_ONCE
+    lanes, quads, words = (
+        ir.VectorType(word, count),
+        ir.VectorType(ir.IntType(8), count),
+        ir.VectorType(word, ROWS_AT_ONCE),
+    )
+
+    def codegen(context, builder, signature, args):
+        pixel_array, weight_array, out_array = (
             context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 4)
         )
         taps = builder.extract_value(weight_array.shape, 1)
         weight_data = builder.gep(weight_array.data, [builder.mul(args[3], taps)])
-        sums = cgutils.alloca_once_value(builder, ir.Constant(lanes, [1 << (RESIZE_BITS - 1)] * 4))
+        sums = cgutils.alloca_once(builder, lanes)
+        builder.store(ir.Constant(lanes, [1 << (RESIZE_BITS - 1)] * count), sums)
         nothing = ir.Constant(lanes, ir.Undefined)
         with cgutils.for_range(builder, taps) as loop:
-            offset = builder.add(args[1], builder.mul(loop.index, ir.Constant(loop.index.type, 3)))
-            pixel = builder.load(builder.bitcast(builder.gep(source_array.data, [offset]), quad.as_pointer()), align=1)
+            place = builder.mul(builder.add(args[1], loop.index), ir.Constant(loop.index.type, ROWS_AT_ONCE))
+            address = builder.bitcast(builder.gep(pixel_array.data, [place]), quads.as_pointer())
             weight = builder.load(builder.gep(weight_data, [loop.index]))
-            spread = builder.insert_element(nothing, weight, ir.Constant(ir.IntType(32), 0))
-            spread = builder.shuffle_vector(spread, nothing, ir.Constant(lanes, [0] * 4))
-            product = builder.mul(builder.zext(pixel, lanes), spread)
+            spread = builder.insert_element(nothing, weight, ir.Constant(word, 0))
+            spread = builder.shuffle_vector(spread, nothing, ir.Constant(lanes, [0] * count))
+            product = builder.mul(builder.zext(builder.load(address, align=1), lanes), spread)
             builder.store(builder.add(builder.load(sums), product), sums)
-        level = builder.trunc(builder.lshr(builder.load(sums), ir.Constant(lanes, [RESIZE_BITS] * 4)), quad)
-        builder.store(level, builder.bitcast(builder.gep(out_array.data, [args[5]]), quad.as_pointer()), align=1)
+        levels = builder.trunc(builder.lshr(builder.load(sums), ir.Constant(lanes, [RESIZE_BITS] * count)), quads)
+        stride = builder.extract_value(out_array.strides, 0)
+        for r in range(ROWS_AT_ONCE):
+            level = builder.extract_element(builder.bitcast(levels, words), ir.Constant(word, r))
+            place = builder.add(builder.mul(stride, ir.Constant(stride.type, r)), args[5])
+            builder.store(level, builder.bitcast(builder.gep(out_array.data, [place]), word.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.void(source, types.intp, weights, types.intp, out, types.intp), codegen
+    return types.void(pixels, types.intp, weights, types.intp, out, types.intp), codegen
 
 
 @compiled
 def _resize_rows(source, top, bottom, left, width, side, flipped):
-    """`width` px from byte `left` on of rows `top` to `bottom` of `source` -> [bottom - top, 3 side], mirrored if `flipped`."""
+    """`width` px from byte `left` on of rows `top` to `bottom` of `source`, mirrored if `flipped`.
+
+    [bottom - top + 8, 3 side + 1]: the last byte of a row and the last 8 rows are rubbish.
+    """
     first, weights = resize_weights(width, side)
     if flipped:
         first, weights = first[::-1].copy(), weights[::-1].copy()
-    line = np.empty(3 * width + 1, np.uint8)
-    out = np.empty((bottom - top) * 3 * side + 1, np.uint8)
-    for y in range(bottom - top):
-        line[: 3 * width] = source[top + y][left : left + 3 * width]
-        made = out[y * 3 * side : (y + 1) * 3 * side + 1]
+    flat, length = source.reshape(-1), source.shape[1]
+    pixels = np.empty((width, ROWS_AT_ONCE), np.uint32)  # side by side, what one vector takes
+    starts = np.empty(ROWS_AT_ONCE, np.int64)
+    out = np.empty((bottom - top + ROWS_AT_ONCE, 3 * side + 1), np.uint8)
+    for y in range(top, bottom, ROWS_AT_ONCE):
+        for r in range(ROWS_AT_ONCE):
+            starts[r] = min(y + r, bottom - 1) * length + left
+            last = starts[r] + 3 * width - 3  # behind it the picture may end
+            pixels[width - 1, r] = flat[last] | flat[last + 1] << 8 | flat[last + 2] << 16
+        for x in range(width - 1):
+            for r in range(ROWS_AT_ONCE):
+                pixels[x, r] = _load_pixel(flat, starts[r] + 3 * x)
+        made = out[y - top : y - top + ROWS_AT_ONCE]
         for x in range(side):
-            _weigh_pixel(line, 3 * first[x], weights, x, made, 3 * x)
-    return out[:-1].reshape(bottom - top, 3 * side)
+            _weigh_pixels(pixels, first[x], weights, x, made, 3 * x)
+    return out
 
 
 @compiled
