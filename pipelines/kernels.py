@@ -347,6 +347,14 @@ def _blur_rows(source, inner, outer, radius, out):
         for y in range(side):
             line = padded[turn % 2, y]
             _repeat_ends(line, margin)
+            if radius <= 1:  # what views are blurred with: sigma up to 2
+                made = padded[1 - turn % 2, y][margin : margin + size]
+                if radius == 0:
+                    _box_of_one(line[:size], line[3 : 3 + size], line[6:], inner, outer, made)
+                else:
+                    middle = line[3 : 3 + size], line[6 : 6 + size], line[9 : 9 + size]
+                    _box_of_three(line[:size], middle, line[12:], inner, outer, made)
+                continue
             sums[:] = 0
             for k in range(1, 2 * radius + 2):
                 _add(sums, line[3 * k : 3 * k + size])
@@ -370,16 +378,45 @@ def _blur_columns(source, inner, outer, radius, out):
     last = source.shape[0] - 1
     sums = np.empty(source.shape[1], np.uint16)
     for y in range(last + 1):
+        before, after = source[max(y - radius - 1, 0)], source[min(y + radius + 1, last)]
+        if radius == 0:
+            _box_of_one(before, source[y], after, inner, outer, out[y])
+            continue
+        if radius == 1:
+            middle = source[max(y - 1, 0)], source[y], source[min(y + 1, last)]
+            _box_of_three(before, middle, after, inner, outer, out[y])
+            continue
         sums[:] = 0
         for k in range(y - radius, y + radius + 1):
             _add(sums, source[min(max(k, 0), last)])
-        _box(sums, source[max(y - radius - 1, 0)], source[min(y + radius + 1, last)], inner, outer, out[y])
+        _box(sums, before, after, inner, outer, out[y])
 
 
 @compiled
 def _add(sums, line):
     for j in range(sums.shape[0]):
         sums[j] += line[j]
+
+
+@compiled
+def _box_of_one(before, middle, after, inner, outer, out):
+    """`_box` of radius 0, where the sum is a pixel."""
+    u32 = np.uint32
+    for j in range(out.shape[0]):
+        beyond = u32(u32(before[j]) + u32(after[j]))
+        whole = u32(u32(middle[j]) * inner)
+        out[j] = u32(whole + u32(beyond * outer) + u32(1 << (BLUR_BITS - 1))) >> u32(BLUR_BITS)
+
+
+@compiled
+def _box_of_three(before, middle, after, inner, outer, out):
+    """`_box` of radius 1, where the sum is one of three pixels: not written down and read again."""
+    u32 = np.uint32
+    left, centre, right = middle
+    for j in range(out.shape[0]):
+        beyond = u32(u32(before[j]) + u32(after[j]))
+        whole = u32(u32(u32(left[j]) + u32(centre[j]) + u32(right[j])) * inner)
+        out[j] = u32(whole + u32(beyond * outer) + u32(1 << (BLUR_BITS - 1))) >> u32(BLUR_BITS)
 
 
 @compiled
