@@ -44,18 +44,14 @@ def _summary(index: DatasetIndex) -> str:
     megabytes = sum(shard.byte_count for shard in manifest.shards) / BYTES_PER_MB
     classes = f" of {len(index.class_names)} classes" if index.class_names else ""
     what = manifest.shards[0].name if manifest.container == "beton" else _counted(len(manifest.shards), "shard")
-    left_out = _kinds(manifest.rejected, REJECTED_NAME) or "none left out"
-    changed = _kinds(manifest.changed, CHANGED_NAME) or "all byte for byte"
     return (
         f"Packed {_counted(len(index), 'picture')}{classes} into {what}, {megabytes:.1f} MB.\n"
-        f"Left out: {left_out}\nEncoded again: {changed}".replace("Left out: none left out", "None left out.").replace(
-            "Encoded again: all byte for byte", "All are stored byte for byte."
-        )
+        f"Left out: {_kinds(manifest.rejected, REJECTED_NAME)}\nChanged: {_kinds(manifest.changed, CHANGED_NAME)}"
     )
 
 
 def _kinds(counts: dict[str, int], listed_in: str) -> str:
-    return f"{', '.join(f'{count} {kind}' for kind, count in counts.items())} (see {listed_in})." if counts else ""
+    return f"{', '.join(f'{count} {kind}' for kind, count in counts.items())} (see {listed_in})." if counts else "none."
 
 
 def _counted(count: int, noun: str) -> str:

@@ -7,7 +7,7 @@
     index.npy             one RECORD_DTYPE record per sample, in the order of sample ids; mapped, never read whole
     names.txt             one original relative path per sample; UTF-8, undecodable bytes kept by surrogateescape
     rejected.jsonl        one {"name", "kind", "reason"} per picture that was left out
-    changed.jsonl         one {"name", "changes"} per picture that is not stored byte for byte
+    changed.jsonl         one {"name", "changes"} per picture that is not as it came
     manifest.json         a `Manifest`; written last, so a folder that has one is complete
     packing/              state of a run that has not ended yet
 
@@ -104,7 +104,7 @@ class Manifest:
     rejected: Mapping[str, int]
     """How many pictures were left out, by kind of fault."""
     changed: Mapping[str, int]
-    """How many pictures are not stored byte for byte, by kind of change."""
+    """How many pictures are not as they came, by kind of change; to be stored as pixels is none."""
     changed_names: tuple[str, ...]
     """Which ones: the first MAX_NAMES_IN_MANIFEST. changed.jsonl has all."""
     content: str

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import simplejpeg
 import xxhash
 
 from data_prep.index import JPEG, STATE_NAME
 from data_prep.listing import Entry, Listing
-from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture
+from data_prep.pictures import BadPicture, Prepared, Treatment, jpeg_size, prepare_picture
 from data_prep.reading import Reader, Unreadable
 from data_prep.shards import BetonPart, ReportBuilder, ShardReport, TarShard, report_path
 from inscon.sampling import permute
@@ -125,7 +124,8 @@ class ShardPacker:
     def finish(self) -> None:
         """Bring it to the disk and report it; another thread may do that while the next shard is begun."""
         try:
-            self._builder.report(self._shard.finish()).save(self._job.state)
+            files = self._shard.finish() if len(self._builder) else ()  # without sound pictures there is no file
+            self._builder.report(files).save(self._job.state)
         finally:
             self.discard()
 
@@ -164,8 +164,7 @@ def _prepare(source: bytes, entry: Entry, job: Job) -> Prepared:
         )
     treatment = job.target.treatment
     if treatment.write_mode == "jpg" and treatment.short_side is None and treatment.max_resolution is None:
-        height, width, *_ = simplejpeg.decode_jpeg_header(source, strict=False)
-        return Prepared(source, JPEG, height, width, ())
+        return Prepared(source, JPEG, *jpeg_size(source), ())
     return prepare_picture(source, treatment)
 
 

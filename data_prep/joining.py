@@ -246,6 +246,8 @@ def _copy(part: Path, file: KeptFile, report: ShardReport, placed: NDArray[np.vo
     gaps = np.diff(placed["offset"].astype(np.int64) - records["offset"].astype(np.int64), prepend=-1) != 0
     starts = np.flatnonzero(gaps)
     ends = [*starts[1:], len(records)]
+    if not part.exists():
+        raise _damaged(part, report)
     with part.open("rb", buffering=0) as source:
         for first, stop in zip(starts, ends):  # runs that lie in the beton as they lie in the part
             file.write(bytes(int(placed["offset"][first]) - file.byte_count))
@@ -266,8 +268,8 @@ def _copy(part: Path, file: KeptFile, report: ShardReport, placed: NDArray[np.vo
 def _damaged(part: Path, report: ShardReport) -> ShardError:
     written_again = report_path(part.parent, report.number)
     return ShardError(
-        f"{part} is not as it was written, for its checksum is another: remove it and {written_again}, and run the same "
-        "command again."
+        f"{part} is not as it was written, it is gone or its checksum is another: remove it and {written_again}, and run the "
+        "same command again."
     )
 
 

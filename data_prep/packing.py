@@ -244,7 +244,8 @@ def _write_shards(job: Job, config: PackConfig, ranks: Ranks, console: Console) 
     """All shards of this rank that are not done yet."""
     mine = range(ranks.rank, job.num_shards, ranks.world_size)
     todo = [shard for shard in mine if not job.is_done(shard)]
-    before = sum(len(ShardReport.load(job.state, shard).rejected) for shard in mine if shard not in set(todo))
+    done = set(mine).difference(todo)
+    before = sum(len(ShardReport.load(job.state, shard).rejected) for shard in done)
     watch = _Watch(job, config, before)
     if not todo:
         watch.check()

@@ -243,6 +243,12 @@ def _repaired(jpeg: bytes, warning: str) -> bytes | None:
     return jpeg[:2] + tables + jpeg[scan:]
 
 
+def jpeg_size(jpeg: bytes) -> tuple[int, int]:
+    """Height and width, px, as the header of a sound JPEG says."""
+    header = _read_header(jpeg)
+    return header.height, header.width
+
+
 class _Segment(NamedTuple):
     """A piece of a JPEG's header: a marker, its length and what it holds."""
 

@@ -129,9 +129,6 @@ class TarShard:
         return offset
 
     def finish(self) -> tuple[StoredFile, ...]:
-        if self._count == 0:
-            self.discard()
-            return ()
         self._file.write(tar_end(self._file.byte_count))
         with NewFile(self._index_path) as index:
             index.write(f"{DALI_INDEX_VERSION} {self._count}\n".encode() + self._index_lines)
@@ -143,7 +140,7 @@ class TarShard:
 
 
 class BetonPart:
-    """The samples of one part of a beton, one after the other; `join` lays them into the beton and removes the part."""
+    """The samples of one part of a beton, one after the other; `BetonJoin` lays them into the beton and removes the part."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._count = 0
@@ -157,9 +154,6 @@ class BetonPart:
         return offset
 
     def finish(self) -> tuple[StoredFile, ...]:
-        if self._count == 0:
-            self.discard()
-            return ()
         return (self._file.commit(self._count, durable=False),)  # `BetonJoin` compares its checksum
 
     def discard(self) -> None:

@@ -21,7 +21,7 @@ class LoaderConfig:
     """Where batches come from."""
 
     data: Path | None = None
-    """Folder of shards, written by data_prep/make_dali.py. Needed by every pipeline but `synthetic`."""
+    """Packed set, written by data_prep/make_dali.py or make_ffcv.py (jpg). Needed by every pipeline but `synthetic`."""
     pipeline: Literal["dali", "reference", "synthetic"] = "dali"
     """Which engine executes the plan. All of them deliver the same views."""
     threads: int | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from data_prep.index import NO_LABEL, DatasetIndex
@@ -363,7 +364,7 @@ def test_the_command_packs_from_any_directory_and_sums_up(tmp_path, container):
     into = {"tar": "1 shard", "beton": "samples.beton"}[container]
     lines = done.stdout.splitlines()
     assert re.fullmatch(rf"Packed 11 pictures of 2 classes into {into}, \d+\.\d MB\.", lines[0])
-    assert lines[1:] == ["Left out: 1 not a picture (see rejected.jsonl).", "Encoded again: 1 PNG (see changed.jsonl)."]
+    assert lines[1:] == ["Left out: 1 not a picture (see rejected.jsonl).", "Changed: 1 PNG (see changed.jsonl)."]
     again = run_command(container, *arguments, cwd=tmp_path)
     assert again.returncode == 1
     assert again.stderr.strip().endswith("pass --overwrite to replace it, or give another --out.")
@@ -424,3 +425,12 @@ def test_tar_headers_are_tarfiles(byte_count):
         member = tarfile.TarInfo(name)
         member.size = byte_count
         assert tar_header(name, byte_count) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411", "441", "Gray"])
+def test_a_packed_set_of_any_chroma_sampling_is_a_source(tmp_path, packer, sampling):
+    pixels = np.asarray(picture(40, 56).convert("L"))[:, :, None] if sampling == "Gray" else np.asarray(picture(40, 56))
+    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "GRAY" if sampling == "Gray" else "RGB", sampling)
+    first = pack_folder(write_files(tmp_path / "data", {"a.jpg": jpeg}), tmp_path / "first")
+    again = packer(first.path, tmp_path / "again")
+    assert again.jpeg_bytes(0).tobytes() == jpeg and again.sizes(0).tolist() == [40, 56]
