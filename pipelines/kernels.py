@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -52,6 +52,62 @@ def render_views(image, rows, out, colour):
 
 
 @compiled
+def render_into(image, rows, places, subtract, multiply):
+    """`render_views`, with each view written where it belongs in the memory of a batch: no copy of it is made later.
+
+    Args:
+        image, rows: as for `render_views`.
+        places: [5 + 2V] int64, a row of `pipelines.slots.Slot.places`: the side S of a view in px; 1 for colour; 1 if levels
+            become normalised float32, 0 if they stay uint8; bytes from a row of the mosaic's canvas to the next; one
+            more that is unused; then for each view the addresses of its `[S S 3]` block and of its tile's first pixel
+            on the canvas, 0 where there is none.
+        subtract, multiply: [3 S] float32, `pipelines.colour.normalisation` of a row of pixels.
+    """
+    side = places[0]
+    made = np.empty((1, side, side, 3), np.uint8)
+    for view in range(rows.shape[0]):
+        block, tile = places[5 + 2 * view], places[6 + 2 * view]
+        if places[2]:
+            render_views(image, rows[view : view + 1], made, places[1] != 0)
+            for y in range(side):
+                _normalise_row(made[0, y].reshape(-1), subtract, multiply, block, tile)
+                block += 12 * side if block else 0
+                tile += places[3] if tile else 0
+        else:
+            levels = carray(_pointer(block), (1, side, side, 3), np.uint8)
+            render_views(image, rows[view : view + 1], levels, places[1] != 0)
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    """An address as a pointer that `carray` takes."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), codegen
+
+
+@compiled
+def _normalise_row(levels, subtract, multiply, block, tile):
+    """(level - subtract) * multiply of one row to either address, or both; while it is in the cache."""
+    size = levels.shape[0]
+    first = carray(_pointer(block if block else tile), size, np.float32)
+    for j in range(size):
+        # Subtracted first: compilers would fuse a product and a sum here and there, and round otherwise.
+        first[j] = (np.float32(levels[j]) - subtract[j]) * multiply[j]
+    if block and tile:
+        _copy(first, carray(_pointer(tile), size, np.float32))
+
+
+@compiled
+def _copy(source, out):
+    # Written out: numba's `out[:] = source` takes ten times as long.
+    for j in range(out.shape[0]):
+        out[j] = source[j]
+
+
+@compiled
 def crop_resize(image, row, out):
     """Cut `row[0:4]` from `image [H W 3]`, resize it to `out [S S 3]` as PIL's BILINEAR, mirror it if `row[4]`.
 
@@ -70,7 +126,9 @@ def crop_resize(image, row, out):
     if y1 - y0 > side and y1 - y0 - side > 2 * (x1 - x0 - side):
         short = np.empty((side, 3 * (x1 - x0)), np.uint8)
         _resize_columns(source, y0, y1, 3 * x0, short)
-        made[:] = _resize_rows(short, 0, side, 0, x1 - x0, side, flipped)[:side, : 3 * side]
+        wide = _resize_rows(short, 0, side, 0, x1 - x0, side, flipped)
+        for y in range(side):
+            _copy(wide[y], made[y])
     else:
         wide = _resize_rows(source, y0, y1, 3 * x0, x1 - x0, side, flipped)
         _resize_columns(wide, 0, y1 - y0, 0, made)
@@ -195,7 +253,8 @@ def _resize_columns(source, top, bottom, left, out):
     size = out.shape[1]
     sums = np.empty(size, np.int32)
     for y in range(out.shape[0]):
-        sums[:] = 1 << (RESIZE_BITS - 1)
+        for j in range(size):
+            sums[j] = 1 << (RESIZE_BITS - 1)
         for k in range(weights.shape[1]):
             line = source[top + first[y] + k][left : left + size]
             weight = weights[y, k]
@@ -264,38 +323,41 @@ def saturate(view, factor):
 def shift_hue(view, turns):
     """Turn the hue of `view [S S 3]` by `turns` (-0.5..0.5) through PIL's 8-bit HSV, as torchvision; in place.
 
-    No branches, so that it vectorises: a grey pixel has saturation 0, which makes p, q and t equal to its value. PIL
-    computes in a mixture of float32 and float64. The float64 that is left is where float32 would fall to the other side
-    of a whole level; the rest was compared over all of its 2**24 inputs.
+    Without branches, and in float32 alone, where PIL has float64 in places, so that it vectorises. It was compared with
+    arithmetic as PIL's over all 2**24 colours and all 255 shifts: no level differs. A grey pixel has saturation 0, which
+    makes every channel equal to its value. Back in RGB a channel is value * (1 - saturation * w), where w is 0 within a
+    sixth of the circle around its colour, 1 beyond a third, and runs from 0 to 1 in between: PIL's p, q and t in one.
     """
     shift = np.int32(turns * 255)
     flat = view.reshape(-1)
-    f32, f64 = np.float32, np.float64
-    one, half, full = f32(1.0), f32(0.5), f32(255.0)
+    f32, i32, u8 = np.float32, np.int32, np.uint8
+    zero, half, one, two, four, six, full = f32(0), f32(0.5), f32(1), f32(2), f32(4), f32(6), f32(255)
+    sixth, third, two_thirds, level = f32(255), f32(510), f32(1020), f32(1 / 255)
     for i in range(flat.shape[0] // 3):
         red, green, blue = f32(flat[3 * i]), f32(flat[3 * i + 1]), f32(flat[3 * i + 2])
         value = max(red, green, blue)
         span = value - min(red, green, blue)
-        safe = max(span, one)
-        rc, gc, bc = (value - red) / safe, (value - green) / safe, (value - blue) / safe
-        last = f32(2.0 + rc - bc) if green == value else f32(4.0 + gc - rc)
-        turn = f64(bc - gc if red == value else last) * (1.0 / 6.0) + 1.0
-        turn = turn - 1.0 if turn >= 1.0 else turn
-        hue = (np.int32(f32(turn) * full) + shift) & 255
-        saturation = f32(np.int32(span / max(value, one) * full)) / full
-        sixth = hue * (6.0 / 255.0)
-        sector = np.int32(sixth)
-        rest = f32(sixth - sector)
-        p = f32(np.int32(value * (one - saturation) + half))
-        q = f32(np.int32(value * (one - saturation * rest) + half))
-        t = f32(np.int32(value * (one - saturation * (one - rest)) + half))
-        sector = 0 if sector == 6 else sector
-        out_red = q if sector == 1 else t if sector == 4 else p
-        out_green = t if sector == 0 else q if sector == 3 else p
-        out_blue = t if sector == 2 else q if sector == 5 else p
-        flat[3 * i] = np.uint8(value if (sector == 0) | (sector == 5) else out_red)
-        flat[3 * i + 1] = np.uint8(value if (sector == 1) | (sector == 2) else out_green)
-        flat[3 * i + 2] = np.uint8(value if (sector == 3) | (sector == 4) else out_blue)
+        # Of the two channels below the value one is the lowest, so of PIL's two quotients one is 1.
+        reds, greens, blues = value - red, value - green, value - blue
+        before = reds if greens == zero else greens
+        after = blues if greens == zero else reds
+        base = two if greens == zero else four
+        before = blues if reds == zero else before
+        after = greens if reds == zero else after
+        base = zero if reds == zero else base
+        quotient, coloured = min(before, after) / max(span, one), min(span, one)
+        late, early = (base + coloured) - quotient, (base - coloured) + quotient
+        turn = (late if before >= after else early) / six
+        wrapped = turn + one
+        turn = wrapped if turn < zero else turn
+        hue = f32((i32(turn * full) + shift) & 255) * six
+        saturation = f32(i32(span / max(value, one) * full)) * level
+        from_red = min(max(third - abs(hue - f32(765)), zero), full) * level
+        from_green = min(max(abs(hue - third) - sixth, zero), full) * level
+        from_blue = min(max(abs(hue - two_thirds) - sixth, zero), full) * level
+        flat[3 * i] = u8(i32(value * (one - saturation * from_red) + half))
+        flat[3 * i + 1] = u8(i32(value * (one - saturation * from_green) + half))
+        flat[3 * i + 2] = u8(i32(value * (one - saturation * from_blue) + half))
 
 
 @compiled
@@ -336,32 +398,38 @@ def box_weights(sigma):
 
 @compiled
 def _blur_rows(source, inner, outer, radius, out):
-    # Pass by pass over the whole view: a row read again right after it was written would wait for its own stores.
+    # Pass by pass over the whole view: a row read again right after it was written would wait for its own stores. The
+    # padded rows lie end to end, so a pass is one long loop; what it makes of the margins is overwritten.
     side, margin = source.shape[0], 3 * (radius + 1)
     size = 3 * side
     padded = np.empty((2, side, size + 2 * margin), np.uint8)
-    sums = np.empty(size, np.uint16)
     for y in range(side):
-        padded[0, y][margin : margin + size] = source[y]
+        _copy(source[y], padded[0, y][margin : margin + size])
     for turn in range(BLUR_PASSES):
+        lines, made = padded[turn % 2], padded[1 - turn % 2]
         for y in range(side):
-            line = padded[turn % 2, y]
-            _repeat_ends(line, margin)
-            if radius <= 1:  # what views are blurred with: sigma up to 2
-                made = padded[1 - turn % 2, y][margin : margin + size]
-                if radius == 0:
-                    _box_of_one(line[:size], line[3 : 3 + size], line[6:], inner, outer, made)
-                else:
-                    middle = line[3 : 3 + size], line[6 : 6 + size], line[9 : 9 + size]
-                    _box_of_three(line[:size], middle, line[12:], inner, outer, made)
-                continue
-            sums[:] = 0
-            for k in range(1, 2 * radius + 2):
-                _add(sums, line[3 * k : 3 * k + size])
-            made = padded[1 - turn % 2, y][margin : margin + size]
-            _box(sums, line[:size], line[2 * margin :], inner, outer, made)
+            _repeat_ends(lines[y], margin)
+        _blur_along(lines.reshape(-1), 3, inner, outer, radius, made.reshape(-1))
     for y in range(side):
-        out[y][:] = padded[BLUR_PASSES % 2, y][margin : margin + size]
+        _copy(padded[BLUR_PASSES % 2, y][margin : margin + size], out[y])
+
+
+@compiled
+def _blur_along(flat, stride, inner, outer, radius, out):
+    """One box along values that lie `stride` apart in `flat`; `out` but for its ends, `radius + 1` strides each."""
+    margin = stride * (radius + 1)
+    size = flat.shape[0] - 2 * margin
+    before, after, made = flat[:size], flat[2 * margin :], out[margin : margin + size]
+    if radius == 0:  # what views are blurred with: sigma up to 2
+        _box_of_one(before, flat[margin : margin + size], after, inner, outer, made)
+    elif radius == 1:
+        left, centre, right = flat[stride:], flat[2 * stride :], flat[3 * stride :]
+        _box_of_three(before, (left[:size], centre[:size], right[:size]), after, inner, outer, made)
+    else:
+        sums = np.zeros(size, np.uint16)
+        for k in range(1, 2 * radius + 2):
+            _add(sums, flat[k * stride : k * stride + size])
+        _box(sums, before, after, inner, outer, made)
 
 
 @compiled
@@ -375,21 +443,17 @@ def _repeat_ends(line, margin):
 
 @compiled
 def _blur_columns(source, inner, outer, radius, out):
-    last = source.shape[0] - 1
+    side, margin = source.shape[0], radius + 1
+    if side > 2 * margin:
+        _blur_along(source.reshape(-1), source.shape[1], inner, outer, radius, out.reshape(-1))
     sums = np.empty(source.shape[1], np.uint16)
-    for y in range(last + 1):
-        before, after = source[max(y - radius - 1, 0)], source[min(y + radius + 1, last)]
-        if radius == 0:
-            _box_of_one(before, source[y], after, inner, outer, out[y])
-            continue
-        if radius == 1:
-            middle = source[max(y - 1, 0)], source[y], source[min(y + 1, last)]
-            _box_of_three(before, middle, after, inner, outer, out[y])
+    for y in range(side):
+        if margin <= y < side - margin:
             continue
         sums[:] = 0
         for k in range(y - radius, y + radius + 1):
-            _add(sums, source[min(max(k, 0), last)])
-        _box(sums, before, after, inner, outer, out[y])
+            _add(sums, source[min(max(k, 0), side - 1)])
+        _box(sums, source[max(y - margin, 0)], source[min(y + margin, side - 1)], inner, outer, out[y])
 
 
 @compiled
