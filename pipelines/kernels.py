@@ -162,68 +162,102 @@ def resize_weights(source, target):
 
 
 ROWS_AT_ONCE = 8
+"""Rows of a picture that are resized together, as a block of 8x8 pixels of 32 bit at a time: numba itself finds no vector
+in three interleaved channels, and rows share the weights."""
+WORD, BYTE = ir.IntType(32), ir.IntType(8)
+PIXELS, BYTES = ir.VectorType(WORD, ROWS_AT_ONCE), ir.VectorType(BYTE, 4 * ROWS_AT_ONCE)
+
+
+def _shuffle(builder, one, other, order):
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(WORD, len(order)), list(order)))
+
+
+def _transpose(builder, v):
+    """Eight vectors of eight words, as rows -> as columns: pairs, pairs of pairs, halves."""
+    low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
+    t = [_shuffle(builder, v[i], v[i + 1], order) for i in (0, 2, 4, 6) for order in (low, high)]
+    low, high = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
+    pairs = ((0, 2), (1, 3), (4, 6), (5, 7))
+    u = [_shuffle(builder, t[i], t[j], order) for i, j in pairs for order in (low, high)]
+    low, high = (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)
+    return [_shuffle(builder, u[i], u[i + 4], order) for order in (low, high) for i in range(4)]
 
 
 @intrinsic
-def _load_pixel(typingctx, flat, at):
-    """Bytes `at` to `at + 3` of a flat uint8 array as one uint32: a pixel, and a byte of the next."""
+def _load_block(typingctx, flat, starts, offset, pixels, x):
+    """`pixels[x + i, r]` = pixel i behind byte `starts[r] + offset` of `flat`, i and r = 0..7.
 
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        word = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(32).as_pointer())
-        return builder.load(word, align=1)
-
-    return types.uint32(flat, types.intp), codegen
-
-
-@intrinsic
-def _weigh_pixels(typingctx, pixels, start, weights, row, out, at):
-    """`out[r, at + c] = sum over k of pixels[start + k, r][c] * weights[row, k]`, fixed point, for 8 rows r and c = 0..2.
-
-    One vector of 32 sums: four lanes for each row, of which the fourth carries rubbish. One byte past the pixel is
-    written to `out`, so it needs a byte to spare and pixels must be written from left to right. numba itself finds no
-    vector in three interleaved channels; rows share the weights, so 8 at once take a third of the time.
+    Of the four bytes of a pixel the last is rubbish. 8 bytes more than the pixels take are read.
     """
-    word, count = ir.IntType(32), 4 * ROWS_AT_ONCE
-    lanes, quads, words = (
-        ir.VectorType(word, count),
-        ir.VectorType(ir.IntType(8), count),
-        ir.VectorType(word, ROWS_AT_ONCE),
-    )
 
     def codegen(context, builder, signature, args):
-        pixel_array, weight_array, out_array = (
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 4)
+        data, start_data, out = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 1, 3)
         )
-        taps = builder.extract_value(weight_array.shape, 1)
-        weight_data = builder.gep(weight_array.data, [builder.mul(args[3], taps)])
-        sums = cgutils.alloca_once(builder, lanes)
-        builder.store(ir.Constant(lanes, [1 << (RESIZE_BITS - 1)] * count), sums)
-        nothing = ir.Constant(lanes, ir.Undefined)
-        with cgutils.for_range(builder, taps) as loop:
-            place = builder.mul(builder.add(args[1], loop.index), ir.Constant(loop.index.type, ROWS_AT_ONCE))
-            address = builder.bitcast(builder.gep(pixel_array.data, [place]), quads.as_pointer())
-            weight = builder.load(builder.gep(weight_data, [loop.index]))
-            spread = builder.insert_element(nothing, weight, ir.Constant(word, 0))
-            spread = builder.shuffle_vector(spread, nothing, ir.Constant(lanes, [0] * count))
-            product = builder.mul(builder.zext(builder.load(address, align=1), lanes), spread)
-            builder.store(builder.add(builder.load(sums), product), sums)
-        levels = builder.trunc(builder.lshr(builder.load(sums), ir.Constant(lanes, [RESIZE_BITS] * count)), quads)
-        stride = builder.extract_value(out_array.strides, 0)
+        spread = [3 * (i // 4) + min(i % 4, 2) for i in range(4 * ROWS_AT_ONCE)]
+        rows = []
         for r in range(ROWS_AT_ONCE):
-            level = builder.extract_element(builder.bitcast(levels, words), ir.Constant(word, r))
-            place = builder.add(builder.mul(stride, ir.Constant(stride.type, r)), args[5])
-            builder.store(level, builder.bitcast(builder.gep(out_array.data, [place]), word.as_pointer()), align=1)
+            start = builder.load(builder.gep(start_data, [ir.Constant(ir.IntType(64), r)]))
+            address = builder.gep(data, [builder.add(start, args[2])])
+            levels = builder.load(builder.bitcast(address, BYTES.as_pointer()), align=1)
+            rows.append(builder.bitcast(_shuffle(builder, levels, levels, spread), PIXELS))
+        for i, column in enumerate(_transpose(builder, rows)):
+            place = builder.mul(builder.add(args[4], ir.Constant(args[4].type, i)), ir.Constant(args[4].type, ROWS_AT_ONCE))
+            builder.store(column, builder.bitcast(builder.gep(out, [place]), PIXELS.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(pixels, types.intp, weights, types.intp, out, types.intp), codegen
+    return types.void(flat, starts, types.intp, pixels, types.intp), codegen
+
+
+@intrinsic
+def _weigh_block(typingctx, pixels, first, weights, x, out):
+    """Eight pixels of eight rows: `out[r, 3 (x + i) + c] = sum over k of pixels[first[x + i] + k, r][c] * weights[x + i, k]`.
+
+    Fixed point, one vector of 32 sums for the 8 rows of a pixel. 8 bytes past the pixels are written to each row of `out`,
+    so it needs as many to spare and blocks must be written from left to right.
+    """
+    lanes = ir.VectorType(WORD, 4 * ROWS_AT_ONCE)
+
+    def codegen(context, builder, signature, args):
+        pixel_array, first_array, weight_array, out_array = (
+            context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 1, 2, 4)
+        )
+        taps = builder.extract_value(weight_array.shape, 1)
+        nothing, whole = ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, [RESIZE_BITS] * 4 * ROWS_AT_ONCE)
+        half = ir.Constant(lanes, [1 << (RESIZE_BITS - 1)] * 4 * ROWS_AT_ONCE)
+        sums, columns = cgutils.alloca_once(builder, lanes), []
+        for i in range(ROWS_AT_ONCE):
+            place = builder.add(args[3], ir.Constant(args[3].type, i))
+            start = builder.load(builder.gep(first_array.data, [place]))
+            weight_data = builder.gep(weight_array.data, [builder.mul(place, taps)])
+            builder.store(half, sums)
+            with cgutils.for_range(builder, taps) as loop:
+                at = builder.mul(builder.add(start, loop.index), ir.Constant(loop.index.type, ROWS_AT_ONCE))
+                address = builder.bitcast(builder.gep(pixel_array.data, [at]), BYTES.as_pointer())
+                weight = builder.load(builder.gep(weight_data, [loop.index]))
+                spread = builder.insert_element(nothing, weight, ir.Constant(WORD, 0))
+                spread = _shuffle(builder, spread, nothing, [0] * 4 * ROWS_AT_ONCE)
+                product = builder.mul(builder.zext(builder.load(address, align=4), lanes), spread)
+                builder.store(builder.add(builder.load(sums), product), sums)
+            levels = builder.trunc(builder.lshr(builder.load(sums), whole), BYTES)
+            columns.append(builder.bitcast(levels, PIXELS))
+        stride = builder.extract_value(out_array.strides, 0)
+        packed = [4 * (i // 3) + i % 3 for i in range(3 * ROWS_AT_ONCE)] + [0] * ROWS_AT_ONCE
+        for r, row in enumerate(_transpose(builder, columns)):
+            levels = builder.bitcast(row, BYTES)
+            place = builder.add(builder.mul(stride, ir.Constant(stride.type, r)), builder.mul(args[3], ir.Constant(args[3].type, 3)))
+            address = builder.bitcast(builder.gep(out_array.data, [place]), BYTES.as_pointer())
+            builder.store(_shuffle(builder, levels, levels, packed), address, align=1)
+        return context.get_dummy_value()
+
+    return types.void(pixels, first, weights, types.intp, out), codegen
 
 
 @compiled
 def _resize_rows(source, top, bottom, left, width, side, flipped):
     """`width` px from byte `left` on of rows `top` to `bottom` of `source`, mirrored if `flipped`.
 
-    [bottom - top + 8, 3 side + 1]: the last byte of a row and the last 8 rows are rubbish.
+    [bottom - top + 8, 3 side + 8]: the last 8 bytes of a row and the last 8 rows are rubbish.
     """
     first, weights = resize_weights(width, side)
     if flipped:
@@ -231,18 +265,21 @@ def _resize_rows(source, top, bottom, left, width, side, flipped):
     flat, length = source.reshape(-1), source.shape[1]
     pixels = np.empty((width, ROWS_AT_ONCE), np.uint32)  # side by side, what one vector takes
     starts = np.empty(ROWS_AT_ONCE, np.int64)
-    out = np.empty((bottom - top + ROWS_AT_ONCE, 3 * side + 1), np.uint8)
+    out = np.empty((bottom - top + ROWS_AT_ONCE, 3 * side + ROWS_AT_ONCE), np.uint8)
     for y in range(top, bottom, ROWS_AT_ONCE):
         for r in range(ROWS_AT_ONCE):
             starts[r] = min(y + r, bottom - 1) * length + left
-            last = starts[r] + 3 * width - 3  # behind it the picture may end
-            pixels[width - 1, r] = flat[last] | flat[last + 1] << 8 | flat[last + 2] << 16
-        for x in range(width - 1):
+        # Of the last row, which ends last, no block may be read that leaves the picture.
+        blocks = min(width // 8, max((flat.shape[0] - starts[7] - 8) // 24, 0))
+        for block in range(blocks):
+            _load_block(flat, starts, 24 * block, pixels, 8 * block)
+        for x in range(8 * blocks, width):
             for r in range(ROWS_AT_ONCE):
-                pixels[x, r] = _load_pixel(flat, starts[r] + 3 * x)
+                at = starts[r] + 3 * x
+                pixels[x, r] = flat[at] | flat[at + 1] << 8 | flat[at + 2] << 16
         made = out[y - top : y - top + ROWS_AT_ONCE]
-        for x in range(side):
-            _weigh_pixels(pixels, first[x], weights, x, made, 3 * x)
+        for x in range(0, side, 8):
+            _weigh_block(pixels, first, weights, x, made)
     return out
 
 
@@ -250,19 +287,45 @@ def _resize_rows(source, top, bottom, left, width, side, flipped):
 def _resize_columns(source, top, bottom, left, out):
     """Rows `top` to `bottom` of `source`, from byte `left` on -> out [S n]."""
     first, weights = resize_weights(bottom - top, out.shape[0])
-    size = out.shape[1]
-    sums = np.empty(size, np.int32)
+    right, taps = left + out.shape[1], weights.shape[1]
+    sums = np.empty(out.shape[1], np.int32)
     for y in range(out.shape[0]):
-        for j in range(size):
-            sums[j] = 1 << (RESIZE_BITS - 1)
-        for k in range(weights.shape[1]):
-            line = source[top + first[y] + k][left : left + size]
-            weight = weights[y, k]
-            for j in range(size):
-                sums[j] += line[j] * weight
-        made = out[y]
-        for j in range(size):
-            made[j] = sums[j] >> RESIZE_BITS
+        start, line = top + first[y], weights[y]
+        if taps == 3:  # half of all crops; without sums that are written and read again
+            a, b, c = source[start][left:right], source[start + 1][left:right], source[start + 2][left:right]
+            _weigh_three(a, b, c, line, out[y])
+        else:
+            _weigh_two(source[start][left:right], source[start + min(1, taps - 1)][left:right], line, sums)
+            for k in range(2, taps):
+                _weigh_one(source[start + k][left:right], line[k], sums)
+            _finish(sums, out[y])
+
+
+@compiled
+def _weigh_three(a, b, c, weights, out):
+    i, j, k, half = weights[0], weights[1], weights[2], np.int32(1 << (RESIZE_BITS - 1))
+    for x in range(out.shape[0]):
+        out[x] = np.int32(a[x] * i + b[x] * j + c[x] * k + half) >> RESIZE_BITS
+
+
+@compiled
+def _weigh_two(a, b, weights, sums):
+    i, half = weights[0], np.int32(1 << (RESIZE_BITS - 1))
+    j = weights[1] if weights.shape[0] > 1 else np.int32(0)
+    for x in range(sums.shape[0]):
+        sums[x] = a[x] * i + b[x] * j + half
+
+
+@compiled
+def _weigh_one(line, weight, sums):
+    for x in range(sums.shape[0]):
+        sums[x] += line[x] * weight
+
+
+@compiled
+def _finish(sums, out):
+    for x in range(out.shape[0]):
+        out[x] = sums[x] >> RESIZE_BITS
 
 
 @compiled
@@ -293,7 +356,8 @@ def blend_with(view, level, factor):
 
 @njit(nogil=True, inline="always")
 def _blend(base, value, factor):
-    return np.uint8(min(max(base + factor * (value - base), np.float32(0.0)), np.float32(255.0)))
+    # To int32 on the way to uint8: the conversion that there is a vector instruction for.
+    return np.uint8(np.int32(min(max(base + factor * (value - base), np.float32(0.0)), np.float32(255.0))))
 
 
 @compiled
@@ -311,12 +375,14 @@ def mean_grey(view):
 def saturate(view, factor):
     """Blend every pixel of `view [S S 3]` with its own grey level, as PIL's Color enhancer; 0 = grey. In place."""
     flat = view.reshape(-1)
+    f32, i32, u32 = np.float32, np.int32, np.uint32
     for i in range(flat.shape[0] // 3):
-        red, green, blue = flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]
-        grey = np.float32((red * RED + green * GREEN + blue * BLUE + 0x8000) >> 16)
-        flat[3 * i] = _blend(grey, np.float32(red), factor)
-        flat[3 * i + 1] = _blend(grey, np.float32(green), factor)
-        flat[3 * i + 2] = _blend(grey, np.float32(blue), factor)
+        red, green, blue = u32(flat[3 * i]), u32(flat[3 * i + 1]), u32(flat[3 * i + 2])
+        luma = u32(red * u32(RED)) + u32(green * u32(GREEN)) + u32(blue * u32(BLUE)) + u32(0x8000)
+        grey = f32(i32(u32(luma) >> u32(16)))
+        flat[3 * i] = _blend(grey, f32(i32(red)), factor)
+        flat[3 * i + 1] = _blend(grey, f32(i32(green)), factor)
+        flat[3 * i + 2] = _blend(grey, f32(i32(blue)), factor)
 
 
 @compiled
