@@ -4,9 +4,10 @@
 
 Contenders, each given the same number of threads or worker processes:
 
-    decode      PIL decoding every picture whole and doing nothing else: the floor of any loader that decodes
+    decode      libjpeg-turbo (simplejpeg) decoding every picture whole and doing nothing else, in as many processes: the floor
+    pil_decode  the same by PIL, whose decoder is libjpeg-turbo too, in threads
     dali        pipelines/dali.py, full views and mosaic
-    crops       the same graph, crops alone as uint8: what a host does when colour happens on a GPU
+    crops       the same, crops alone as uint8: what a host does when colour happens on a GPU
     reference   pipelines/reference.py, full views and mosaic, decoded once
     moco_v2     the two-view torchvision transforms and DataLoader of MoCo v2, which decodes once and lays no mosaic
 
@@ -25,10 +26,11 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageFilter
 from rich.console import Console
@@ -85,8 +87,26 @@ def engine(name: str, config: Config):
         yield iter(pipeline)
 
 
+def _open_in_worker(data: Path) -> None:
+    global _index
+    _index = DatasetIndex.open(data)
+
+
+def _decode_in_worker(sample_id: int) -> None:
+    simplejpeg.decode_jpeg(_index.jpeg_bytes(sample_id))
+
+
 @contextlib.contextmanager
 def bare_decode(config: Config):
+    feed = open_feed(config, 0, 1)
+    with ProcessPoolExecutor(  # processes, since simplejpeg holds the interpreter's lock while it decodes
+        config.loader.threads, multiprocessing.get_context("spawn"), _open_in_worker, (config.loader.data,)
+    ) as pool:
+        yield (list(pool.map(_decode_in_worker, feed.order.global_batch(s), chunksize=8)) for s in range(ENDLESS))
+
+
+@contextlib.contextmanager
+def pil_decode(config: Config):
     feed = open_feed(config, 0, 1)
 
     def decode(sample_id: int) -> None:
@@ -98,21 +118,12 @@ def bare_decode(config: Config):
 
 @contextlib.contextmanager
 def dali_crops(config: Config):
-    from pipelines import dali
+    from pipelines.dali import Decode, Engine
 
-    feed = open_feed(config, 0, 1)
-    graph = dali.build_graph(
-        dali.Source(feed, 0, ENDLESS),
-        batch_size=feed.batch_size,
-        num_views=feed.num_views,
-        view_size=config.views.view_size,
-        threads=config.loader.threads,
-        device_id=None,
-        decode="cpu",
-        colour=False,
-        prefetch=config.loader.prefetch,
-    )
-    yield (graph.run() for _ in range(ENDLESS))
+    feed, cpu = open_feed(config, 0, 1), torch.device("cpu")
+    engine = Engine(feed, range(ENDLESS), cpu, torch.float32, config.loader.threads, Decode("cpu", None), False)
+    yield engine.steps()
+    engine.end()
 
 
 @contextlib.contextmanager
@@ -130,6 +141,7 @@ def moco_v2(config: Config):
 
 CONTENDERS = {
     "decode": bare_decode,
+    "pil_decode": pil_decode,
     "dali": lambda config: engine("dali", config),
     "crops": dali_crops,
     "reference": lambda config: engine("reference", config),

@@ -11,24 +11,27 @@
     manifest.json         a `Manifest`; written last, so a folder that has one is complete
     packing/              state of a run that has not ended yet
 
-To read one:    index = DatasetIndex.open("SHARDS"); index.content(17)
+To read one:    index = DatasetIndex.open("SHARDS"); index.content(17), mapped, or index.read(17), checked
 To write one:   data_prep/make_dali.py, data_prep/make_ffcv.py
 To check one:   data_prep/verify.py
 """
 
 import contextlib
 import functools
+import io
 import json
 import mmap
 import operator
 import os
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT = "inscon-shards"
@@ -69,6 +72,9 @@ _PACK = "python data_prep/make_dali.py --data DIR --out"
 REPAIR = "copy it again or rerun data_prep/make_dali.py"
 _DESCRIPTORS = 1 << 16
 """As many files as shards may hold open, where the system lets a process have twice as many."""
+
+
+_Opened = TypeVar("_Opened")
 
 
 class ShardError(ValueError):
@@ -163,6 +169,7 @@ class DatasetIndex:
     manifest: Manifest
     _records: np.ndarray
     _mapped: dict[int | str, NDArray[np.uint8]]
+    _files: dict[int, io.FileIO]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DatasetIndex":
@@ -177,7 +184,7 @@ class DatasetIndex:
         records = _open_records(folder, manifest)
         for stored in (manifest.names, *manifest.shards):
             check_byte_count(folder, stored)
-        return cls(folder.absolute(), manifest, records, {})
+        return cls(folder.absolute(), manifest, records, {}, {})
 
     def __reduce__(self):
         return DatasetIndex.open, (self.path,)  # maps do not travel; the other process makes its own
@@ -228,14 +235,54 @@ class DatasetIndex:
         shard, offset = int(record["shard"]), int(record["offset"])
         return self._map(shard, self.manifest.shards[shard])[offset : offset + int(record["byte_count"])]
 
+    def read(self, sample_id: int, memory: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count].
+
+        It lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it.
+        Read, not mapped, so that a shard cut short under a running program is an error and not the end of the process.
+        Threads may read side by side. ValueError for an id out of range; ShardError, naming sample and shard, where its bytes
+        cannot be read, are not those that were packed, or are raw pixels.
+        """
+        record = self._records[self._checked_one(sample_id)]
+        if record["encoding"] != JPEG:
+            raise self._no_jpeg(sample_id)
+        size, shard = int(record["byte_count"]), int(record["shard"])
+        try:
+            file = self._file(shard)  # held, lest another thread close it
+            found = np.empty(size, np.uint8) if memory is None else memory[:size]
+            count = os.preadv(file.fileno(), [found], int(record["offset"]))
+        except ShardError as error:
+            raise ShardError(f"{self.describe(sample_id)} cannot be read: {error}") from None
+        except OSError as error:
+            raise ShardError(f"{self.describe(sample_id)} cannot be read ({error.strerror}): {REPAIR}.") from None
+        if count < size:
+            raise ShardError(
+                f"{self.describe(sample_id)} is not whole, the shard was cut short after it was packed: {REPAIR}."
+            )
+        if xxhash.xxh3_64_intdigest(found) != record["checksum"]:
+            raise ShardError(f"{self.describe(sample_id)} is not as it was packed, its bytes have changed: {REPAIR}.")
+        return found
+
+    def expect(self, sample_ids: ArrayLike) -> None:
+        """Tell the system which samples will be read soon, so that a disk can fetch them side by side."""
+        for record in self._records[self._checked(sample_ids)]:
+            with contextlib.suppress(OSError, ShardError):
+                file = self._file(int(record["shard"]))
+                os.posix_fadvise(
+                    file.fileno(), int(record["offset"]), int(record["byte_count"]), os.POSIX_FADV_WILLNEED
+                )
+
     def jpeg_bytes(self, sample_id: int) -> NDArray[np.uint8]:
         """The JPEG file of one sample, as `content`. ShardError where the sample is stored as raw pixels."""
         if self._records["encoding"][self._checked_one(sample_id)] != JPEG:
-            raise ShardError(
-                f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
-                "--write-mode jpg."
-            )
+            raise self._no_jpeg(sample_id)
         return self.content(sample_id)
+
+    def _no_jpeg(self, sample_id: int) -> ShardError:
+        return ShardError(
+            f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
+            "--write-mode jpg."
+        )
 
     def describe(self, sample_id: int) -> str:
         """For messages: "sample 17 (n01440764/x.JPEG) in shard-000003.tar"."""
@@ -260,14 +307,23 @@ class DatasetIndex:
         return number
 
     def _map(self, key: int | str, stored: StoredFile) -> NDArray[np.uint8]:
-        mapped = self._mapped.get(key)
-        if mapped is not None:
-            return mapped
+        return self._opened(self._mapped, key, stored, _map_file)
+
+    def _file(self, shard: int) -> io.FileIO:
+        return self._opened(
+            self._files, shard, self.manifest.shards[shard], functools.partial(open, mode="rb", buffering=0)
+        )
+
+    def _opened(self, kept: dict, key: int | str, stored: StoredFile, open_one: Callable[[Path], _Opened]) -> _Opened:
+        found = kept.get(key)
+        if found is not None:
+            return found
         check_byte_count(self.path, stored)
-        while len(self._mapped) >= _max_open_shards():
-            # The oldest goes. Views of it that are still in use keep its map alive.
-            self._mapped.pop(next(iter(self._mapped)), None)
-        return self._mapped.setdefault(key, _map_file(self.path / stored.name))
+        while len(self._mapped) + len(self._files) >= _max_open_shards():
+            # The oldest goes. Views of it that are still in use keep a map alive.
+            crowded = kept or (self._files if kept is self._mapped else self._mapped)
+            crowded.pop(next(iter(crowded)), None)
+        return kept.setdefault(key, open_one(self.path / stored.name))
 
 
 @functools.cache

@@ -28,9 +28,17 @@ class LoaderConfig:
     """Loader threads (dali) or worker processes (reference) per rank. None: the cores this process may use, divided by
     the ranks on this machine."""
     prefetch: int = 2
-    """Batches that a pipeline works ahead, at least 1."""
+    """Finished batches that wait for the trainer at most, at least 1. DALI has one or two more in work."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where DALI decodes JPEGs. auto: mixed (nvJPEG) on a GPU, cpu without one."""
+    """Where DALI decodes JPEGs. auto: on a GPU whichever of cpu and mixed (nvJPEG, and the GPU's JPEG engine where it has one)
+    a short measurement at the start finds faster; cpu without a GPU."""
+    colour: Literal["auto", "host", "device"] = "auto"
+    """Where colour, blur and normalisation happen. auto: on the training device. host: finished views travel to a GPU."""
+    on_bad_sample: Literal["fail", "substitute"] = "fail"
+    """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
+    substitute: name it, and show in its place one of the samples that the epoch leaves over."""
+    stall_timeout: float = 600.0
+    """Seconds without a batch after which the pipeline is given up, with the name of the stage that hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)

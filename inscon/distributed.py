@@ -60,7 +60,23 @@ def worst(values: dict[str, float]) -> dict[str, float]:
 
 def mean(values: dict[str, float]) -> dict[str, float]:
     """Each value's mean over the ranks."""
-    return {name: value / world_size() for name, value in _reduce(values, dist.ReduceOp.SUM).items()}
+    return {name: value / world_size() for name, value in total(values).items()}
+
+
+def total(values: dict[str, float]) -> dict[str, float]:
+    """Each value's sum over the ranks."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def union(numbers: list[int]) -> list[int]:
+    """The numbers of all ranks, each once, sorted. Travels over the CPU."""
+    if world_size() == 1:
+        return sorted(set(numbers))
+    longest = int(worst({"count": float(len(numbers))})["count"])
+    padded = torch.full((longest + 1,), len(numbers))
+    padded[1 : len(numbers) + 1] = torch.tensor(numbers, dtype=torch.int64)
+    rows = gather(padded).view(world_size(), longest + 1).tolist()
+    return sorted({number for count, *found in rows for number in found[:count]})
 
 
 def _reduce(values: dict[str, float], operation) -> dict[str, float]:

@@ -125,11 +125,19 @@ class MetricsLog:
         self.close()
 
 
-def window(losses: LossMeter, watch: Stopwatch, images_per_step: int, lr: float) -> dict[str, float]:
-    """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s."""
+def window(
+    losses: LossMeter, watch: Stopwatch, images_per_step: int, lr: float, loader: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s.
+
+    `loader` is what the pipeline says of itself: the worst rank too, but for `loader_substituted`, a sum.
+    """
     values = distributed.mean(losses.read())  # waits for the device, so that the watch below sees finished work
     times = distributed.worst(watch.read())
     values = {**values, **times, "images_per_s": images_per_step / times["step_s"], "lr": lr}
+    if loader:
+        counted = distributed.total({"loader_substituted": loader.pop("loader_substituted", 0.0)})
+        values |= distributed.worst(loader) | counted
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(
             f"the loss is not finite any more. Found: {values['loss']}; lower --lr or set --precision fp32, and resume"
@@ -172,6 +180,7 @@ def _line(values: dict[str, float]) -> str:
     return (
         f"loss {values['loss']:.3f}  {losses}  {values['images_per_s']:.1f} images/s  "
         f"data wait {values['data_wait_percent']:.1f} %"
+        + (f"  {values['loader_substituted']:.0f} samples substituted" if values.get("loader_substituted") else "")
     )
 
 

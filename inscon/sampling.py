@@ -55,16 +55,38 @@ class EpochOrder:
             raise ValueError(f"batch_size must be a multiple of the {world_size} ranks. Found: {self.batch_size}")
         return self.global_batch(step)[rank * share : (rank + 1) * share]
 
+    def positions(self, sample_ids: np.ndarray, epoch: int) -> np.ndarray:
+        """Where samples lie in the order of `epoch`, int64, the inverse of `permute`; from `whole` on: in no batch."""
+        return unpermute(sample_ids, self.num_samples, self.seed, epoch)
+
+    @property
+    def whole(self) -> int:
+        """How many samples an epoch shows."""
+        return self.steps_per_epoch * self.batch_size
+
+    def left_over(self, epoch: int) -> np.ndarray:
+        """The samples that `epoch` does not show, less than a batch, int64, in the epoch's order."""
+        return permute(np.arange(self.whole, self.num_samples), self.num_samples, self.seed, epoch)
+
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a pseudo-random permutation of 0..n-1, chosen by (seed, epoch), sends `positions` [any], int64."""
+    return _walk(positions, n, seed, epoch, _feistel)
+
+
+def unpermute(values: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The positions that `permute` sends to `values` [any], int64."""
+    return _walk(values, n, seed, epoch, _feistel_back)
+
+
+def _walk(numbers: np.ndarray, n: int, seed: int, epoch: int, network) -> np.ndarray:
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
     keys = _round_keys(seed, epoch)
-    result = np.array(positions, np.int64)
+    result = np.array(numbers, np.int64)
     walking = np.ones(result.shape, bool)
     while walking.any():
-        result[walking] = _feistel(result[walking].astype(np.uint64), a, b, keys).astype(np.int64)
+        result[walking] = network(result[walking].astype(np.uint64), a, b, keys).astype(np.int64)
         walking = result >= n
     return result
 
@@ -83,6 +105,15 @@ def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
     for i in range(0, _ROUNDS, 2):
         left = (left + _mix(right ^ keys[i]) % a) % a
         right = (right + _mix(left ^ keys[i + 1]) % b) % b
+    return left * b + right
+
+
+def _feistel_back(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
+    a, b = np.uint64(a), np.uint64(b)
+    left, right = x // b, x % b
+    for i in reversed(range(0, _ROUNDS, 2)):
+        right = (right + b - _mix(left ^ keys[i + 1]) % b) % b
+        left = (left + a - _mix(right ^ keys[i]) % a) % a
     return left * b + right
 
 

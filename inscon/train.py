@@ -5,8 +5,9 @@ import os
 import signal
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -36,6 +37,8 @@ class Training:
     """Fingerprint of the data set; a checkpoint of another one is refused."""
     step: int = 0
     """Optimizer updates done."""
+    bad_samples: list[int] = field(default_factory=list)
+    """Ids of the samples that no rank could use when the last checkpoint was written."""
 
     def state_dict(self) -> dict:
         return {
@@ -46,6 +49,7 @@ class Training:
             "rng": torch.get_rng_state(),
             "config": self.config.to_dict(),
             "data": self.data,
+            "bad_samples": self.bad_samples,
         }
 
     def load_state_dict(self, contents: dict) -> None:
@@ -54,6 +58,7 @@ class Training:
         self.scaler.load_state_dict(contents["scaler"])
         torch.set_rng_state(contents["rng"].cpu())
         self.step = contents["step"]
+        self.bad_samples = contents.get("bad_samples", [])
 
 
 def set_up(config: Config, device: torch.device, data: str) -> Training:
@@ -98,9 +103,26 @@ def _resume(training: Training) -> None:
     training.load_state_dict(contents)
 
 
-def train(training: Training, loader: Iterable[Batch], steps_per_epoch: int, total_steps: int) -> None:
+class Telemetry(Protocol):
+    """What a loader may say of itself."""
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading, under names that begin with loader_."""
+
+    def bad_samples(self) -> list[int]:
+        """Ids of the samples that this rank could not use so far."""
+
+
+def train(
+    training: Training,
+    loader: Iterable[Batch],
+    steps_per_epoch: int,
+    total_steps: int,
+    telemetry: Telemetry | None = None,
+) -> None:
     """Run steps `training.step` .. `total_steps - 1`; `loader` must start with the batch of the first of them.
 
+    What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints.
     On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
     """
     config, inscon, scaler, optimizer = training.config, training.model, training.scaler, training.optimizer
@@ -127,8 +149,11 @@ def train(training: Training, loader: Iterable[Batch], steps_per_epoch: int, tot
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
             if training.step % config.run.log_every == 0 or finished or stopping:
-                log.write(training.step, window(losses_meter, watch, config.optim.batch_size, lr))
+                figures = telemetry.read() if telemetry else None
+                log.write(training.step, window(losses_meter, watch, config.optim.batch_size, lr, figures))
             if training.step % config.run.checkpoint_every == 0 or finished or stopping:
+                if telemetry:
+                    training.bad_samples = distributed.union(telemetry.bad_samples())
                 _save(training)
             if stopping:
                 log.say(

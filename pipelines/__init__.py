@@ -7,6 +7,7 @@ An engine is imported when it is asked for, so an installation needs only those 
 """
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 
@@ -33,6 +34,7 @@ def open_pipeline(
     dtype: torch.dtype = torch.float32,
     start_step: int = 0,
     total_steps: int,
+    bad_samples: Sequence[int] = (),
 ) -> Pipeline:
     """Batches of global steps `start_step` to `total_steps` - 1, which run on over the epochs, ready for the model.
 
@@ -41,14 +43,22 @@ def open_pipeline(
         config: resolved (`inscon.config.resolve`) for `world_size` ranks.
         rank, world_size: this process among those that share the batch.
         device, dtype: of the pixels. Boxes come as float32 on `device`, sample ids as int64 on the CPU.
+        bad_samples: what `Pipeline.bad_samples` gave on all ranks when the run that goes on was stopped.
 
     Raises ValueError, in one sentence with the remedy, for an engine that does not exist or is not installed, a data set
-    that is missing, damaged or smaller than a batch, and, while iterating, for a picture that cannot be decoded.
+    that is missing, damaged or smaller than a batch, a setting below its least value, and, while iterating, for a sample that
+    changed after it was packed or cannot be decoded; MemoryError where memory runs out, TimeoutError where a stage hangs.
     """
     if name not in ENGINES:
         raise ValueError(f'there is no pipeline "{name}"; set --pipeline to one of: {", ".join(ENGINES)}')
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
+    if config.loader.prefetch < 1:
+        raise ValueError(f"prefetch must be at least 1 batch. Found: {config.loader.prefetch}; set --prefetch 2")
+    if config.loader.stall_timeout <= 0:
+        raise ValueError(
+            f"stall_timeout must be more than 0 s. Found: {config.loader.stall_timeout}; set --stall-timeout 600"
+        )
     module, function = ENGINES[name].split(":")
     try:
         open_engine = getattr(importlib.import_module(module), function)
@@ -68,4 +78,5 @@ def open_pipeline(
         dtype=dtype,
         start_step=start_step,
         total_steps=total_steps,
+        bad_samples=tuple(bad_samples),
     )

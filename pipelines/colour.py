@@ -31,16 +31,20 @@ def normalise(
 ) -> Float[Tensor, "B 3 S S"]:
     """Levels 0..255 to zero mean and unit variance by ImageNet's figures; the result is channels-last in memory."""
     count, side = views.shape[:2]
-    scale, shift = _normalisation(side, views.device)
-    # Whole rows of S*3: an innermost dimension of 3 would leave nothing to vectorise.
-    rows = torch.addcmul(shift, views.reshape(count, side, side * 3).to(torch.float32), scale).to(dtype)
+    subtract, multiply = (to_device(row, views.device) for row in normalisation(side))
+    # Whole rows of S*3: an innermost dimension of 3 would leave nothing to vectorise. Subtracted first, so that there is
+    # no product and sum to be fused on one machine and not on the next: the same bits as the compiled tail's, anywhere.
+    rows = views.reshape(count, side, side * 3).to(torch.float32)
+    rows = torch.sub(rows, subtract).mul_(multiply).to(dtype)
     return rows.view(count, side, side, 3).permute(0, 3, 1, 2)
 
 
 @functools.cache
-def _normalisation(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    scale, shift = 1 / (255 * np.array(STD)), -np.array(MEAN) / np.array(STD)
-    return tuple(to_device(np.tile(row, side).astype(np.float32), device) for row in (scale, shift))
+def normalisation(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """What to subtract from a row of `side` px, and by what to multiply the rest: [3 side] float32 each."""
+    return tuple(
+        np.tile(np.array(row, np.float32), side) for row in ([255 * m for m in MEAN], [1 / (255 * s) for s in STD])
+    )
 
 
 def colour_views(views: UInt8[Tensor, "B S S 3"], plan: ViewPlan, dtype: torch.dtype) -> Float[Tensor, "B 3 S S"]:

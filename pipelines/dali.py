@@ -1,53 +1,122 @@
-"""DALI executing the plan: each JPEG is read from its mapped shard, decoded once, cropped as often as needed.
+"""DALI executing the plan: each JPEG is read from its shard, decoded once, cropped as often as needed.
 
-On the CPU, DALI's threads decode and then call the compiled tail of pipelines/kernels.py: finished uint8 views. On a GPU
-two arrangements, chosen by `loader.decode`: "mixed" decodes with nvJPEG and cuts the crops on the device, "cpu" decodes
-and cuts on the host and sends crops; colour and blur happen on the device in both (pipelines/colour.py).
+Where the host decodes, DALI's threads decode and then call the compiled kernels of pipelines/kernels.py, which write views
+and mosaic tiles straight into the memory of the batch (pipelines/slots.py): finished float32 for training on a CPU, uint8 for a
+GPU, as finished views or as crops that the GPU colours (pipelines/colour.py). With decode "mixed", DALI decodes with nvJPEG,
+and the GPU's JPEG engine where it has one, and cuts the crops there.
 
-The order, the bytes and the plan come from our own source, one call per batch, never from a DALI reader: the step is
-`start_step` plus DALI's iteration, so resuming needs no state.
+The order, the bytes and the plan come from our own source, never from a DALI reader: a run of the graph makes one part of
+a batch, and which one is counted from `start_step`, so resuming needs no state.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import re
+import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import nvidia.dali
 import torch
-from jaxtyping import Float, UInt8
 from nvidia.dali import Pipeline as Graph
 from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
 from torch import Tensor
 
-from data_prep.index import ShardError
 from inscon.batch import Batch
 from inscon.config import Config
-from pipelines.colour import colour_views, normalise
-from pipelines.feed import Feed, Pipeline, Work, check_sizes, make_batch, open_feed, threads_per_rank
-from pipelines.kernels import render_views
-from pipelines.reference import decode
+from pipelines.colour import colour_views, normalisation, normalise
+from pipelines.decoding import Decode, candidates, choose
+from pipelines.feed import (
+    Feed,
+    Pipeline,
+    Refusal,
+    Work,
+    colour_on_host,
+    make_batch,
+    open_feed,
+    threads_per_rank,
+    undecodable,
+    wrong_size,
+)
+from pipelines.kernels import render_into
+from pipelines.prefetch import Ahead, StageClock
+from pipelines.slots import Slot, Slots
+
+PART, PARTS_OF_THREADS = 32, 8
+"""Pictures in one run of the graph: these many, or so many for each thread, lest threads wait for the last picture of a run."""
+DEVICE_PART = 64
+"""The same where a GPU decodes; bounds the memory that decoded pictures take there."""
+READY_S = 1e-3
+"""A run of the graph that takes no longer than this to hand out was ready."""
+DEPTH = 2
+"""Runs of the graph that DALI works ahead."""
+TRIAL_S = 1.5
+"""How long each way to decode is tried, seconds."""
+OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|MemoryAllocation|OUT_OF_MEMORY", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one run of the graph makes: pictures `first` to `first + count - 1` of a batch."""
+
+    work: Work
+    first: int
+    count: int
+    slot: Slot | None
+    inputs: tuple[list[np.ndarray] | np.ndarray, ...]
+    """JPEG bytes, rows and places of each picture. Held until the run is over: DALI is given their memory, not a copy."""
+    memory: np.ndarray
+    """What the bytes of the whole batch lie in."""
+
+    @property
+    def last(self) -> bool:
+        return self.first + self.count == len(self.work.sample_ids)
 
 
 class Source:
-    """Called by DALI once per batch, ahead of the consumer; keeps the work of the batches in flight for it."""
+    """Called by DALI once per run of the graph, ahead of the consumer; keeps what is in flight."""
 
-    def __init__(self, feed: Feed, start_step: int, total_steps: int):
-        self._feed, self._start_step, self._total_steps = feed, start_step, total_steps
-        self.in_flight: deque[Work] = deque()
+    def __init__(self, feed: Feed, slots: Slots | None, steps: range, part: int, clock: StageClock):
+        self._feed, self._slots, self._clock, self._size = feed, slots, clock, part
+        self._parts = self._cut(steps)
+        self._memory: deque[np.ndarray] = deque()
+        self.in_flight: deque[Part] = deque()
+        self.read_s = 0.0
+        """Seconds spent here so far."""
 
     def __call__(self, batch_info):
-        step = self._start_step + batch_info.iteration
-        if step >= self._total_steps:
-            raise StopIteration
-        work = self._feed.work(step)
-        jpegs = [self._feed.index.jpeg_bytes(sample_id) for sample_id in work.sample_ids]
-        self.in_flight.append(work)
-        return jpegs, work.rows()
+        # DALI only prefetches what was asked for, but once more than there is; then StopIteration goes up from here.
+        start = time.perf_counter()
+        part = next(self._parts)
+        self.in_flight.append(part)
+        self.read_s += time.perf_counter() - start
+        return part.inputs
+
+    def done(self) -> Part:
+        """The oldest part in flight, whose run is over."""
+        part = self.in_flight.popleft()
+        if part.last:
+            self._memory.append(part.memory)
+        return part
+
+    def _cut(self, steps: range) -> Iterator[Part]:
+        for step in steps:
+            with self._clock.at(f"reading the samples of step {step}", "read"):
+                work, jpegs, memory = self._feed.load(step, self._memory.popleft() if self._memory else None)
+                if step + 1 < steps.stop:
+                    self._feed.expect(step + 1)
+            columns = [jpegs, work.rows()]
+            slot = self._slots.take() if self._slots else None
+            if slot is not None:
+                columns.append(slot.places)
+            for first in range(0, len(jpegs), self._size):
+                inputs = tuple(column[first : first + self._size] for column in columns)
+                yield Part(work, first, len(inputs[0]), slot, inputs, memory)
 
 
 def build_graph(
@@ -58,143 +127,261 @@ def build_graph(
     view_size: int,
     threads: int,
     device_id: int | None,
-    decode: str,
-    colour: bool,
-    prefetch: int,
+    decode: Decode,
 ) -> Graph:
-    """The DALI pipeline: (JPEG bytes, rows) from `source` -> (views [V S S 3] uint8 per sample, shape of the picture).
+    """The DALI pipeline, for up to `batch_size` pictures a run.
 
-    `device_id` is the GPU the views come to, None for the CPU; `decode` is "cpu", or "mixed" on a GPU. `colour` finishes
-    the views on the host; without it they are crops, mirrored and no more, as they always are with "mixed".
+    decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (a byte, shape of the picture) per sample; the views are where
+    `places` says. "mixed": (JPEG bytes, rows) -> (crops [V S S 3] uint8 on GPU `device_id`, shape of the picture).
     """
-    assert not (colour and decode == "mixed") and (decode == "cpu" or device_id is not None)
+    mixed = decode.device == "mixed"
     graph = Graph(
         batch_size=batch_size,
         num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
+        device_id=device_id if mixed else None,
+        prefetch_queue_depth=DEPTH,
         exec_dynamic=True,
     )
     with graph:
-        jpegs, rows = fn.external_source(
-            source=source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.FLOAT], ndim=[1, 2]
-        )
+        inputs = [(types.UINT8, 1), (types.FLOAT, 2), (types.INT64, 1)][: 2 if mixed else 3]
+        jpegs, rows, *places = fn.external_source(
+            source=source, num_outputs=len(inputs), batch=True, batch_info=True, no_copy=True,
+            dtype=[dtype for dtype, _ in inputs], ndim=[ndim for _, ndim in inputs],
+        )  # fmt: skip
         # Boxes are in px as stored; DALI would turn the picture by its EXIF tag.
-        images = fn.decoders.image(
-            jpegs, device="mixed" if decode == "mixed" else "cpu", output_type=types.RGB, adjust_orientation=False
-        )
-        if decode == "mixed":
-            crops = [crop_by_dali(images, rows[view], view_size) for view in range(num_views)]
-            views = fn.stack(*crops)
+        settings = {"output_type": types.RGB, "adjust_orientation": False}
+        if mixed:
+            images = fn.decoders.image(jpegs, device="mixed", hw_decoder_load=decode.engine_share, **settings)
+            made = fn.stack(*(crop_by_dali(images, rows[view], view_size) for view in range(num_views)))
         else:
-            views = _render_on_host(num_views, view_size, colour=colour)(images, rows)
-            views = views if device_id is None else views.gpu()
-        graph.set_outputs(views, images.shape(device="cpu"))
+            images = fn.decoders.image(jpegs, device="cpu", **settings)
+            made = _render(view_size)(images, rows, *places)
+        graph.set_outputs(made, images.shape(device="cpu"))
     graph.build()
     return graph
 
 
 def crop_by_dali(images, row, view_size: int):
-    """DALI mirrors a crop whose two ends are swapped."""
-    low, high, flipped = row[0:2], row[2:4], row[4:5]
-    left, right = low[0:1] + flipped * (high[0:1] - low[0:1]), high[0:1] - flipped * (high[0:1] - low[0:1])
-    return fn.resize(
-        images,
-        size=[view_size, view_size],
-        roi_start=fn.cat(low[1:2], left),
-        roi_end=fn.cat(high[1:2], right),
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-    )
+    """Cut first, so that the filter sees no pixel outside of the crop, then resize and mirror, as the compiled kernel."""
+    cut = fn.slice(images, row[0:2], row[2:4] - row[0:2], axes=(1, 0), normalized_anchor=False, normalized_shape=False)
+    made = fn.resize(cut, size=[view_size, view_size], interp_type=types.INTERP_LINEAR, antialias=True)
+    return fn.flip(made, horizontal=fn.cast(row[4], dtype=types.INT32), vertical=0)
 
 
 @functools.cache
-def _render_on_host(num_views: int, view_size: int, *, colour: bool) -> NumbaFunction:
-    """The operator (picture, rows) -> views; kept, because DALI takes seconds to wrap a compiled function."""
-
+def _render(view_size: int) -> NumbaFunction:
+    """The operator (picture, rows, places) -> a byte; kept, because DALI takes seconds to wrap a compiled function."""
     # numba freezes what these two find around them, which is meant here.
+    subtract, multiply = normalisation(view_size)
+
     def shape(outs, ins):
         for out in outs[0]:
-            out[0], out[1], out[2], out[3] = num_views, view_size, view_size, 3
+            out[0] = 1
 
-    def render(out, image, row):
-        render_views(image, row, out, colour)
+    def render(out, image, rows, places):
+        render_into(image, rows, places, subtract, multiply)
+        out[0] = 1
 
     return NumbaFunction(
         run_fn=render,
         setup_fn=shape,
         out_types=[types.UINT8],
-        in_types=[types.UINT8, types.FLOAT],
-        outs_ndim=[4],
-        ins_ndim=[3, 2],
+        in_types=[types.UINT8, types.FLOAT, types.INT64],
+        outs_ndim=[1],
+        ins_ndim=[3, 2, 1],
         device="cpu",
     )
 
 
-class _Engine:
-    """A running graph and the batches it makes."""
+class Engine:
+    """A running graph and the batches it makes, in this thread.
+
+    Args:
+        decode: where JPEGs are decoded.
+        host_colour: colour and blur by the compiled kernels; else on `device`.
+    """
 
     def __init__(
-        self, feed: Feed, start_step: int, total_steps: int, device: torch.device, dtype: torch.dtype, threads: int
+        self,
+        feed: Feed,
+        steps: range,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        decode: Decode,
+        host_colour: bool,
     ):
-        loader, self._feed, self._device, self._dtype = feed.config.loader, feed, device, dtype
-        self.decode = loader.decode
-        if self.decode == "auto":
-            self.decode = "mixed" if device.type == "cuda" else "cpu"
-        self._steps = range(start_step, total_steps)
-        self._source = Source(feed, start_step, total_steps)
-        self._held: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        self._graph = build_graph(
-            self._source,
-            batch_size=feed.batch_size,
-            num_views=feed.num_views,
-            view_size=feed.config.views.view_size,
-            threads=threads,
-            device_id=_device_id(device),
-            decode=self.decode,
-            colour=device.type == "cpu",
-            prefetch=loader.prefetch,
+        self._feed, self._steps, self._device, self._dtype, self._decode = feed, steps, device, dtype, decode
+        self._threads, self._host_colour = threads, host_colour
+        self.clock = StageClock()
+        self.substituted = 0
+        """Samples that stood in for bad ones, in the batches made so far."""
+        self._runs = self._starved_runs = 0
+        self.part = min(
+            DEVICE_PART if decode.device == "mixed" else max(PART, PARTS_OF_THREADS * threads), feed.batch_size
         )
+        self._slots = make_slots(feed, device, host_colour) if decode.device == "cpu" else None
+        self._graph, self._source = None, None
+        self._device_bytes = _used_beside_torch(device)
+        self._start(steps)
 
     def batches(self) -> Iterator[Batch]:
-        # Exactly as many runs as there are batches, so the source's StopIteration never comes up here.
-        for step in self._steps:
+        """One batch per step. Whoever asks for the next one has waited until the device was done with the one before."""
+        for work, made in self.steps():
+            self.substituted += work.substituted
             try:
-                views, shapes = self._graph.run()
-            except RuntimeError as error:
+                with self.clock.at("colour and copy", "finish"):
+                    batch = self._finish(work, made)
+            except (torch.OutOfMemoryError, MemoryError) as error:
                 raise self._explain(error) from None
-            work = self._source.in_flight.popleft()
-            assert work.step == step
-            check_sizes(self._feed.index, work, np.asarray(shapes.as_array())[:, :2])
-            yield make_batch(work, self._finish(torch.from_dlpack(views.as_tensor()), work), self._feed)
+            yield batch
+            del batch, made
+
+    def steps(self) -> Iterator[tuple[Work, "Slot | list[Tensor]"]]:
+        """Batches before they are finished: the slot they are in, or the crops of each part, on the device."""
+        for step in self._steps:
+            work, made = self._make(step)
+            yield work, made
+            self._release(made)
+            del made
+
+    def read(self) -> dict[str, float]:
+        """Since the last reading: milliseconds per source image and stage, and how often a run of the graph was not ready."""
+        images = max(self._runs, 1) * self.part
+        seconds, runs, starved = self.clock.read(), max(self._runs, 1), self._starved_runs
+        self._runs = self._starved_runs = 0
+        found = {f"loader_{name}_ms": 1e3 * seconds.get(name, 0.0) / images for name in ("read", "decode", "finish")}
+        found |= {"loader_graph_starved_percent": 100 * starved / runs, "loader_substituted": self.substituted}
+        if self._device.type == "cuda":
+            found["loader_device_mb"] = max(_used_beside_torch(self._device) - self._device_bytes, 0) / 2**20
+        return found
 
     def end(self) -> None:
         """DALI's threads end with the last reference to the graph."""
         self._graph = None
-        self._held.clear()
+        self._source = None
 
-    def _finish(self, views: UInt8[Tensor, "B V S S 3"], work: Work) -> list[Float[Tensor, "B 3 S S"]]:
-        if self._device.type == "cpu":
-            return [normalise(views[:, v], self._dtype) for v in range(self._feed.num_views)]
-        pixels = [colour_views(views[:, v], plan, self._dtype) for v, plan in enumerate(work.views)]
-        # DALI writes its buffer again when `views` is gone, so it stays until the device has read it. Asking an event
-        # does not wait.
-        read = torch.cuda.Event()
-        read.record()
-        self._held.append((read, views))
-        while self._held and self._held[0][0].query():
-            self._held.popleft()
-        return pixels
+    def _start(self, steps: range) -> None:
+        self._graph = None  # first: its threads still write into slots
+        self._source = Source(self._feed, self._slots, steps, self.part, self.clock)
+        self._graph = build_graph(
+            self._source,
+            batch_size=self.part,
+            num_views=self._feed.num_views,
+            view_size=self._feed.config.views.view_size,
+            threads=self._threads,
+            device_id=_device_id(self._device),
+            decode=self._decode,
+        )
 
-    def _explain(self, error: RuntimeError) -> Exception:
-        """DALI does not say whose bytes it could not decode: look for them among the batches in flight."""
-        for work in self._source.in_flight:
-            for sample_id in work.sample_ids:
-                try:
-                    decode(self._feed.index, sample_id)
-                except ShardError as found:
-                    return found
-        return error
+    def _make(self, step: int) -> tuple[Work, "Slot | list[Tensor]"]:
+        """All parts of a batch. A sample that DALI refuses goes to `Feed.reject`; if that one returns, the graph begins anew."""
+        while True:
+            try:
+                return self._run_step(step)
+            except Refusal as refusal:
+                found = refusal
+            except (RuntimeError, MemoryError) as error:
+                found = self._explain(error)
+            self._feed.reject(*found.args)
+            self._start(range(step, self._steps.stop))
+
+    def _run_step(self, step: int) -> tuple[Work, "Slot | list[Tensor]"]:
+        crops = []
+        while True:
+            start = time.perf_counter() - self._source.read_s
+            with self.clock.at(f"decoding the samples of step {step}", "decode"):
+                views, shapes = self._graph.run()
+            took = time.perf_counter() - self._source.read_s - start
+            self._runs, self._starved_runs = self._runs + 1, self._starved_runs + (took > READY_S)
+            part = self._source.done()
+            assert part.work.step == step
+            wrong = wrong_size(self._feed.index, part.work, part.first, np.asarray(shapes.as_array())[:, :2])
+            if wrong is not None:
+                raise Refusal(*wrong)
+            if part.slot is None:
+                crops.append(torch.from_dlpack(views.as_tensor()))
+            if part.last:
+                return part.work, part.slot or crops
+
+    def _explain(self, error: Exception) -> Refusal:
+        """What DALI stumbled over. It does not say whose bytes it could not decode: try those in flight, one by one.
+
+        Raises MemoryError, in one sentence, where memory ran out, and `error` itself where no picture is to blame.
+        """
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            where = f"{self._device}, decode {self._decode.device}" if self._device.type == "cuda" else "the host"
+            raise MemoryError(
+                f"the pipeline dali ran out of memory on {where}: set {'--decode cpu, ' * (self._decode.device == 'mixed')}a "
+                "smaller --prefetch or a smaller --batch-size, and run again to go on from the last checkpoint"
+            ) from error
+        self._graph = None
+        for part in self._source.in_flight:
+            for i, jpeg in enumerate(part.inputs[0]):
+                reason = refusal_of(jpeg, self._decode, _device_id(self._device))
+                if reason is not None:
+                    sample_id = int(part.work.sample_ids[part.first + i])
+                    return Refusal(
+                        sample_id,
+                        undecodable(self._feed.index, sample_id, reason, f"DALI, decode {self._decode.device}"),
+                    )
+        raise error
+
+    def _finish(self, work: Work, made) -> Batch:
+        if isinstance(made, Slot) and self._slots.normalised:
+            views, mosaic = made.hand_out()
+            pixels = [view.permute(0, 3, 1, 2).to(self._dtype) for view in views]
+            return make_batch(
+                work, pixels, self._feed, None if mosaic is None else mosaic.permute(0, 3, 1, 2).to(self._dtype)
+            )
+        if isinstance(made, Slot):
+            levels = made.tensors(made.memory.to(self._device, non_blocking=True))[0]
+        else:
+            levels = (made[0] if len(made) == 1 else torch.cat(made)).unbind(1)
+        if self._host_colour:
+            return make_batch(work, [normalise(view, self._dtype) for view in levels], self._feed)
+        pixels = [colour_views(view, plan, self._dtype) for view, plan in zip(levels, work.views, strict=True)]
+        return make_batch(work, pixels, self._feed)
+
+    def _release(self, made) -> None:
+        if isinstance(made, Slot) and not self._slots.normalised:
+            self._slots.give_back(made)
+        elif isinstance(made, list):
+            made.clear()
+
+
+def refusal_of(jpeg: np.ndarray, decode: Decode, device_id: int | None) -> str | None:
+    """Why DALI cannot decode a JPEG there, in its own words, or None if it can."""
+    mixed = decode.device == "mixed"
+    graph = Graph(batch_size=1, num_threads=1, device_id=device_id if mixed else None, exec_dynamic=True)
+    with graph:
+        source = fn.external_source(source=lambda: [jpeg], batch=True)
+        graph.set_outputs(
+            fn.decoders.image(source, device=decode.device, output_type=types.RGB, adjust_orientation=False)
+        )
+    try:
+        graph.run()
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "rror" in line and "encountered" not in line), lines[0])
+    return None
+
+
+def make_slots(feed: Feed, device: torch.device, host_colour: bool) -> Slots:
+    """Memory for what the compiled kernels make: the batch itself on a CPU, its levels for a device that finishes them."""
+    views = feed.config.views
+    finished = device.type == "cpu" and host_colour
+    every, on_canvas = tuple(range(feed.num_views)), finished and feed.wants_mosaic and views.tile == "full"
+    return Slots(
+        batch_size=feed.batch_size,
+        view_size=views.view_size,
+        views=feed.num_views,
+        kept=every[:2] if on_canvas else every,
+        tiles=every[2 if feed.num_views == 3 else 0] if on_canvas else None,
+        normalised=finished,
+        colour=host_colour,
+        pinned=device.type == "cuda",
+    )
 
 
 def open_dali(
@@ -206,24 +393,66 @@ def open_dali(
     dtype: torch.dtype,
     start_step: int,
     total_steps: int,
+    bad_samples: tuple[int, ...] = (),
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are DALI's threads; compiling is over when this returns."""
-    feed = open_feed(config, rank, world_size)
-    threads = threads_per_rank(config.loader.threads)
+    feed = open_feed(config, rank, world_size, bad_samples)
+    loader, threads = config.loader, threads_per_rank(config.loader.threads)
     if threads < 1:
         raise ValueError(f"the pipeline dali needs at least 1 thread. Found: {threads}; set --threads 1 or more")
-    if config.loader.prefetch < 1:
-        raise ValueError(f"prefetch must be at least 1 batch. Found: {config.loader.prefetch}; set --prefetch 2")
     if device.type == "cuda":
         check_dali(driver_cuda_version(), installed_flavour())
-    elif config.loader.decode == "mixed":
+    elif loader.decode == "mixed":
         raise ValueError("decode=mixed needs a GPU, and the device is cpu; set --decode cpu or auto")
-    engine = _Engine(feed, start_step, total_steps, device, dtype, threads)
+    host_colour = colour_on_host(config, device)
+    if host_colour and loader.decode == "mixed":
+        raise ValueError(
+            "decode=mixed leaves the crops on the GPU, and colour=host needs them on the host; set --colour device"
+        )
+    arguments = device, dtype, threads
+    decode, why = Decode(loader.decode, None), ""
+    if loader.decode == "auto":
+        ways = candidates(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, host_colour)
+        rates = try_out(feed, ways, arguments, host_colour, start_step) if len(ways) > 1 else {}
+        decode, why = choose(ways, rates)
+    engine = Engine(feed, range(start_step, total_steps), *arguments, decode, host_colour)
     description = (
-        f"dali {nvidia.dali.__version__}: decode {engine.decode}, views on the {device.type}, {threads} threads, "
-        f"prefetch {config.loader.prefetch}, {feed.index.path}"
+        f"dali {nvidia.dali.__version__}: decode {decode.describe()}{why}, colour on the "
+        f"{'host' if host_colour else device.type}, {threads} threads, {loader.prefetch} batches ahead, {feed.index.path}"
     )
-    return Pipeline(engine.batches(), engine.end, feed.steps_per_epoch, description)
+    ahead = Ahead(
+        engine.batches(), depth=loader.prefetch, device=device, clock=engine.clock, timeout_s=loader.stall_timeout
+    )
+    return Pipeline(ahead, engine.end, feed, description, engine.read)
+
+
+def try_out(
+    feed: Feed, ways: list[Decode], arguments: tuple, host_colour: bool, start_step: int
+) -> dict[Decode, float]:
+    """Source images/s of each way to decode, colour included, over the run's own first batches."""
+    rates = {}
+    for way in ways:
+        engine = Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_colour)
+        stream = torch.cuda.Stream(arguments[0])
+        with torch.cuda.stream(stream), contextlib.closing(engine.batches()) as batches:
+            next(batches)
+            stream.synchronize()
+            start, count = time.perf_counter(), 0
+            while time.perf_counter() - start < TRIAL_S or count < 3:
+                next(batches)
+                stream.synchronize()
+                count += 1
+            rates[way] = count * feed.batch_size / (time.perf_counter() - start)
+        engine.end()
+    return rates
+
+
+def _used_beside_torch(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, but not by this process's PyTorch; 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def _device_id(device: torch.device) -> int | None:

@@ -1,11 +1,12 @@
 """What every engine is fed with and what it hands out: the work of a step, the batch made from it, the open pipeline.
 
-`Feed.work(step)` joins the data set's index, the order of samples and the plan; an engine makes pixels of it, and
-`make_batch` makes those a `Batch`. `Pipeline` is what `open_pipeline` returns, for every engine.
+`Feed.work(step)` joins the data set's index, the order of samples and the plan; `Feed.load(step)` adds the bytes; an engine
+makes pixels of them, and `make_batch` makes those a `Batch`. `Pipeline` is what `open_pipeline` returns, for every engine.
 """
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,10 @@ from inscon.config import Config
 from inscon.mosaic import TILES_PER_CANVAS, assemble
 from inscon.plan import Plans, ViewPlan, plan_views
 from inscon.sampling import EpochOrder
+from pipelines.prefetch import Ahead
+from pipelines.spares import Spares
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,8 @@ class Work:
     sizes: np.ndarray
     """[B 2] int64, (height, width) of each source image in px, as the index has them."""
     plans: Plans
+    substituted: int
+    """How many of the samples stand in for bad ones."""
 
     @property
     def views(self) -> tuple[ViewPlan, ...]:
@@ -45,7 +52,8 @@ class Work:
 
 
 class Feed:
-    """The work of any step of this rank: a pure function of the step, so it can be asked in any order and any process.
+    """The work of any step of this rank: a pure function of the step and of the samples known to be bad, so it can be asked in
+    any order and any process.
 
     Args:
         config: resolved for this number of ranks.
@@ -62,6 +70,11 @@ class Feed:
         self.batch_size = len(self.order.rank_batch(0, rank, world_size))
         self.wants_mosaic = "multi" in config.model.heads
         self.num_views = 3 if self.wants_mosaic and config.views.tiles_from == "third" else 2
+        self.bad: set[int] = set()
+        """Ids of samples that cannot be used, as far as they have been met; others stand in for them."""
+        queue_steps = (config.model.queue_size or 0) // config.optim.batch_size
+        self._spares = Spares(self.order, world_size, queue_steps)
+        self._places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         if self.wants_mosaic and self.batch_size % TILES_PER_CANVAS:
             raise ValueError(
                 f"a mosaic takes {TILES_PER_CANVAS} images, so batch_size must be a multiple of {TILES_PER_CANVAS} times "
@@ -69,24 +82,60 @@ class Feed:
             )
 
     def work(self, step: int) -> Work:
-        """What this rank makes at global step `step`."""
+        """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample."""
         epoch = self.order.epoch_of(step)
         ids = self.order.rank_batch(step, self.rank, self.world_size)
+        stand_ins = self._spares.stand_ins(step, self._places, self.bad) if self.bad else {}
+        for place, sample_id in stand_ins.items():
+            ids[place - self._places.start] = sample_id
         sizes = self.index.sizes(ids)
         plans = plan_views(self.config.run.seed, epoch, ids, sizes, self.config.views)
         if self.num_views == 2 and plans.tile is not None:
             plans = Plans(query=plans.query, key=plans.key, tile=None)
-        return Work(step=step, epoch=epoch, sample_ids=ids, sizes=sizes, plans=plans)
+        return Work(step=step, epoch=epoch, sample_ids=ids, sizes=sizes, plans=plans, substituted=len(stand_ins))
+
+    def load(self, step: int, memory: np.ndarray | None = None) -> tuple[Work, list[np.ndarray], np.ndarray]:
+        """The work of a step; the JPEG of each of its samples, compared with the checksums of the index; what they lie in.
+
+        `memory` [n] uint8 is overwritten; where it is None or too small, other memory is taken. A sample that cannot be read
+        goes to `reject`: ShardError, or another one in its place.
+        """
+        while True:
+            work = self.work(step)
+            ends = np.cumsum(self.index.records(work.sample_ids)["byte_count"].astype(np.int64))
+            if memory is None or len(memory) < ends[-1]:
+                memory = np.empty(ends[-1] * 5 // 4, np.uint8)
+            starts = [0, *ends[:-1]]
+            try:
+                for sample_id, start in zip(map(int, work.sample_ids), starts, strict=True):
+                    self.index.read(sample_id, memory[start:])
+            except ShardError as error:
+                self.reject(sample_id, error)
+            else:
+                return work, [memory[start:end] for start, end in zip(starts, ends, strict=True)], memory
+
+    def expect(self, step: int) -> None:
+        """Let the system read ahead what this rank will load for a step."""
+        self.index.expect(self.order.rank_batch(step, self.rank, self.world_size))
+
+    def reject(self, sample_id: int, error: ShardError) -> None:
+        """Raise `error`, or, with `on_bad_sample` = substitute, let others stand in for the sample from now on."""
+        if self.config.loader.on_bad_sample == "fail":
+            raise error
+        self.bad.add(int(sample_id))
+        LOG.warning("%s Another sample stands in for it (--on-bad-sample substitute).", str(error).rstrip(".") + ".")
 
 
-def open_feed(config: Config, rank: int, world_size: int) -> Feed:
-    """The feed of a data set on disk. ValueError, with the remedy, where there is none."""
+def open_feed(config: Config, rank: int, world_size: int, bad_samples: Iterable[int] = ()) -> Feed:
+    """The feed of a data set on disk, with the ids of samples known to be bad. ValueError, with the remedy, where there is none."""
     if config.loader.data is None:
         raise ValueError(
             "loader.data is not set: give the folder that data_prep/make_dali.py wrote, --data SHARDS, or take "
             "--pipeline synthetic, which needs none"
         )
-    return Feed(config, DatasetIndex.open(config.loader.data), rank, world_size)
+    feed = Feed(config, DatasetIndex.open(config.loader.data), rank, world_size)
+    feed.bad.update(bad_samples)
+    return feed
 
 
 def make_batch(
@@ -103,15 +152,33 @@ def make_batch(
     return Batch(query=query, key=key, mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
 
 
-def check_sizes(index: DatasetIndex, work: Work, decoded: np.ndarray) -> None:
-    """ShardError if a picture is not of the size its boxes were drawn for. `decoded` [B 2]: height, width in px."""
-    wrong = np.flatnonzero((decoded != work.sizes).any(1))
-    if len(wrong):
-        (height, width), (stored_height, stored_width) = decoded[wrong[0]], work.sizes[wrong[0]]
-        raise ShardError(
-            f"{index.describe(work.sample_ids[wrong[0]])} decodes to {height}x{width} px (height x width) where the index says "
-            f"{stored_height}x{stored_width}: copy the shards again or rerun data_prep/make_dali.py"
-        )
+class Refusal(Exception):
+    """A sample that cannot be used: its id, and the ShardError that says so."""
+
+
+def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> ShardError:
+    """The sentence about a picture whose bytes are as they were packed and which `decoder` cannot decode."""
+    return ShardError(
+        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun data_prep/make_dali.py, which rejects such "
+        "pictures, or set --on-bad-sample substitute"
+    )
+
+
+def wrong_size(index: DatasetIndex, work: Work, first: int, decoded: np.ndarray) -> tuple[int, ShardError] | None:
+    """A picture that is not of the size its boxes were drawn for, by id and in a sentence, or None.
+
+    `decoded` [n 2]: height, width in px of pictures `first` to `first + n - 1` of `work`.
+    """
+    expected = work.sizes[first : first + len(decoded)]
+    wrong = np.flatnonzero((decoded != expected).any(1))
+    if not len(wrong):
+        return None
+    (height, width), (stored_height, stored_width) = decoded[wrong[0]], expected[wrong[0]]
+    sample_id = int(work.sample_ids[first + wrong[0]])
+    return sample_id, ShardError(
+        f"{index.describe(sample_id)} decodes to {height}x{width} px (height x width) where the index says "
+        f"{stored_height}x{stored_width}: copy the shards again or rerun data_prep/make_dali.py"
+    )
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -119,6 +186,11 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     # A copy from pageable memory would wait for the device; PyTorch keeps the pinned block until the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def colour_on_host(config: Config, device: torch.device) -> bool:
+    """Whether views leave the host finished, or as crops that `pipelines.colour` finishes on `device`."""
+    return config.loader.colour == "host" or (config.loader.colour == "auto" and device.type == "cpu")
 
 
 def threads_per_rank(asked: int | None) -> int:
@@ -132,25 +204,45 @@ def threads_per_rank(asked: int | None) -> int:
 class Pipeline:
     """Batches of one rank from `start_step` to `total_steps`, once through; a context manager that ends the engine.
 
-    `batches` yields the batches, `end` stops the engine and frees what it holds, `description` is one line for the log.
+    Args:
+        ahead: yields the batches; closed first.
+        end: stops the engine and frees what it holds.
+        feed: what the engine is fed with.
+        description: one line for the log.
+        read: what the engine measures of itself.
     """
 
-    def __init__(self, batches: Iterator[Batch], end: Callable[[], None], steps_per_epoch: int, description: str):
-        self._batches, self._end, self._description = batches, end, description
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(
+        self,
+        ahead: "Ahead | Iterator[Batch]",
+        end: Callable[[], None],
+        feed: Feed,
+        description: str,
+        read: Callable[[], dict[str, float]] = dict,
+    ):
+        self._ahead, self._end, self._feed, self._description, self._read = ahead, end, feed, description, read
+        self.steps_per_epoch = feed.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._batches
+        return self._ahead
 
     def describe(self) -> str:
         """Engine, decode device, threads, prefetch and data, in one line."""
         return self._description
 
+    def read(self) -> dict[str, float]:
+        """Since the last reading: how ready the queues were and what each stage took, all names beginning with loader_."""
+        return (self._ahead.read() if isinstance(self._ahead, Ahead) else {}) | self._read()
+
+    def bad_samples(self) -> list[int]:
+        """Ids of the samples that cannot be used, as far as this rank has met them; for the checkpoint."""
+        return sorted(self._feed.bad)
+
     def close(self) -> None:
         """Stop threads and workers, free buffers; the second call does nothing."""
         end, self._end = self._end, None
         if end is not None:
-            self._batches.close()
+            self._ahead.close()
             end()
 
     def __enter__(self) -> "Pipeline":

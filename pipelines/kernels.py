@@ -29,6 +29,12 @@ BLUR_PASSES = 3
 RED, GREEN, BLUE = 19595, 38470, 7471
 """Rec. 601 luma weights in 1/65536, as PIL's conversion to L: 0.299, 0.587, 0.114."""
 
+ROWS_AT_ONCE = 8
+"""Rows of a picture that are resized together, as a block of 8x8 pixels of 32 bit at a time: numba itself finds no vector
+in three interleaved channels, and rows share the weights."""
+WORD, BYTE = ir.IntType(32), ir.IntType(8)
+PIXELS, BYTES = ir.VectorType(WORD, ROWS_AT_ONCE), ir.VectorType(BYTE, 4 * ROWS_AT_ONCE)
+
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -57,22 +63,23 @@ def render_into(image, rows, places, subtract, multiply):
 
     Args:
         image, rows: as for `render_views`.
-        places: [5 + 2V] int64, a row of `pipelines.slots.Slot.places`: the side S of a view in px; 1 for colour; 1 if levels
-            become normalised float32, 0 if they stay uint8; bytes from a row of the mosaic's canvas to the next; one
-            more that is unused; then for each view the addresses of its `[S S 3]` block and of its tile's first pixel
-            on the canvas, 0 where there is none.
+        places: [4 + 2V] int64, a row of `pipelines.slots.Slot.places`: the side S of a view in px; 1 for colour; 1 if levels
+            become normalised float32 (S is then a multiple of 16, and addresses are of 64), 0 if they stay uint8; bytes
+            from a row of the mosaic's canvas to the next; then for each view the addresses of its `[S S 3]` block and of its
+            tile's first pixel on the canvas, 0 for none.
         subtract, multiply: [3 S] float32, `pipelines.colour.normalisation` of a row of pixels.
     """
     side = places[0]
     made = np.empty((1, side, side, 3), np.uint8)
     for view in range(rows.shape[0]):
-        block, tile = places[5 + 2 * view], places[6 + 2 * view]
+        block, tile = places[4 + 2 * view], places[5 + 2 * view]
         if places[2]:
             render_views(image, rows[view : view + 1], made, places[1] != 0)
             for y in range(side):
                 _normalise_row(made[0, y].reshape(-1), subtract, multiply, block, tile)
                 block += 12 * side if block else 0
                 tile += places[3] if tile else 0
+            _fence()
         else:
             levels = carray(_pointer(block), (1, side, side, 3), np.uint8)
             render_views(image, rows[view : view + 1], levels, places[1] != 0)
@@ -88,16 +95,49 @@ def _pointer(typingctx, address):
     return types.voidptr(address), codegen
 
 
-@compiled
-def _normalise_row(levels, subtract, multiply, block, tile):
-    """(level - subtract) * multiply of one row to either address, or both; while it is in the cache."""
-    size = levels.shape[0]
-    first = carray(_pointer(block if block else tile), size, np.float32)
-    for j in range(size):
-        # Subtracted first: compilers would fuse a product and a sum here and there, and round otherwise.
-        first[j] = (np.float32(levels[j]) - subtract[j]) * multiply[j]
-    if block and tile:
-        _copy(first, carray(_pointer(tile), size, np.float32))
+@intrinsic
+def _normalise_row(typingctx, levels, subtract, multiply, block, tile):
+    """(level - subtract) * multiply of one row of levels to each of both addresses that is not 0, as float32.
+
+    Past the caches: they would first read what is going to be overwritten, and nobody needs it soon. Subtracted before
+    multiplied, since a product and a sum would be fused on some machines, and round otherwise.
+    """
+    lanes, float_type = 16, ir.FloatType()
+    floats, levels_type = ir.VectorType(float_type, lanes), ir.VectorType(BYTE, lanes)
+
+    def codegen(context, builder, signature, args):
+        level_array = context.make_array(signature.args[0])(context, builder, args[0])
+        rows = [context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2)]
+        size = builder.extract_value(level_array.shape, 0)
+        blocks = builder.udiv(size, ir.Constant(size.type, lanes))
+        marked = builder.module.add_metadata([ir.Constant(WORD, 1)])
+        with cgutils.for_range(builder, blocks) as loop:
+            offset = builder.mul(loop.index, ir.Constant(loop.index.type, lanes))
+            at = builder.bitcast(builder.gep(level_array.data, [offset]), levels_type.as_pointer())
+            value = builder.uitofp(builder.zext(builder.load(at, align=1), ir.VectorType(WORD, lanes)), floats)
+            low, factor = (
+                builder.load(builder.bitcast(builder.gep(row, [offset]), floats.as_pointer()), align=4) for row in rows
+            )
+            value = builder.fmul(builder.fsub(value, low), factor)
+            for address in (args[3], args[4]):
+                with builder.if_then(builder.icmp_signed("!=", address, ir.Constant(address.type, 0))):
+                    place = builder.add(address, builder.mul(offset, ir.Constant(offset.type, 4)))
+                    stored = builder.store(value, builder.inttoptr(place, floats.as_pointer()), align=64)
+                    stored.set_metadata("nontemporal", marked)
+        return context.get_dummy_value()
+
+    return types.void(levels, subtract, multiply, types.intp, types.intp), codegen
+
+
+@intrinsic
+def _fence(typingctx):
+    """What was stored past the caches is seen by other threads from here on."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @compiled
@@ -161,13 +201,6 @@ def resize_weights(source, target):
     return first, weights
 
 
-ROWS_AT_ONCE = 8
-"""Rows of a picture that are resized together, as a block of 8x8 pixels of 32 bit at a time: numba itself finds no vector
-in three interleaved channels, and rows share the weights."""
-WORD, BYTE = ir.IntType(32), ir.IntType(8)
-PIXELS, BYTES = ir.VectorType(WORD, ROWS_AT_ONCE), ir.VectorType(BYTE, 4 * ROWS_AT_ONCE)
-
-
 def _shuffle(builder, one, other, order):
     return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(WORD, len(order)), list(order)))
 
@@ -202,7 +235,9 @@ def _load_block(typingctx, flat, starts, offset, pixels, x):
             levels = builder.load(builder.bitcast(address, BYTES.as_pointer()), align=1)
             rows.append(builder.bitcast(_shuffle(builder, levels, levels, spread), PIXELS))
         for i, column in enumerate(_transpose(builder, rows)):
-            place = builder.mul(builder.add(args[4], ir.Constant(args[4].type, i)), ir.Constant(args[4].type, ROWS_AT_ONCE))
+            place = builder.mul(
+                builder.add(args[4], ir.Constant(args[4].type, i)), ir.Constant(args[4].type, ROWS_AT_ONCE)
+            )
             builder.store(column, builder.bitcast(builder.gep(out, [place]), PIXELS.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -245,7 +280,9 @@ def _weigh_block(typingctx, pixels, first, weights, x, out):
         packed = [4 * (i // 3) + i % 3 for i in range(3 * ROWS_AT_ONCE)] + [0] * ROWS_AT_ONCE
         for r, row in enumerate(_transpose(builder, columns)):
             levels = builder.bitcast(row, BYTES)
-            place = builder.add(builder.mul(stride, ir.Constant(stride.type, r)), builder.mul(args[3], ir.Constant(args[3].type, 3)))
+            place = builder.add(
+                builder.mul(stride, ir.Constant(stride.type, r)), builder.mul(args[3], ir.Constant(args[3].type, 3))
+            )
             address = builder.bitcast(builder.gep(out_array.data, [place]), BYTES.as_pointer())
             builder.store(_shuffle(builder, levels, levels, packed), address, align=1)
         return context.get_dummy_value()

@@ -4,7 +4,7 @@
 RandomGrayscale, GaussianBlur (PIL's, radius = sigma). The loader around it is a plain torch DataLoader.
 """
 
-import functools
+import dataclasses
 import io
 import multiprocessing
 
@@ -12,13 +12,25 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, UnidentifiedImageError
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.index import DatasetIndex, ShardError
+from data_prep.index import DatasetIndex
 from inscon.config import Config
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan
-from pipelines.colour import normalise
-from pipelines.feed import Feed, Pipeline, check_sizes, make_batch, open_feed, threads_per_rank
+from pipelines.colour import colour_views, normalise
+from pipelines.feed import (
+    Feed,
+    Pipeline,
+    Refusal,
+    Work,
+    colour_on_host,
+    make_batch,
+    open_feed,
+    threads_per_rank,
+    undecodable,
+    wrong_size,
+)
 
 COLOUR = {
     NOTHING: lambda image, factor: image,
@@ -31,14 +43,19 @@ COLOUR = {
 """Code of an operation -> function of a PIL image and a factor."""
 
 
-def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int) -> Image.Image:
-    """Row `i` of `plan` applied to a whole RGB picture: the view as an RGB picture of `view_size` px square."""
+def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, colour: bool = True) -> Image.Image:
+    """Row `i` of `plan` applied to a whole RGB picture: the view as an RGB picture of `view_size` px square.
+
+    Without `colour` it ends with the flip.
+    """
     x0, y0, x1, y1 = (int(edge) for edge in plan.crop_box[i])
     view = F.resized_crop(
         image, y0, x0, y1 - y0, x1 - x0, [view_size, view_size], F.InterpolationMode.BILINEAR, antialias=True
     )
     if plan.flipped[i]:
         view = F.hflip(view)
+    if not colour:
+        return view
     for operation in plan.colour_ops[i]:
         factor = float(plan.factors[i, operation - 1]) if BRIGHTNESS <= operation <= HUE else 0.0
         view = COLOUR[int(operation)](view, factor)
@@ -47,56 +64,59 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int) -> I
     return view
 
 
-def decode(index: DatasetIndex, sample_id: int) -> Image.Image:
-    """One sample as an RGB picture. ShardError, naming sample and shard, where its bytes are no JPEG."""
+def decode(index: DatasetIndex, sample_id: int, jpeg: np.ndarray) -> Image.Image:
+    """One sample as an RGB picture. Refusal where its bytes are no picture."""
     try:
-        return Image.open(io.BytesIO(index.jpeg_bytes(sample_id))).convert("RGB")
+        return Image.open(io.BytesIO(jpeg)).convert("RGB")
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = "its bytes are no picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise undecodable(index, sample_id, reason) from None
+        raise Refusal(sample_id, undecodable(index, sample_id, reason, "PIL")) from None
 
 
-def undecodable(index: DatasetIndex, sample_id: int, reason: str) -> ShardError:
-    """The one sentence about a picture that was sound when it was packed and cannot be decoded any more."""
-    return ShardError(
-        f"{index.describe(sample_id)} cannot be decoded ({reason}), so the shard changed after it was packed: "
-        "copy it again or rerun data_prep/make_dali.py"
-    )
+def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor]:
+    """The work of a step and its views, [V B S S 3] uint8. Bad samples go to `Feed.reject`."""
+    while True:
+        work, jpegs, _ = feed.load(step)
+        try:
+            return work, _render(feed, work, jpegs, colour)
+        except Refusal as refusal:
+            feed.reject(*refusal.args)
+
+
+def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], colour: bool) -> Tensor:
+    side = feed.config.views.view_size
+    views = np.empty((len(work.views), feed.batch_size, side, side, 3), np.uint8)
+    for i, (sample_id, jpeg) in enumerate(zip(map(int, work.sample_ids), jpegs, strict=True)):
+        image = decode(feed.index, sample_id, jpeg)
+        wrong = wrong_size(feed.index, work, i, np.array([[image.height, image.width]]))
+        if wrong is not None:
+            raise Refusal(*wrong)
+        for view, plan in zip(views, work.views, strict=True):
+            view[i] = render_view(image, plan, i, side, colour)
+    return torch.from_numpy(views)
 
 
 class _Steps(Dataset):
-    """Item `step` is everything one step needs, so that the plan of a batch is drawn in one go."""
+    """Item `step` is everything one step needs, so that the plan of a batch is drawn in one go.
 
-    def __init__(self, feed: Feed):
-        self._feed = feed
+    A bad sample is an error here, whatever `on_bad_sample` says: who stands in for it depends on all that were met so far,
+    and only the process that has seen every step knows them.
+    """
 
-    def __getstate__(self) -> tuple:
-        # A worker opens the shards itself when the first step is asked for, where a failure can be told as any other.
-        return self._feed.config, self._feed.rank, self._feed.world_size
-
-    def __setstate__(self, state: tuple) -> None:
-        self._feed = functools.partial(open_feed, *state)
+    def __init__(self, feed: Feed, colour: bool):
+        loader = dataclasses.replace(feed.config.loader, on_bad_sample="fail")
+        self._open = dataclasses.replace(feed.config, loader=loader), feed.rank, feed.world_size
+        self._colour, self._feed = colour, None
 
     def __getitem__(self, step: int):
         try:
-            if isinstance(self._feed, functools.partial):
-                self._feed = self._feed()
-            return self._render(step)
+            if self._feed is None:
+                # A worker opens the shards itself when the first step is asked for, where a failure can be told as any other.
+                self._feed = open_feed(*self._open)
+            return render_step(self._feed, step, self._colour)
         except ValueError as error:
             # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
             return error
-
-    def _render(self, step: int):
-        work, side = self._feed.work(step), self._feed.config.views.view_size
-        views = np.empty((len(work.views), self._feed.batch_size, side, side, 3), np.uint8)
-        sizes = work.sizes.copy()
-        for i, sample_id in enumerate(work.sample_ids):
-            image = decode(self._feed.index, sample_id)
-            sizes[i] = image.height, image.width
-            for view, plan in zip(views, work.views, strict=True):
-                view[i] = render_view(image, plan, i, side)
-        check_sizes(self._feed.index, work, sizes)
-        return work, torch.from_numpy(views)
 
 
 def _alive(loader: DataLoader):
@@ -121,13 +141,14 @@ def open_reference(
     dtype: torch.dtype,
     start_step: int,
     total_steps: int,
+    bad_samples: tuple[int, ...] = (),
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are worker processes here; 0 works in this process."""
-    feed = open_feed(config, rank, world_size)
+    feed, host_colour = open_feed(config, rank, world_size, bad_samples), colour_on_host(config, device)
     workers = threads_per_rank(config.loader.threads)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
     loader = DataLoader(
-        _Steps(feed),
+        _Steps(feed, host_colour),
         batch_size=None,
         sampler=range(start_step, total_steps),
         num_workers=workers,
@@ -140,15 +161,23 @@ def open_reference(
     )
 
     def batches():
-        for made in _alive(loader):
-            if isinstance(made, ValueError):
+        for step, made in zip(range(start_step, total_steps), _alive(loader)):
+            if isinstance(made, ValueError) and config.loader.on_bad_sample == "fail":
                 raise made
+            if isinstance(made, ValueError) or (feed.bad and feed.work(step).substituted):
+                made = render_step(feed, step, host_colour)
             work, views = made
             views = views.to(device, non_blocking=True)
-            yield make_batch(work, [normalise(view, dtype) for view in views], feed)
+            counted["loader_substituted"] += work.substituted
+            if host_colour:
+                pixels = [normalise(view, dtype) for view in views]
+            else:
+                pixels = [colour_views(view, plan, dtype) for view, plan in zip(views, work.views, strict=True)]
+            yield make_batch(work, pixels, feed)
 
+    counted = {"loader_substituted": 0}
     description = (
         f"reference: PIL decode on the cpu, {workers} workers, prefetch {config.loader.prefetch}, {feed.index.path}"
     )
     # The DataLoader's workers end with its iterator, which the generator holds and closing it frees.
-    return Pipeline(batches(), lambda: None, feed.steps_per_epoch, description)
+    return Pipeline(batches(), lambda: None, feed, description, counted.copy)

@@ -39,8 +39,10 @@ def open_synthetic(
     dtype: torch.dtype,
     start_step: int,
     total_steps: int,
+    bad_samples: tuple[int, ...] = (),
 ) -> Pipeline:
     """See `pipelines.open_pipeline`."""
+    assert not bad_samples, "noise is never bad"
     feed = Feed(config, MadeUpIndex(), rank, world_size)
     generator = torch.Generator(device).manual_seed(config.run.seed + rank)
     ready = [_noise(feed, device, dtype, generator) for _ in range(min(DISTINCT_BATCHES, total_steps - start_step))]
@@ -50,9 +52,7 @@ def open_synthetic(
             pixels, mosaic = ready[step % len(ready)]
             yield make_batch(feed.work(step), pixels, feed, mosaic)
 
-    return Pipeline(
-        batches(), ready.clear, feed.steps_per_epoch, f"synthetic: {DISTINCT_BATCHES} batches of noise in turn"
-    )
+    return Pipeline(batches(), ready.clear, feed, f"synthetic: {DISTINCT_BATCHES} batches of noise in turn")
 
 
 def _noise(feed: Feed, device: torch.device, dtype: torch.dtype, generator: torch.Generator):

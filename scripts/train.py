@@ -52,10 +52,11 @@ def main(arguments: list[str]) -> None:
         with open_pipeline(
             config.loader.pipeline, config=config, rank=distributed.rank(), world_size=world_size, device=device,
             dtype=training.precision.pixel_dtype, start_step=training.step, total_steps=total_steps,
+            bad_samples=training.bad_samples,
         ) as loader:  # fmt: skip
             if distributed.rank() == 0:
                 print(loader.describe())
-            train.train(training, loader, facts.steps_per_epoch, total_steps)
+            train.train(training, loader, facts.steps_per_epoch, total_steps, telemetry=loader)
     finally:
         distributed.stop()
 
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FloatingPointError, ChildProcessError) as error:
+    except (ValueError, FloatingPointError, ChildProcessError, MemoryError, TimeoutError) as error:
         if os.environ.get("INSCON_TRACEBACK"):
             raise
         raise SystemExit(f"train.py: {error}") from None
