@@ -307,23 +307,32 @@ class DatasetIndex:
         return number
 
     def _map(self, key: int | str, stored: StoredFile) -> NDArray[np.uint8]:
-        return self._opened(self._mapped, key, stored, _map_file)
+        def open_map() -> NDArray[np.uint8]:
+            check_byte_count(self.path, stored)
+            return _map_file(self.path / stored.name)
+
+        return self._opened(self._mapped, key, open_map)
 
     def _file(self, shard: int) -> io.FileIO:
-        return self._opened(
-            self._files, shard, self.manifest.shards[shard], functools.partial(open, mode="rb", buffering=0)
-        )
+        path = self.path / self.manifest.shards[shard].name
 
-    def _opened(self, kept: dict, key: int | str, stored: StoredFile, open_one: Callable[[Path], _Opened]) -> _Opened:
+        def open_file() -> io.FileIO:
+            try:  # of any length: what is read of it is compared with checksums
+                return open(path, "rb", buffering=0)
+            except FileNotFoundError:
+                raise ShardError(f"{path} is missing: {REPAIR}.") from None
+
+        return self._opened(self._files, shard, open_file)
+
+    def _opened(self, kept: dict, key: int | str, open_one: Callable[[], _Opened]) -> _Opened:
         found = kept.get(key)
         if found is not None:
             return found
-        check_byte_count(self.path, stored)
         while len(self._mapped) + len(self._files) >= _max_open_shards():
             # The oldest goes. Views of it that are still in use keep a map alive.
             crowded = kept or (self._files if kept is self._mapped else self._mapped)
             crowded.pop(next(iter(crowded)), None)
-        return kept.setdefault(key, open_one(self.path / stored.name))
+        return kept.setdefault(key, open_one())
 
 
 @functools.cache

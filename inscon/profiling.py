@@ -28,6 +28,8 @@ class RunSpeed:
     step_ms: float
     step_ms_p99: float
     data_wait_percent: float
+    loader: dict[str, float]
+    """What the pipeline said of itself, without the loader_ of its names: see `pipelines.feed.Pipeline.read`."""
     first: dict[str, float]
     """The values of the first window in which every negative was a real key: fresh queues hold noise, an easy start."""
     last: dict[str, float]
@@ -61,6 +63,11 @@ def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
         step_ms=statistics.median(step_ms),
         step_ms_p99=step_ms[min(round(0.99 * (len(step_ms) - 1)), len(step_ms) - 1)],
         data_wait_percent=statistics.median(window["data_wait_percent"] for window in steady),
+        loader={
+            name.removeprefix("loader_"): statistics.median(window.get(name, 0.0) for window in steady)
+            for name in steady[-1]
+            if name.startswith("loader_")
+        },
         first=next((now for before, now in itertools.pairwise(windows) if before["step"] >= fill_steps), windows[-1]),
         last=windows[-1],
     )

@@ -251,7 +251,7 @@ class Engine:
         seconds, runs, starved = self.clock.read(), max(self._runs, 1), self._starved_runs
         self._runs = self._starved_runs = 0
         found = {f"loader_{name}_ms": 1e3 * seconds.get(name, 0.0) / images for name in ("read", "decode", "finish")}
-        found |= {"loader_graph_starved_percent": 100 * starved / runs, "loader_substituted": self.substituted}
+        found |= {"loader_graph_starved_percent": 100 * starved / runs, "loader_substituted": float(self.substituted)}
         if self._device.type == "cuda":
             found["loader_device_mb"] = max(_used_beside_torch(self._device) - self._device_bytes, 0) / 2**20
         return found

@@ -119,11 +119,11 @@ class Feed:
         self.index.expect(self.order.rank_batch(step, self.rank, self.world_size))
 
     def reject(self, sample_id: int, error: ShardError) -> None:
-        """Raise `error`, or, with `on_bad_sample` = substitute, let others stand in for the sample from now on."""
+        """Raise `error`, or, with `on_bad_sample` = substitute, say it and let others stand in for the sample from now on."""
         if self.config.loader.on_bad_sample == "fail":
             raise error
         self.bad.add(int(sample_id))
-        LOG.warning("%s Another sample stands in for it (--on-bad-sample substitute).", str(error).rstrip(".") + ".")
+        LOG.warning("%s. Another sample stands in for it.", str(error).rstrip("."))
 
 
 def open_feed(config: Config, rank: int, world_size: int, bad_samples: Iterable[int] = ()) -> Feed:
@@ -159,8 +159,8 @@ class Refusal(Exception):
 def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> ShardError:
     """The sentence about a picture whose bytes are as they were packed and which `decoder` cannot decode."""
     return ShardError(
-        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun data_prep/make_dali.py, which rejects such "
-        "pictures, or set --on-bad-sample substitute"
+        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun data_prep/make_dali.py, which leaves such "
+        "pictures out"
     )
 
 

@@ -175,7 +175,7 @@ def open_reference(
                 pixels = [colour_views(view, plan, dtype) for view, plan in zip(views, work.views, strict=True)]
             yield make_batch(work, pixels, feed)
 
-    counted = {"loader_substituted": 0}
+    counted = {"loader_substituted": 0.0}
     description = (
         f"reference: PIL decode on the cpu, {workers} workers, prefetch {config.loader.prefetch}, {feed.index.path}"
     )

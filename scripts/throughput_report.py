@@ -29,6 +29,18 @@ class ReportConfig:
     """Write the figures as JSON too, with the machine and versions of now: report where you ran."""
 
 
+LOADER = {
+    "starved_percent": "batches not ready when asked for, %",
+    "graph_starved_percent": "runs of DALI's graph not ready, %",
+    "read_ms": "read and plan, ms per image",
+    "decode_ms": "decode and crop, ms per image",
+    "finish_ms": "colour and copy, ms per image",
+    "substituted": "samples substituted so far, all ranks",
+    "device_mb": "device memory, MB",
+}
+"""What the pipeline says of itself, in words."""
+
+
 def table(speed: RunSpeed, settings: dict) -> Table:
     """One page: how fast, waiting for what, learning what."""
     title = (
@@ -42,6 +54,8 @@ def table(speed: RunSpeed, settings: dict) -> Table:
     page.add_row("source images/s", f"{speed.images_per_s:.1f}", over)
     page.add_row("step, ms", f"{speed.step_ms:.1f}", f"the same; 99th percentile {speed.step_ms_p99:.1f}")
     page.add_row("data wait, % of the step", f"{speed.data_wait_percent:.2f}", "the same; worst rank")
+    for name, value in speed.loader.items():
+        page.add_row(f"loader: {LOADER.get(name, name)}", f"{value:.2f}", "the same; worst rank")
     over_time = f"windows that end with steps {speed.first['step']} (queues full) and {speed.last['step']}"
     for name in ("single", "multi", "cell"):
         if f"loss_{name}" in speed.last:

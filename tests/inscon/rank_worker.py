@@ -75,6 +75,8 @@ def main(out: Path, mode: str) -> None:
     record["queues"] = {"single": inscon.key_queue.keys, "cell": inscon.cell_queue.keys}
     record["stop"] = distributed.any_rank(rank == world_size - 1)
     record["worst"] = distributed.worst({"rank": float(rank)})
+    record["total"] = distributed.total({"rank": float(rank + 1)})
+    record["union"] = distributed.union([7, rank + 1] if rank else [])
     if rank == 0:
         torch.save(record, out)
     distributed.stop()

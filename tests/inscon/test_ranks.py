@@ -31,6 +31,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
     """frozen: BatchNorm in eval mode. live: two ranks shuffle, one process splits into the same groups of images."""
     one, two = run(tmp_path / "one", mode, 1), run(tmp_path / "two", mode, 2)
     assert one["stop"] is two["stop"] is True and two["worst"] == {"rank": 1.0}
+    assert two["total"] == {"rank": 3.0} and two["union"] == [2, 7] and one["union"] == []
     for a, b in zip(one["losses"], two["losses"]):
         assert a == pytest.approx(b, rel=1e-9)
     for part in ("gradients", "weights", "queues"):

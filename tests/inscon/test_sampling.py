@@ -4,13 +4,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from inscon.sampling import EpochOrder, permute
+from inscon.sampling import EpochOrder, permute, unpermute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 97, 256, 1000, 12345])
 @pytest.mark.parametrize("epoch", [0, 1, 199])
 def test_permute_is_a_permutation(n, epoch):
     assert np.array_equal(np.sort(permute(np.arange(n), n, 42, epoch)), np.arange(n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 97, 256, 12345])
+def test_unpermute_is_the_inverse(n):
+    for epoch in (0, 7):
+        assert np.array_equal(unpermute(permute(np.arange(n), n, 42, epoch), n, 42, epoch), np.arange(n))
+
+
+def test_positions_and_what_is_left_over():
+    order = EpochOrder(103, 20, seed=1)
+    for step in (0, 4, 13):
+        within = step % 5 * 20 + np.arange(20)
+        assert np.array_equal(order.positions(order.global_batch(step), step // 5), within)
+    shown = np.concatenate([order.global_batch(step) for step in range(5, 10)])
+    assert order.whole == 100 and set(order.left_over(1)) == set(range(103)) - set(shown)
+    assert np.array_equal(order.positions(order.left_over(1), 1), [100, 101, 102])
 
 
 def test_every_image_once_per_epoch_and_the_remainder_dropped():

@@ -123,6 +123,26 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+class LoaderOfThree:
+    """A loader that met two bad samples and says so."""
+
+    def read(self):
+        return {"loader_read_ms": 1.5, "loader_substituted": 2.0}
+
+    def bad_samples(self):
+        return [9, 4]
+
+
+def test_what_the_loader_says_is_logged_and_its_bad_samples_are_kept(tmp_path, capsys):
+    config = make_config(tmp_path)
+    training = train.set_up(config, CPU, "set A")
+    assert training.bad_samples == []
+    train.train(training, [batch_of(step) for step in range(3)], PER_EPOCH, 3, telemetry=LoaderOfThree())
+    assert all(line["loader_read_ms"] == 1.5 and line["loader_substituted"] == 2 for line in lines(tmp_path))
+    assert "2 samples substituted" in capsys.readouterr().out
+    assert train.set_up(config, CPU, "set A").bad_samples == [4, 9]
+
+
 def test_losses_that_are_not_finite_stop_the_run_in_one_sentence(tmp_path):
     config = make_config(tmp_path)
     training = train.set_up(config, CPU, "set A")

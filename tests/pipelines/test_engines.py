@@ -1,5 +1,6 @@
 """What every engine promises: the same plan executed, fixed shapes, resumable, shared over ranks, closed cleanly."""
 
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -106,17 +107,71 @@ def test_without_the_multi_head_there_is_no_mosaic(name, make_config):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("start_step", [1, 2, 3])
-def test_resuming_repeats_the_batches(name, start_step, make_config):
-    """Two steps per epoch: starts inside an epoch, at its seam, and after it."""
+def test_resuming_at_any_step_repeats_the_batches(name, make_config):
+    """Two steps per epoch: starts inside epochs and at their seams."""
     config = make_config()
-    whole, rest = batches(name, config, 5), batches(name, config, 5, start_step=start_step)
-    assert len(rest) == 5 - start_step
-    for one, other in zip(whole[start_step:], rest, strict=True):
-        if name == "synthetic":  # whose pixels are noise
-            assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.key.crop_box, other.key.crop_box)
-        else:
-            assert_same(one, other)
+    whole = batches(name, config, 7)
+    for start_step in range(1, 7):
+        rest = batches(name, config, 7, start_step=start_step)
+        assert len(rest) == 7 - start_step
+        for one, other in zip(whole[start_step:], rest, strict=True):
+            if name == "synthetic":  # whose pixels are noise
+                assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(
+                    one.key.crop_box, other.key.crop_box
+                )
+            else:
+                assert_same(one, other)
+
+
+@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("start_step", [1, 2, 3])
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches(name, start_step, make_config):
+    whole = batches(name, make_config(), 5)[start_step:]
+    parts = [batches(name, make_config(threads=1), 5, start_step=start_step, rank=r, world_size=2) for r in range(2)]
+    assert len(whole) == len(parts[0]) == len(parts[1])
+    for one, left, right in zip(whole, *parts, strict=True):
+        for name_of in ("query", "key"):
+            halves = [getattr(part, name_of) for part in (left, right)]
+            view = getattr(one, name_of)
+            assert torch.equal(torch.cat([half.pixels for half in halves]), view.pixels)
+            assert torch.equal(torch.cat([half.crop_box for half in halves]), view.crop_box)
+            assert torch.equal(torch.cat([half.flipped for half in halves]), view.flipped)
+        assert torch.equal(torch.cat([left.mosaic, right.mosaic]), one.mosaic)
+        assert torch.equal(torch.cat([left.sample_ids, right.sample_ids]), one.sample_ids)
+
+
+@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half", "tiles_from": "third"}])
+def test_colour_on_the_device_gives_the_same_pixels(name, views, make_config):
+    """Here the device is the CPU too. What a GPU gets are crops; `pipelines.colour` finishes them."""
+    host = make_config(**views)
+    device = dataclasses.replace(host, loader=dataclasses.replace(host.loader, colour="device"))
+    for one, other in zip(batches(name, host, 6), batches(name, device, 6), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("name", ["dali", "reference"])
+def test_half_precision_is_the_full_one_rounded(name, make_config):
+    for one, other in zip(
+        batches(name, make_config(), 3), batches(name, make_config(), 3, dtype=torch.bfloat16), strict=True
+    ):
+        assert torch.equal(one.query.pixels.bfloat16(), other.query.pixels)
+        assert torch.equal(one.mosaic.bfloat16(), other.mosaic)
+
+
+@pytest.mark.parametrize("parts", [(4, 1), (3, 1), (32, 8)])
+def test_parts_of_a_batch_change_nothing(parts, make_config, monkeypatch):
+    """DALI makes a batch in several runs of its graph: of 4 pictures, of 3, 3 and 2, of all 8."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from pipelines import dali
+
+    wanted = batches("reference", make_config(), 5)
+    monkeypatch.setattr(dali, "PART", parts[0])
+    monkeypatch.setattr(dali, "PARTS_OF_THREADS", parts[1])
+    made = batches("dali", make_config(threads=1), 5)
+    for one, other in zip(made, wanted, strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids)
+        assert (one.query.pixels - other.query.pixels).abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", ["dali", "reference"])

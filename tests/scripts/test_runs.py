@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.index import DatasetIndex
 from data_prep.make_dali import pack_folder
 from inscon import checkpoint
 
@@ -95,6 +96,37 @@ def test_a_killed_run_resumes_bit_for_bit(shards, tmp_path, pipeline):
     for i, state in b["optimizer"]["state"].items():
         assert torch.equal(a["optimizer"]["state"][i]["momentum_buffer"], state["momentum_buffer"])
     assert "is finished: step 9 of 9" in run(*base, "--run-dir", tmp_path / "killed").stdout
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "reference"])
+def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(shards, tmp_path, pipeline):
+    """One sample is damaged behind the run's back. The checkpoint remembers which, so that the same ones stand in for it."""
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    data = damage(shards, tmp_path, flip_a_bit)
+    base = [*SMALL, "--pipeline", pipeline, "--data", data, "--checkpoint-every", "3", "--max-steps", "8"]
+    done = run(*base, "--run-dir", tmp_path / "failed", ok=False)
+    assert re.search(
+        r"train.py: sample 12 \(.*\) in shard-000000.tar is not as it was packed", done.stderr.splitlines()[-1]
+    )
+    base += ["--on-bad-sample", "substitute"]
+    done = run(*base, "--run-dir", tmp_path / "whole")
+    assert done.stderr.count("sample 12 (") == 1 and "Another sample stands in for it" in done.stderr
+    assert "samples substituted" in done.stdout
+    kill_once([*base, "--run-dir", tmp_path / "killed"], tmp_path / "killed", at_step=5)
+    assert "from step 3" in run(*base, "--run-dir", tmp_path / "killed").stdout
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    assert checkpoint.load(checkpoint.latest(tmp_path / "killed"))["bad_samples"] == [12]
+
+
+def flip_a_bit(folder):
+    index = DatasetIndex.open(folder)
+    record = index.records([12])[0]
+    with open(folder / "shard-000000.tar", "r+b") as file:
+        file.seek(int(record["offset"]) + 300)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_two_ranks_train_through_dali_and_stop_together(shards, tmp_path):
