@@ -4,7 +4,7 @@
 
 The reference is pipelines/reference.py: `torchvision.transforms.functional` on PIL images. Compared with it are the
 compiled tail (pipelines/kernels.py), the device tail (pipelines/colour.py), and DALI's own operators where they are used:
-its JPEG decoder, and the crop it makes on a GPU, run on the CPU here. Differences are in grey levels, 0..255.
+its JPEG decoder, and the crop it makes on a GPU, run on the CPU here, with the device tail behind it. Differences are in grey levels, 0..255.
 """
 
 import argparse
@@ -124,10 +124,10 @@ def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]
                 note("kernels", operation, render(pixels, plan, with_colour=True), wanted)
                 if operation not in ("crop + resize", "flip"):
                     note("colour.py", operation, device_tail(render(pixels, plan, with_colour=False), plan), wanted)
-                elif Graph:
-                    for i in range(len(plan)):
-                        inputs = ([pixels], [plan.rows()[i]])
-                        note("DALI", operation, run_dali(inputs, lambda a, b: crop_by_dali(a, b, SIDE)), wanted[i])
+                if Graph and operation in ("crop + resize", "flip", WHOLE):
+                    inputs = [([pixels], [row]) for row in plan.rows()]
+                    crops = np.stack([run_dali(pair, lambda a, b: crop_by_dali(a, b, SIDE)) for pair in inputs])
+                    note("DALI", operation, device_tail(crops, plan), wanted)
     return found
 
 

@@ -20,6 +20,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of RGB in 0..1."""
 LUMA = (19595.0, 38470.0, 7471.0)
 """Rec. 601 weights in 1/65536, as PIL's conversion to L."""
+LEVEL = float(np.float32(1 / 255))
+"""By which a level becomes a share; in float32, as PyTorch multiplies by a number."""
 BLUR_PASSES = 3
 """PIL's GaussianBlur is this many box blurs along each axis."""
 BLUR_BITS = 24
@@ -61,7 +63,8 @@ def jitter(levels: Float[Tensor, "B S S 3"], plan: ViewPlan) -> Float[Tensor, "B
         turned = np.flatnonzero(operations == HUE)
         if len(turned):
             which = to_device(turned, levels.device)
-            shift = to_device(np.trunc(plan.factors[turned, HUE - 1].astype(np.float64) * 255), levels.device)
+            turns = np.trunc(plan.factors[turned, HUE - 1].astype(np.float64) * 255).astype(np.float32)
+            shift = to_device(turns, levels.device)
             levels = levels.index_copy(0, which, shift_hue(levels[which], shift.view(-1, 1, 1)))
     return levels
 
@@ -80,7 +83,7 @@ def _blend(levels: Tensor, operations: np.ndarray, factors: np.ndarray) -> Tenso
     # Summed in float64: in float32 a mean near one half would round to the other whole level now and then.
     mean = torch.floor(grey.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).float()
     base = by_mean * mean + by_pixel * grey
-    return torch.floor((base + factor * (levels - base)).clamp(0, 255))
+    return (levels - base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
 def grey_levels(levels: Float[Tensor, "B S S 3"]) -> Float[Tensor, "B S S 1"]:
@@ -92,30 +95,26 @@ def grey_levels(levels: Float[Tensor, "B S S 3"]) -> Float[Tensor, "B S S 1"]:
 def shift_hue(levels: Float[Tensor, "n S S 3"], shift: Float[Tensor, "n 1 1"]) -> Float[Tensor, "n S S 3"]:
     """Turn the hue by `shift` 255ths of the circle through PIL's 8-bit HSV.
 
-    float64 where PIL has it: quotients sit on whole levels so often that float32 would fall to the other side. Only the
-    samples whose turn it is come here, a fifth of a batch.
+    In float32 alone and without a table, as `pipelines.kernels.shift_hue`, whose docstring tells how: no level of any
+    colour differs from PIL's.
     """
     red, green, blue = levels.unbind(-1)
-    value, low = levels.amax(-1), levels.amin(-1)
-    span = value - low
-    red_gap, green_gap, blue_gap = ((value - channel) / span.clamp(min=1) for channel in (red, green, blue))
-    red_gap, green_gap, blue_gap = red_gap.double(), green_gap.double(), blue_gap.double()
-    hue = torch.where(green == value, 2 + red_gap - blue_gap, 4 + green_gap - red_gap)
-    hue = torch.where(red == value, blue_gap - green_gap, hue).float().double() / 6 + 1
-    hue = torch.floor((hue - torch.floor(hue)).float().double() * 255)
-    hue = torch.remainder(hue + shift, 256)
-    saturation = (torch.floor((span / value.clamp(min=1)).double() * 255) / 255).float()
-    sixth = hue * 6 / 255
-    sector = torch.floor(sixth)
-    rest = (sixth - sector).float()
-    p = torch.floor(value.double() * (1 - saturation.double()) + 0.5)
-    q = torch.floor(value.double() * (1 - (saturation * rest).double()) + 0.5)
-    t = torch.floor(value.double() * (1 - saturation.double() * (1 - rest.double())) + 0.5)
-    p, q, t = p.float(), q.float(), t.float()
-    # Which of value, p, q, t each channel shows in the six sectors of the circle; hue 255 begins the seventh, the first again.
-    sector = torch.remainder(sector, 6).long()[..., None]
-    channels = [(value, q, p, p, t, value), (t, value, value, q, p, p), (p, p, t, value, value, q)]
-    return torch.cat([torch.stack(channel, -1).gather(-1, sector) for channel in channels], -1)
+    value = levels.amax(-1)
+    span = value - levels.amin(-1)
+    reds, greens, blues = value - red, value - green, value - blue
+    red_leads, green_leads = reds == 0, greens == 0
+    before = torch.where(red_leads, blues, torch.where(green_leads, reds, greens))
+    after = torch.where(red_leads, greens, torch.where(green_leads, blues, reds))
+    base = torch.where(red_leads, 0.0, torch.where(green_leads, 2.0, 4.0))
+    quotient, coloured = torch.minimum(before, after) / span.clamp(min=1), span.clamp(max=1)
+    turn = torch.where(before >= after, (base + coloured) - quotient, (base - coloured) + quotient) / 6
+    turn = torch.where(turn < 0, turn + 1, turn)
+    hue = torch.remainder(torch.floor(turn * 255) + shift, 256) * 6
+    saturation = torch.floor(span / value.clamp(min=1) * 255) * LEVEL
+    from_red = (510 - (hue - 765).abs()).clamp(0, 255) * LEVEL
+    from_green, from_blue = (((hue - centre).abs() - 255).clamp(0, 255) * LEVEL for centre in (510, 1020))
+    channels = (torch.floor(value * (1 - saturation * w) + 0.5) for w in (from_red, from_green, from_blue))
+    return torch.stack(tuple(channels), -1)
 
 
 def blur(levels: Float[Tensor, "B S S 3"], sigma: np.ndarray) -> Float[Tensor, "B S S 3"]:
@@ -143,8 +142,12 @@ def _box(levels: Int[Tensor, "n S S 3"], taps: Int[Tensor, "n T"], axis: int) ->
     reach, side = taps.shape[1] // 2, levels.shape[axis]
     spread = torch.arange(-reach, side + reach, device=levels.device).clamp(0, side - 1)
     padded = levels.index_select(axis, spread)
-    total = sum(taps[:, k].view(-1, 1, 1, 1) * padded.narrow(axis, k, side) for k in range(taps.shape[1]))
-    return (total + (1 << (BLUR_BITS - 1))) >> BLUR_BITS & 255
+    weights = taps.view(len(taps), -1, 1, 1, 1).unbind(1)
+    total = weights[reach] * padded.narrow(axis, reach, side)
+    for distance in range(1, reach + 1):  # the same weight on either side
+        pair = padded.narrow(axis, reach - distance, side) + padded.narrow(axis, reach + distance, side)
+        total.addcmul_(pair, weights[reach + distance])
+    return total.add_(1 << (BLUR_BITS - 1)).bitwise_right_shift_(BLUR_BITS).bitwise_and_(255)
 
 
 def box_taps(sigma: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n T"]:

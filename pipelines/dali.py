@@ -9,10 +9,10 @@ The order, the bytes and the plan come from our own source, never from a DALI re
 a batch, and which one is counted from `start_step`, so resuming needs no state.
 """
 
-import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import logging
 import re
 import time
 from collections import deque
@@ -47,6 +47,7 @@ from pipelines.kernels import render_into
 from pipelines.prefetch import Ahead, StageClock
 from pipelines.slots import Slot, Slots
 
+LOG = logging.getLogger(__name__)
 PART, PARTS_OF_THREADS = 32, 8
 """Pictures in one run of the graph: these many, or so many for each thread, lest threads wait for the last picture of a run."""
 DEVICE_PART = 64
@@ -211,12 +212,12 @@ class Engine:
         decode: Decode,
         host_colour: bool,
     ):
-        self._feed, self._steps, self._device, self._dtype, self._decode = feed, steps, device, dtype, decode
+        self._feed, self._steps, self.device, self._dtype, self._decode = feed, steps, device, dtype, decode
         self._threads, self._host_colour = threads, host_colour
         self.clock = StageClock()
         self.substituted = 0
         """Samples that stood in for bad ones, in the batches made so far."""
-        self._runs = self._starved_runs = 0
+        self._runs = self._images = self._starved_runs = 0
         self.part = min(
             DEVICE_PART if decode.device == "mixed" else max(PART, PARTS_OF_THREADS * threads), feed.batch_size
         )
@@ -247,13 +248,12 @@ class Engine:
 
     def read(self) -> dict[str, float]:
         """Since the last reading: milliseconds per source image and stage, and how often a run of the graph was not ready."""
-        images = max(self._runs, 1) * self.part
-        seconds, runs, starved = self.clock.read(), max(self._runs, 1), self._starved_runs
-        self._runs = self._starved_runs = 0
+        seconds, runs, images, starved = self.clock.read(), max(self._runs, 1), max(self._images, 1), self._starved_runs
+        self._runs = self._images = self._starved_runs = 0
         found = {f"loader_{name}_ms": 1e3 * seconds.get(name, 0.0) / images for name in ("read", "decode", "finish")}
         found |= {"loader_graph_starved_percent": 100 * starved / runs, "loader_substituted": float(self.substituted)}
-        if self._device.type == "cuda":
-            found["loader_device_mb"] = max(_used_beside_torch(self._device) - self._device_bytes, 0) / 2**20
+        if self.device.type == "cuda":
+            found["loader_device_mb"] = max(_used_beside_torch(self.device) - self._device_bytes, 0) / 2**20
         return found
 
     def end(self) -> None:
@@ -270,7 +270,7 @@ class Engine:
             num_views=self._feed.num_views,
             view_size=self._feed.config.views.view_size,
             threads=self._threads,
-            device_id=_device_id(self._device),
+            device_id=_device_id(self.device),
             decode=self._decode,
         )
 
@@ -295,6 +295,7 @@ class Engine:
             took = time.perf_counter() - self._source.read_s - start
             self._runs, self._starved_runs = self._runs + 1, self._starved_runs + (took > READY_S)
             part = self._source.done()
+            self._images += part.count
             assert part.work.step == step
             wrong = wrong_size(self._feed.index, part.work, part.first, np.asarray(shapes.as_array())[:, :2])
             if wrong is not None:
@@ -310,7 +311,7 @@ class Engine:
         Raises MemoryError, in one sentence, where memory ran out, and `error` itself where no picture is to blame.
         """
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            where = f"{self._device}, decode {self._decode.device}" if self._device.type == "cuda" else "the host"
+            where = f"{self.device}, decode {self._decode.device}" if self.device.type == "cuda" else "the host"
             raise MemoryError(
                 f"the pipeline dali ran out of memory on {where}: set {'--decode cpu, ' * (self._decode.device == 'mixed')}a "
                 "smaller --prefetch or a smaller --batch-size, and run again to go on from the last checkpoint"
@@ -318,7 +319,7 @@ class Engine:
         self._graph = None
         for part in self._source.in_flight:
             for i, jpeg in enumerate(part.inputs[0]):
-                reason = refusal_of(jpeg, self._decode, _device_id(self._device))
+                reason = refusal_of(jpeg, self._decode, _device_id(self.device))
                 if reason is not None:
                     sample_id = int(part.work.sample_ids[part.first + i])
                     return Refusal(
@@ -335,7 +336,7 @@ class Engine:
                 work, pixels, self._feed, None if mosaic is None else mosaic.permute(0, 3, 1, 2).to(self._dtype)
             )
         if isinstance(made, Slot):
-            levels = made.tensors(made.memory.to(self._device, non_blocking=True))[0]
+            levels = made.tensors(made.memory.to(self.device, non_blocking=True))[0]
         else:
             levels = (made[0] if len(made) == 1 else torch.cat(made)).unbind(1)
         if self._host_colour:
@@ -430,21 +431,26 @@ def try_out(
     feed: Feed, ways: list[Decode], arguments: tuple, host_colour: bool, start_step: int
 ) -> dict[Decode, float]:
     """Source images/s of each way to decode, colour included, over the run's own first batches."""
-    rates = {}
+    rates = dict.fromkeys(ways, 0.0)
     for way in ways:
-        engine = Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_colour)
-        stream = torch.cuda.Stream(arguments[0])
-        with torch.cuda.stream(stream), contextlib.closing(engine.batches()) as batches:
-            next(batches)
-            stream.synchronize()
-            start, count = time.perf_counter(), 0
-            while time.perf_counter() - start < TRIAL_S or count < 3:
-                next(batches)
-                stream.synchronize()
-                count += 1
-            rates[way] = count * feed.batch_size / (time.perf_counter() - start)
-        engine.end()
+        try:
+            rates[way] = _rate(Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_colour))
+        except (RuntimeError, MemoryError) as error:  # no nvJPEG for this driver, say, or too little memory for it
+            LOG.warning("decode %s is left out, it fails: %s", way.describe(), str(error).strip().splitlines()[0])
     return rates
+
+
+def _rate(engine: Engine) -> float:
+    """Source images/s of an engine, from its second batch on; ends it."""
+    try:
+        with Ahead(engine.batches(), depth=1, device=engine.device, clock=engine.clock, timeout_s=60.0) as batches:
+            next(batches)
+            start, images = time.perf_counter(), 0
+            while time.perf_counter() - start < TRIAL_S or not images:
+                images += next(batches).size
+            return images / (time.perf_counter() - start)
+    finally:
+        engine.end()
 
 
 def _used_beside_torch(device: torch.device) -> int:

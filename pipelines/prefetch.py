@@ -114,6 +114,12 @@ class Ahead:
         self._drain()
         self._make.close()
 
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _run(self) -> None:
         try:
             with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
