@@ -4,7 +4,8 @@
 
 The reference is pipelines/reference.py: `torchvision.transforms.functional` on PIL images. Compared with it are the
 compiled tail (pipelines/kernels.py), the device tail (pipelines/colour.py), and DALI's own operators where they are used:
-its JPEG decoder, and the crop it makes on a GPU, run on the CPU here, with the device tail behind it. Differences are in grey levels, 0..255.
+its JPEG decoder, and the crop it makes on a GPU, run on the CPU here, with the device tail behind it. Differences are in
+grey levels, 0..255.
 """
 
 import argparse

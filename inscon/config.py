@@ -38,7 +38,20 @@ class LoaderConfig:
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one of the samples that the epoch leaves over."""
     stall_timeout: float = 600.0
-    """Seconds without a batch after which the pipeline is given up, with the name of the stage that hangs."""
+    """Seconds without a batch after which the pipeline dali is given up, with the name of the stage that hangs."""
+
+    def __post_init__(self):
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1 batch. Found: {self.prefetch}; set --prefetch 2")
+        if not self.stall_timeout > 0:
+            raise ValueError(
+                f"stall_timeout must be more than 0 seconds. Found: {self.stall_timeout}; set --stall-timeout 600"
+            )
+        if self.decode == "mixed" and self.colour == "host":
+            raise ValueError(
+                "decode=mixed leaves the crops on the GPU, and colour=host needs them on the host; set --colour device or "
+                "--decode cpu"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,19 +46,13 @@ def open_pipeline(
         bad_samples: what `Pipeline.bad_samples` gave on all ranks when the run that goes on was stopped.
 
     Raises ValueError, in one sentence with the remedy, for an engine that does not exist or is not installed, a data set
-    that is missing, damaged or smaller than a batch, a setting below its least value, and, while iterating, for a sample that
+    that is missing, damaged or smaller than a batch, and, while iterating, for a sample that
     changed after it was packed or cannot be decoded; MemoryError where memory runs out, TimeoutError where a stage hangs.
     """
     if name not in ENGINES:
         raise ValueError(f'there is no pipeline "{name}"; set --pipeline to one of: {", ".join(ENGINES)}')
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
-    if config.loader.prefetch < 1:
-        raise ValueError(f"prefetch must be at least 1 batch. Found: {config.loader.prefetch}; set --prefetch 2")
-    if config.loader.stall_timeout <= 0:
-        raise ValueError(
-            f"stall_timeout must be more than 0 s. Found: {config.loader.stall_timeout}; set --stall-timeout 600"
-        )
     module, function = ENGINES[name].split(":")
     try:
         open_engine = getattr(importlib.import_module(module), function)

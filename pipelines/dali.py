@@ -43,7 +43,7 @@ from pipelines.feed import (
     undecodable,
     wrong_size,
 )
-from pipelines.kernels import render_into
+from pipelines.kernels import render_at
 from pipelines.prefetch import Ahead, StageClock
 from pipelines.slots import Slot, Slots
 
@@ -171,16 +171,19 @@ def crop_by_dali(images, row, view_size: int):
 
 @functools.cache
 def _render(view_size: int) -> NumbaFunction:
-    """The operator (picture, rows, places) -> a byte; kept, because DALI takes seconds to wrap a compiled function."""
+    """The operator (picture, rows, places) -> a byte; kept, because DALI takes a second to wrap a compiled function."""
     # numba freezes what these two find around them, which is meant here.
-    subtract, multiply = normalisation(view_size)
+    subtract, multiply = (row.ctypes.data for row in normalisation(view_size))  # whose cache keeps them
+    render_picture = render_at()
 
     def shape(outs, ins):
         for out in outs[0]:
             out[0] = 1
 
     def render(out, image, rows, places):
-        render_into(image, rows, places, subtract, multiply)
+        height, width, _ = image.shape
+        picture, plan, place = image.ctypes.data, rows.ctypes.data, places.ctypes.data
+        render_picture(picture, height, width, plan, rows.shape[0], place, subtract, multiply)
         out[0] = 1
 
     return NumbaFunction(
@@ -406,10 +409,6 @@ def open_dali(
     elif loader.decode == "mixed":
         raise ValueError("decode=mixed needs a GPU, and the device is cpu; set --decode cpu or auto")
     host_colour = colour_on_host(config, device)
-    if host_colour and loader.decode == "mixed":
-        raise ValueError(
-            "decode=mixed leaves the crops on the GPU, and colour=host needs them on the host; set --colour device"
-        )
     arguments = device, dtype, threads
     decode, why = Decode(loader.decode, None), ""
     if loader.decode == "auto":

@@ -10,15 +10,17 @@ indexed after. Integers widen to 64 bits, so sums go through arrays, or casts, o
 for zero unless `error_model="numpy"`, and the check keeps a loop from being vectorised.
 """
 
+import ctypes
+import functools
 import math
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, SATURATION
+from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, ROW, SATURATION
 
 RESIZE_BITS = 22
 """Fixed point of resize weights, as PIL's for 8-bit channels."""
@@ -83,6 +85,32 @@ def render_into(image, rows, places, subtract, multiply):
         else:
             levels = carray(_pointer(block), (1, side, side, 3), np.uint8)
             render_views(image, rows[view : view + 1], levels, places[1] != 0)
+
+
+@functools.cache
+def render_at():
+    """`render_into` as a C function of addresses: (image, height, width, rows, V, places, subtract, multiply).
+
+    For code that another library compiles around it: called by address it is taken from numba's cache as it is, where a call
+    by name has the whole kernel optimised anew, 6 seconds each time.
+    """
+    compiled_at = cfunc("void(int64, int64, int64, int64, int64, int64, int64, int64)", nopython=True, cache=True)(
+        _render_at
+    )
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(compiled_at.address)
+    function.code = compiled_at  # which goes with the last reference
+    return function
+
+
+def _render_at(image, height, width, rows, views, places, subtract, multiply):
+    place = carray(_pointer(places), 4 + 2 * views, np.int64)
+    picture, plan = (
+        carray(_pointer(image), (height, width, 3), np.uint8),
+        carray(_pointer(rows), (views, ROW), np.float32),
+    )
+    low = carray(_pointer(subtract), 3 * place[0], np.float32)
+    factor = carray(_pointer(multiply), 3 * place[0], np.float32)
+    render_into(picture, plan, place, low, factor)
 
 
 @intrinsic

@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from inscon.config import RECIPES, Config, ModelConfig, OptimConfig, RunConfig, ViewConfig, imagenet_r50, resolve
+from inscon.config import (
+    RECIPES,
+    Config,
+    LoaderConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ViewConfig,
+    imagenet_r50,
+    resolve,
+)
 
 
 def config(batch=256, **model):
@@ -73,6 +83,10 @@ def test_recipes_resolve_and_become_json(recipe):
     (lambda: ViewConfig(overlap_min_side=300), "0..224 px. Found: 300"),
     (lambda: ViewConfig(overlap_min_iou=-0.1), "overlap_min_iou must lie in 0..1. Found: -0.1"),
     (lambda: ViewConfig(overlap_candidates=0), "at least 1. Found: 0"),
+    (lambda: LoaderConfig(prefetch=0), "prefetch must be at least 1 batch. Found: 0; set --prefetch 2"),
+    (lambda: LoaderConfig(stall_timeout=0), "stall_timeout must be more than 0 seconds. Found: 0"),
+    (lambda: LoaderConfig(stall_timeout=float("nan")), "stall_timeout must be more than 0 seconds. Found: nan"),
+    (lambda: LoaderConfig(decode="mixed", colour="host"), "colour=host needs them on the host; set --colour device"),
     (lambda: ModelConfig(heads=("single", "double")), "choice of single multi cell.* Found: single double"),
     (lambda: ModelConfig(heads=()), "Found: $"),
     (lambda: ModelConfig(temperature=0), "temperature must be greater than 0. Found: 0"),

@@ -1,5 +1,6 @@
 """What only DALI has: its threads, its own resize, its flavours. What all engines share is in test_engines.py."""
 
+import dataclasses
 import os
 import threading
 
@@ -75,7 +76,7 @@ def test_dalis_own_crop_is_where_the_plan_says(box, flipped):
         graph.set_outputs(dali.crop_by_dali(pictures, rows[0], 128))
     made = np.asarray(graph.run()[0].as_array())[0].astype(int)
     difference = np.abs(made - np.asarray(reference.render_view(image, plan, 0, 128)))
-    assert difference.mean() < 0.5 and np.percentile(difference, 99) <= 2
+    assert difference.mean() < 0.5 and difference.max() <= 2  # on the border too: it cuts before it resizes
 
 
 def test_mixed_decoding_needs_a_gpu(make_config):
@@ -108,9 +109,12 @@ def test_the_installed_flavour_is_found():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("decode", ["cpu", "mixed"])
-def test_on_a_gpu_views_are_the_references(make_config, decode):
-    config = make_config(decode=decode)
+@pytest.mark.parametrize(
+    ("decode", "colour"), [("cpu", "device"), ("cpu", "host"), ("mixed", "device"), ("auto", "auto")]
+)
+def test_on_a_gpu_views_are_the_references(make_config, decode, colour):
+    config = make_config()
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, decode=decode, colour=colour))
     with (
         open_pipeline("dali", config=config, total_steps=5, device="cuda") as made,
         open_pipeline("reference", config=config, total_steps=5) as wanted,
@@ -122,3 +126,4 @@ def test_on_a_gpu_views_are_the_references(make_config, decode):
             difference = (one.query.pixels.cpu() - other.query.pixels).abs() * 255 * 0.225
             # Crops from the host are the reference's own; nvJPEG and DALI's resize differ from PIL by about a level.
             assert difference.mean() <= (1e-2 if decode == "cpu" else 2.0)
+        assert made.read()["loader_device_mb"] >= 0
