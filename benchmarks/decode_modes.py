@@ -72,16 +72,14 @@ def trained(flags: list[str], steps: int) -> dict:
 
 
 def main() -> None:
-    arguments, flags = sys.argv[1:], []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, flags = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=20, help="of each loader")
     parser.add_argument("--steps", type=int, default=60, help="of each training, 30 at least")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_modes.json"))
-    settings = parser.parse_args(arguments)
+    parser.add_argument("flags", nargs="*", help="after --: flags of scripts/train.py")
+    settings = parser.parse_args()
+    flags = settings.flags
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve(parse([*flags, "--data", str(settings.data)]), 1)
     rates = {}

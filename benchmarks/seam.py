@@ -77,16 +77,14 @@ def seams(seconds: list[float], steps_per_epoch: int) -> dict:
 
 
 def main() -> None:
-    arguments, flags = sys.argv[1:], []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, flags = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24, help="of training")
     parser.add_argument("--loader-steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/seam_cpu.json"))
-    settings = parser.parse_args(arguments)
+    parser.add_argument("flags", nargs="*", help="after --: flags of scripts/train.py")
+    settings = parser.parse_args()
+    flags = settings.flags
     torch.set_num_threads(1)
     alone, steps_per_epoch = loader_alone(flags, settings.data, settings.loader_steps)
     print(json.dumps(alone))

@@ -4,6 +4,7 @@
 makes pixels of them, and `make_batch` makes those a `Batch`. `Pipeline` is what `open_pipeline` returns, for every engine.
 """
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -222,6 +223,8 @@ class Pipeline:
     ):
         self._ahead, self._end, self._feed, self._description, self._read = ahead, end, feed, description, read
         self.steps_per_epoch = feed.steps_per_epoch
+        # For whoever leaves without closing: DALI must not meet threads that still run when the interpreter ends.
+        atexit.register(self.close)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._ahead
@@ -242,6 +245,7 @@ class Pipeline:
         """Stop threads and workers, free buffers; the second call does nothing."""
         end, self._end = self._end, None
         if end is not None:
+            atexit.unregister(self.close)
             self._ahead.close()
             end()
 

@@ -238,9 +238,13 @@ SCRIPT = """
 """
 
 
-def run_script(body: str, data: Path, timeout=180) -> subprocess.CompletedProcess:
+def command(body: str, data: Path) -> list[str]:
     code = textwrap.dedent(SCRIPT).format(root=str(ROOT), data=str(data)) + textwrap.dedent(body)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    return [sys.executable, "-c", code]
+
+
+def run_script(body: str, data: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command(body, data), capture_output=True, text=True, timeout=180)
 
 
 @both
@@ -261,8 +265,7 @@ def test_a_consumer_that_leaves_without_closing_ends(name, shards):
 
 def test_ctrl_c_in_the_middle_ends_clean(shards):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    code = textwrap.dedent(SCRIPT).format(root=str(ROOT), data=str(shards)) + textwrap.dedent(
-        """
+    body = """
         try:
             with open_pipeline("dali", config=config, total_steps=10**6) as pipeline:
                 for i, batch in enumerate(pipeline):
@@ -271,8 +274,7 @@ def test_ctrl_c_in_the_middle_ends_clean(shards):
         except KeyboardInterrupt:
             print("stopped", sum(thread.name == "inscon-loader" for thread in threading.enumerate()), flush=True)
         """
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(body, shards), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
