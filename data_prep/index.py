@@ -314,15 +314,14 @@ class DatasetIndex:
         return self._opened(self._mapped, key, open_map)
 
     def _file(self, shard: int) -> io.FileIO:
+        return self._files.get(shard) or self._opened(self._files, shard, functools.partial(self._open_file, shard))
+
+    def _open_file(self, shard: int) -> io.FileIO:
         path = self.path / self.manifest.shards[shard].name
-
-        def open_file() -> io.FileIO:
-            try:  # of any length: what is read of it is compared with checksums
-                return open(path, "rb", buffering=0)
-            except FileNotFoundError:
-                raise ShardError(f"{path} is missing: {REPAIR}.") from None
-
-        return self._opened(self._files, shard, open_file)
+        try:  # of any length: what is read of it is compared with checksums
+            return open(path, "rb", buffering=0)
+        except FileNotFoundError:
+            raise ShardError(f"{path} is missing: {REPAIR}.") from None
 
     def _opened(self, kept: dict, key: int | str, open_one: Callable[[], _Opened]) -> _Opened:
         found = kept.get(key)

@@ -9,15 +9,13 @@ picture goes, so that no pixel is copied on its way to the batch, and the mosaic
     pixels = slot.hand_out()     # tensors; when the last of them is gone, the slot is free again
 """
 
+import mmap
 import weakref
 from collections import deque
 
 import numpy as np
 import torch
 from torch import Tensor
-
-ALIGNMENT = 64
-"""Bytes; of a cache line, and of the widest vectors that are written."""
 
 
 class Slots:
@@ -76,9 +74,7 @@ class Slot:
         if slots.pinned:
             self.bytes: np.ndarray = torch.empty(slots.num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         else:
-            spare = np.empty(slots.num_bytes + ALIGNMENT, np.uint8)
-            start = -spare.ctypes.data % ALIGNMENT
-            self.bytes = spare[start : start + slots.num_bytes]
+            self.bytes = _huge_pages(slots.num_bytes)
         self.places = _places(slots, self.bytes.ctypes.data)
         """[B, 4 + 2V] int64, see `pipelines.kernels.render_into`."""
 
@@ -100,6 +96,14 @@ class Slot:
         views = [part.view(s.batch_size, s.view_size, s.view_size, 3) for part in parts[: len(s.kept)]]
         canvas = (s.batch_size // 4, 2 * s.view_size, 2 * s.view_size, 3)
         return views, parts[-1].view(canvas) if s.tiles is not None else None
+
+
+def _huge_pages(size: int) -> np.ndarray:
+    """Memory of its own, page-aligned, in pages of 2 MB where the system has them to give: touched in a fraction of the time."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _places(slots: Slots, start: int) -> np.ndarray:
