@@ -13,11 +13,16 @@ import ctypes
 import functools
 import importlib.metadata
 import logging
+import os
 import re
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+# Decoded pictures come from DALI's own pool: malloc would give their memory back and have it cleared again by the system, up
+# to 50 page faults a picture. Read when DALI is imported.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1k")
 
 import numpy as np
 import nvidia.dali
