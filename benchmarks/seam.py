@@ -43,7 +43,6 @@ def training(flags: list[str], data: Path, steps: int, steps_per_epoch: int) -> 
     figures["data_wait_percent"] = 100 * sum(waits[WARM_UP:]) / total
     figures["data_wait_ms_worst"] = 1000 * max(waits[WARM_UP:])
     figures["images_per_s"] = statistics.median(line["images_per_s"] for line in lines[WARM_UP:])
-    figures["loader"] = {name: value for name, value in lines[-1].items() if name.startswith("loader_")}
     return figures
 
 
