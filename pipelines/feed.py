@@ -128,14 +128,18 @@ class Feed:
 
 
 def open_feed(config: Config, rank: int, world_size: int, bad_samples: Iterable[int] = ()) -> Feed:
-    """The feed of a data set on disk, with the ids of samples known to be bad. ValueError, with the remedy, where there is none."""
+    """The feed of a data set on disk. ValueError, with the remedy, where there is none.
+
+    `bad_samples` are ids of samples known to be bad; with `on_bad_sample` = fail they are tried again, as after a repair.
+    """
     if config.loader.data is None:
         raise ValueError(
             "loader.data is not set: give the folder that data_prep/make_dali.py wrote, --data SHARDS, or take "
             "--pipeline synthetic, which needs none"
         )
     feed = Feed(config, DatasetIndex.open(config.loader.data), rank, world_size)
-    feed.bad.update(bad_samples)
+    if config.loader.on_bad_sample == "substitute":
+        feed.bad.update(bad_samples)
     return feed
 
 

@@ -166,6 +166,16 @@ def test_resuming_with_bad_samples_repeats_the_batches(name, start_step, make_co
 
 
 @both
+def test_repaired_samples_are_trusted_again_with_fail(name, make_config):
+    config = make_config()
+    for one, other in zip(batches(name, config, 4, bad_samples=[3, 11]), batches(name, config, 4), strict=True):
+        assert_same(one, other)
+    with open_pipeline(engine(name), config=substituting(config), total_steps=4, bad_samples=[3, 11]) as pipeline:
+        ids = [sample for batch in pipeline for sample in batch.sample_ids.tolist()]
+    assert not {3, 11} & set(ids)
+
+
+@both
 def test_more_bad_samples_than_spares_is_an_error(name, make_config, make_shards):
     folder = make_shards(jpegs=dict.fromkeys(range(12), NO_JPEG))
     with pytest.raises(ValueError, match=r"no sample is left to stand in at step \d.*Pack the set again"):
