@@ -47,7 +47,7 @@ def render_views(image, rows, out, colour):
     Args:
         image: [H W 3] uint8 RGB, C-contiguous.
         rows: [V 16] float32, `ViewPlan.rows`; boxes are clamped into the picture, so a wrong one cannot read past it.
-        out: [V S S 3] uint8, C-contiguous, overwritten.
+        out: [V S S 3] uint8, C-contiguous, overwritten; S is a multiple of 8.
         colour: bool; False stops after the flip, for when colour and blur happen on the device.
     """
     for view in range(rows.shape[0]):
@@ -177,7 +177,7 @@ def _copy(source, out):
 
 @compiled
 def crop_resize(image, row, out):
-    """Cut `row[0:4]` from `image [H W 3]`, resize it to `out [S S 3]` as PIL's BILINEAR, mirror it if `row[4]`.
+    """Cut `row[0:4]` from `image [H W 3]`, resize it to `out [S S 3]`, S a multiple of 8, as PIL's BILINEAR, mirror it if `row[4]`.
 
     Crop first, resize second: no pixel from outside of the crop bleeds in. The order of the two passes shows in the last
     bit; it follows Pillow 13, which starts with the columns where the height shrinks by more than twice what the width
