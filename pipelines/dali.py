@@ -59,6 +59,8 @@ DEVICE_PART = 64
 """The same where a GPU decodes; bounds the memory that decoded pictures take there."""
 READY_S = 1e-3
 """A run of the graph that takes no longer than this to hand out was ready."""
+MIXED = "mixed"
+"""DALI's name for decoders that take bytes on the host and leave pictures on the GPU; tests without one say "cpu"."""
 DEPTH = 2
 """Runs of the graph that DALI works ahead."""
 TRIAL_S = 1.5
@@ -157,7 +159,7 @@ def build_graph(
         # Boxes are in px as stored; DALI would turn the picture by its EXIF tag.
         settings = {"output_type": types.RGB, "adjust_orientation": False}
         if mixed:
-            images = fn.decoders.image(jpegs, device="mixed", hw_decoder_load=decode.engine_share, **settings)
+            images = fn.decoders.image(jpegs, device=MIXED, hw_decoder_load=decode.engine_share, **settings)
             made = fn.stack(*(crop_by_dali(images, rows[view], view_size) for view in range(num_views)))
         else:
             images = fn.decoders.image(jpegs, device="cpu", **settings)
@@ -365,9 +367,8 @@ def refusal_of(jpeg: np.ndarray, decode: Decode, device_id: int | None) -> str |
     graph = Graph(batch_size=1, num_threads=1, device_id=device_id if mixed else None, exec_dynamic=True)
     with graph:
         source = fn.external_source(source=lambda: [jpeg], batch=True)
-        graph.set_outputs(
-            fn.decoders.image(source, device=decode.device, output_type=types.RGB, adjust_orientation=False)
-        )
+        where = MIXED if mixed else "cpu"
+        graph.set_outputs(fn.decoders.image(source, device=where, output_type=types.RGB, adjust_orientation=False))
     try:
         graph.run()
     except RuntimeError as error:

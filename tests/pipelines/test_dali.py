@@ -17,6 +17,7 @@ from nvidia.dali import fn, types
 
 from inscon.plan import ViewPlan
 from pipelines import dali, open_pipeline, reference
+from pipelines.feed import open_feed
 
 
 def native_threads() -> int:
@@ -77,6 +78,60 @@ def test_dalis_own_crop_is_where_the_plan_says(box, flipped):
     made = np.asarray(graph.run()[0].as_array())[0].astype(int)
     difference = np.abs(made - np.asarray(reference.render_view(image, plan, 0, 128)))
     assert difference.mean() < 0.5 and difference.max() <= 2  # on the border too: it cuts before it resizes
+
+
+@pytest.mark.parametrize("part", [3, 64])
+@pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half"}])
+def test_the_path_of_a_gpu_on_a_cpu(views, part, make_config, monkeypatch):
+    """Decoding and crops by DALI's operators, colour by the device tail, batches put together from several runs. Only the
+    device differs; the pixels, by DALI's resize."""
+    monkeypatch.setattr(dali, "MIXED", "cpu")
+    monkeypatch.setattr(dali, "DEVICE_PART", part)
+    config = make_config(**views)
+    feed, cpu = open_feed(config, 0, 1), torch.device("cpu")
+    engine = dali.Engine(feed, range(6), cpu, torch.float32, 2, dali.Decode("mixed", None), False)
+    kept = list(engine.batches())
+    assert engine.part == min(part, 8) and engine.read()["loader_finish_ms"] > 0
+    engine.end()
+    with open_pipeline("reference", config=config, total_steps=6) as wanted:
+        for one, other in zip(kept, wanted, strict=True):
+            assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.key.crop_box, other.key.crop_box)
+            for a, b in ((one.query.pixels, other.query.pixels), (one.mosaic, other.mosaic)):
+                assert a.shape == b.shape and a.is_contiguous(memory_format=torch.channels_last)
+                assert (a - b).abs().mean() * 255 * 0.225 < 0.6
+
+
+def test_a_picture_that_the_gpus_decoder_refuses_is_named_or_replaced(make_config, make_shards, monkeypatch, caplog):
+    """The decoder is DALI's for CPUs here; what is done about its refusal is the same."""
+    monkeypatch.setattr(dali, "MIXED", "cpu")
+    monkeypatch.setattr(dali, "DEVICE_PART", 3)
+    config = make_config(make_shards(jpegs={11: b"\xff\xd8\xff" + bytes(3000)}))
+    cpu = torch.device("cpu")
+
+    def batches(config):
+        feed = open_feed(config, 0, 1)
+        engine = dali.Engine(feed, range(4), cpu, torch.float32, 1, dali.Decode("mixed", 0.9), False)
+        return [batch.sample_ids.tolist() for batch in engine.batches()], feed.bad
+
+    with pytest.raises(ValueError, match=r"sample 11 .* cannot be decoded by DALI, decode mixed \(.*\): rerun"):
+        batches(config)
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, on_bad_sample="substitute"))
+    ids, bad = batches(config)
+    assert bad == {11} and all(len(set(step)) == 8 and 11 not in step for step in ids)
+    assert "decode mixed" in caplog.text and "Another sample stands in for it." in caplog.text
+
+
+def test_the_fastest_way_to_decode_is_found_by_trying(make_config, monkeypatch, caplog):
+    """Both on the CPU, and one that cannot be had is left out."""
+    monkeypatch.setattr(dali, "MIXED", "cpu")
+    monkeypatch.setattr(dali, "TRIAL_S", 0.1)
+    feed, cpu = open_feed(make_config(), 0, 1), torch.device("cpu")
+    ways = [dali.Decode("cpu", None), dali.Decode("mixed", None)]
+    rates = dali.try_out(feed, ways, (cpu, torch.float32, 2), False, 0)
+    assert set(rates) == set(ways) and min(rates.values()) > 10
+    monkeypatch.setattr(dali, "MIXED", "mixed")  # which no CPU has
+    rates = dali.try_out(feed, ways, (cpu, torch.float32, 2), False, 0)
+    assert rates[ways[0]] > 10 and rates[ways[1]] == 0 and "decode mixed is left out, it fails: " in caplog.text
 
 
 def test_mixed_decoding_needs_a_gpu(make_config):
