@@ -240,13 +240,15 @@ class DatasetIndex:
 
         It lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it.
         Read, not mapped, so that a shard cut short under a running program is an error and not the end of the process.
-        Threads may read side by side. ValueError for an id out of range; ShardError, naming sample and shard, where its bytes
-        cannot be read, are not those that were packed, or are raw pixels.
+        Threads may read side by side. ValueError for an id out of range and for too little memory; ShardError, naming sample and
+        shard, where its bytes cannot be read, are not those that were packed, or are raw pixels.
         """
         record = self._records[self._checked_one(sample_id)]
         if record["encoding"] != JPEG:
             raise self._no_jpeg(sample_id)
         size, shard = int(record["byte_count"]), int(record["shard"])
+        if memory is not None and len(memory) < size:
+            raise ValueError(f"memory must hold the {size} bytes of sample {sample_id}. Found: {len(memory)}.")
         try:
             file = self._file(shard)  # held, lest another thread close it
             found = np.empty(size, np.uint8) if memory is None else memory[:size]
@@ -264,9 +266,11 @@ class DatasetIndex:
         return found
 
     def expect(self, sample_ids: ArrayLike) -> None:
-        """Tell the system which samples will be read soon, so that a disk can fetch them side by side."""
+        """Tell the system which samples will be read soon, so that a disk can fetch them side by side; Linux listens."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         for record in self._records[self._checked(sample_ids)]:
-            with contextlib.suppress(OSError, ShardError):
+            with contextlib.suppress(OSError, ShardError):  # whose turn comes when the sample is read
                 file = self._file(int(record["shard"]))
                 os.posix_fadvise(
                     file.fileno(), int(record["offset"]), int(record["byte_count"]), os.POSIX_FADV_WILLNEED

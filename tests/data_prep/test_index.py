@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -114,6 +115,59 @@ def test_views_outlive_the_bound_on_open_shards(tmp_path, monkeypatch):
     assert [view.tobytes() for view in views] == jpegs
     assert len(index._mapped) == 2
     assert index.jpeg_bytes(0).tobytes() == jpegs[0]
+
+
+def test_reading_gives_a_copy_that_was_checked(tmp_path):
+    index, jpegs = write_samples(tmp_path / "shards")
+    memory = np.zeros(7000, np.uint8)
+    for i, jpeg in enumerate(jpegs):
+        assert index.read(i).tobytes() == jpeg
+        found = index.read(i, memory)
+        assert found.tobytes() == jpeg and np.shares_memory(found, memory)
+    with pytest.raises(ValueError, match="from 0 to 6. Found: 7"):
+        index.read(7)
+    with pytest.raises(ValueError, match="hold the 3517 bytes of sample 1. Found: 3516"):
+        index.read(1, memory[:3516])
+
+
+def test_reading_keeps_to_the_bound_on_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_format, "_max_open_shards", lambda: 2)
+    index, jpegs = write_samples(tmp_path / "shards", per_shard=1)
+    for i in (0, 1, 2, 3, 6, 0):
+        assert index.read(i).tobytes() == index.jpeg_bytes(i).tobytes() == jpegs[i]
+        assert len(index._mapped) + len(index._files) <= 2
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    (lambda path: path.unlink(), "sample 0 .* cannot be read: .*shard-000000.tar is missing: copy it again"),
+    (lambda path: os.truncate(path, 700), "sample 0 .* is not whole, the shard was cut short after it was packed: copy"),
+    (lambda path: path.write_bytes(b"x" * path.stat().st_size), "sample 0 .* is not as it was packed, its bytes have changed"),
+])  # fmt: skip
+def test_a_sample_that_changed_is_an_error_when_it_is_read(tmp_path, how, message):
+    index, _ = write_samples(tmp_path / "shards")
+    how(tmp_path / "shards/shard-000000.tar")
+    index.expect([0, 1])  # says nothing yet
+    with pytest.raises(ShardError, match=message):
+        index.read(0)
+
+
+def test_a_disk_error_is_told(tmp_path, monkeypatch):
+    index, _ = write_samples(tmp_path / "shards")
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ShardError, match=r"sample 3 .* cannot be read \(Input/output error\): copy it again"):
+        index.read(3)
+
+
+def test_what_is_expected_is_where_it_will_be_read(tmp_path, monkeypatch):
+    index, jpegs = write_samples(tmp_path / "shards")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, size, advice: asked.append(os.pread(fd, size, offset)))
+    index.expect(np.array([6, 0, 3]))
+    assert asked == [jpegs[6], jpegs[0], jpegs[3]]
 
 
 def test_shards_may_hold_half_of_the_files_a_process_may_open():
