@@ -32,6 +32,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
 from torch import Tensor
 
+from data_prep.index import ShardError
 from inscon.batch import Batch
 from inscon.config import Config
 from pipelines.colour import colour_views, normalisation, normalise
@@ -435,13 +436,17 @@ def open_dali(
 def try_out(
     feed: Feed, ways: list[Decode], arguments: tuple, host_colour: bool, start_step: int
 ) -> dict[Decode, float]:
-    """Source images/s of each way to decode, colour included, over the run's own first batches."""
-    rates = dict.fromkeys(ways, 0.0)
+    """Source images/s of each way to decode, colour included, over the run's own first batches; 0 for a way that fails.
+
+    What a trial stumbles over is no verdict on a sample: the way that is taken meets it again, or decodes it.
+    """
+    rates, known = dict.fromkeys(ways, 0.0), set(feed.bad)
     for way in ways:
         try:
             rates[way] = _rate(Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_colour))
-        except (RuntimeError, MemoryError) as error:  # no nvJPEG for this driver, say, or too little memory for it
+        except (RuntimeError, MemoryError, ShardError) as error:  # no nvJPEG for this driver, say, or too little memory
             LOG.warning("decode %s is left out, it fails: %s", way.describe(), str(error).strip().splitlines()[0])
+        feed.bad = set(known)
     return rates
 
 

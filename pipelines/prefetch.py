@@ -40,8 +40,8 @@ class StageClock:
             self._switch(*outer)
 
     def _switch(self, doing: str, stage: str) -> tuple[str, str]:
-        now, outer = time.perf_counter(), (self.doing, self._stage)
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._since
+        now, outer, seconds = time.perf_counter(), (self.doing, self._stage), self._seconds  # which `read` may replace
+        seconds[self._stage] = seconds.get(self._stage, 0.0) + now - self._since
         self._since, self.doing, self._stage = now, doing, stage
         return outer
 

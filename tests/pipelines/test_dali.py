@@ -134,6 +134,20 @@ def test_the_fastest_way_to_decode_is_found_by_trying(make_config, monkeypatch, 
     assert rates[ways[0]] > 10 and rates[ways[1]] == 0 and "decode mixed is left out, it fails: " in caplog.text
 
 
+@pytest.mark.parametrize("on_bad_sample", ["fail", "substitute"])
+def test_a_trial_passes_no_verdict_on_a_sample(on_bad_sample, make_config, make_shards, monkeypatch, caplog):
+    """A picture that one decoder refuses rules that way out at most; whether it is bad is for the way that is taken."""
+    monkeypatch.setattr(dali, "TRIAL_S", 0.1)
+    config = make_config(make_shards(jpegs={i: b"\xff\xd8\xff" + bytes(3000) for i in (11, 12)}))
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, on_bad_sample=on_bad_sample))
+    feed, way = open_feed(config, 0, 1, [12]), dali.Decode("cpu", None)
+    before = set(feed.bad)
+    rates = dali.try_out(feed, [way], (torch.device("cpu"), torch.float32, 2), False, 0)
+    assert feed.bad == before
+    assert rates[way] == 0 if on_bad_sample == "fail" else rates[way] > 10
+    assert ("decode cpu is left out, it fails: sample 1" in caplog.text) == (on_bad_sample == "fail")
+
+
 def test_mixed_decoding_needs_a_gpu(make_config):
     with pytest.raises(ValueError, match="decode=mixed needs a GPU.*--decode cpu"):
         open_pipeline("dali", config=make_config(decode="mixed"), total_steps=1)
