@@ -1,6 +1,11 @@
 """What one source image costs in each loader: two full views at 224 px and the mosaic, from the same JPEG bytes.
 
-    python benchmarks/loader.py --data SHARDS --threads 2 --rounds 5 --out benchmarks/results/loader_cpu.json
+    find IMAGES -name "*.JPEG" | awk "{for (i = 0; i < 16; i++) print}" > LIST       # 125 pictures, each 16 times
+    python data_prep/make_dali.py --data LIST --out SHARDS
+    python data_prep/make_ffcv.py --data SHARDS --out BETON
+    python data_prep/make_ffcv.py --data LIST --out SHRUNK --max-resolution 400 --quality 90
+    python data_prep/make_ffcv.py --data SHRUNK --out RAW --write-mode raw
+    python benchmarks/loader.py --data SHARDS --beton BETON --shrunk SHRUNK --raw RAW --threads 2 --rounds 7
 
 Contenders, each given the same number of threads or worker processes:
 
@@ -8,11 +13,18 @@ Contenders, each given the same number of threads or worker processes:
     pil_decode  the same by PIL, whose decoder is libjpeg-turbo too, in threads
     dali        pipelines/dali.py, full views and mosaic
     crops       the same, crops alone as uint8: what a host does when colour happens on a GPU
+    ffcv        pipelines/ffcv.py, full views and mosaic
+    ffcv_crops  the same, crops alone
+    ffcv_own    FFCV as it comes: its own Loader with two pipelines on one field, crops alone (no colour, no mosaic), seeds ignored
+    dali_400    pipelines/dali.py from JPEGs whose longer side was shrunk to 400 px
+    ffcv_400    pipelines/ffcv.py from the same
+    ffcv_raw    pipelines/ffcv.py from their pixels
     reference   pipelines/reference.py, full views and mosaic, decoded once
     moco_v2     the two-view torchvision transforms and DataLoader of MoCo v2, which decodes once and lays no mosaic
 
 Rounds alternate between contenders, warm-up is apart, medians are reported. CPU time is that of the whole process tree,
-since wall time on a shared machine says little. "image" is a source image throughout.
+since wall time on a shared machine says little. "image" is a source image throughout. Pictures are repeated lest an epoch be
+three batches: FFCV's own loader stops between epochs.
 """
 
 import argparse
@@ -127,6 +139,48 @@ def dali_crops(config: Config):
 
 
 @contextlib.contextmanager
+def ffcv_crops(config: Config):
+    from pipelines.ffcv import Engine
+
+    feed, cpu = open_feed(config, 0, 1), torch.device("cpu")
+    engine = Engine(feed, range(ENDLESS), cpu, torch.float32, config.loader.threads, False)
+    yield engine.steps()
+    engine.end()
+
+
+def _own_round(beton: str, threads: int, batch_size: int, warm_up: int, steps: int) -> dict[str, float]:
+    """In a process of its own, for FFCV's Loader changes numba's types and everybody's threads."""
+    global _own
+    if "_own" not in globals():
+        from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.pipeline import PipelineSpec
+
+        views = [RandomResizedCropRGBImageDecoder((224, 224), scale=(0.2, 1.0)) for _ in range(2)]
+        pipelines = {"image": [views[0]], "again": PipelineSpec("image", decoder=views[1]), "label": None}
+        loader = Loader(
+            beton,
+            batch_size=batch_size,
+            num_workers=threads,
+            order=OrderOption.RANDOM,
+            batches_ahead=2,
+            pipelines=pipelines,
+        )
+        _own = (batch for _ in range(ENDLESS) for batch in loader)
+    for _ in range(warm_up):
+        next(_own)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        one, other = next(_own)
+    assert one.shape == other.shape == (batch_size, 224, 224, 3) and not np.array_equal(one, other)
+    images = steps * batch_size
+    return {
+        "wall_ms": (time.perf_counter() - wall) / images * 1e3,
+        "cpu_ms": (time.process_time() - cpu) / images * 1e3,
+    }
+
+
+@contextlib.contextmanager
 def moco_v2(config: Config):
     loader = DataLoader(
         MocoViews(DatasetIndex.open(config.loader.data), config.views.view_size),
@@ -144,9 +198,24 @@ CONTENDERS = {
     "pil_decode": pil_decode,
     "dali": lambda config: engine("dali", config),
     "crops": dali_crops,
+    "ffcv": lambda config: engine("ffcv", config),
+    "ffcv_crops": ffcv_crops,
+    "ffcv_own": None,
+    "dali_400": lambda config: engine("dali", config),
+    "ffcv_400": lambda config: engine("ffcv", config),
+    "ffcv_raw": lambda config: engine("ffcv", config),
     "reference": lambda config: engine("reference", config),
     "moco_v2": moco_v2,
 }
+READS = {
+    "ffcv": "beton",
+    "ffcv_crops": "beton",
+    "ffcv_own": "beton",
+    "dali_400": "shrunk",
+    "ffcv_400": "shrunk",
+    "ffcv_raw": "raw",
+}
+"""Which of the data sets a contender reads; the others read --data."""
 
 
 def tree_cpu_s() -> float:
@@ -174,7 +243,7 @@ def measure(name: str, config: Config, warm_up: int, steps: int) -> dict[str, fl
 
 
 def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians, and how many times the bare decode and MoCo v2's pipeline cost, round by round."""
+    """Medians, and how many times the bare decode, MoCo v2's pipeline and FFCV's own cost, round by round."""
     summary = {}
     for name, own in rounds.items():
         entry = {key: statistics.median(r[key] for r in own) for key in ("wall_ms", "cpu_ms")}
@@ -186,6 +255,9 @@ def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, 
             ]
             entry[f"{key}_over_decode"] = statistics.median(mine / floor for mine, floor, _ in pairs)
             entry[f"{key}_moco_v2_over_this"] = statistics.median(moco / mine for mine, _, moco in pairs)
+            if "ffcv_own" in rounds:
+                others = zip(own, rounds["ffcv_own"], strict=True)
+                entry[f"{key}_ffcv_own_over_this"] = statistics.median(other[key] / mine[key] for mine, other in others)
         summary[name] = entry
     return summary
 
@@ -200,18 +272,23 @@ def show(summary: dict[str, dict[str, float]], console: Console) -> None:
         "x decode (CPU)",
         "MoCo v2 / this (CPU)",
         "MoCo v2 / this (wall)",
+        "FFCV's own / this (wall)",
     ):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, e in summary.items():
         cells = [e["images_per_s"], e["wall_ms"], e["cpu_ms"], e["cpu_ms_over_decode"]]
         cells += [e["cpu_ms_moco_v2_over_this"], e["wall_ms_moco_v2_over_this"]]
+        cells += [e.get("wall_ms_ffcv_own_over_this", float("nan"))]
         table.add_row(name, f"{cells[0]:.0f}", *(f"{cell:.2f}" for cell in cells[1:]))
     console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder written by data_prep/make_dali.py")
+    parser.add_argument("--data", type=Path, required=True, help="tar shards written by data_prep/make_dali.py")
+    parser.add_argument("--beton", type=Path, help="the same samples, packed by data_prep/make_ffcv.py")
+    parser.add_argument("--shrunk", type=Path, help="a .beton of JPEGs shrunk to 400 px")
+    parser.add_argument("--raw", type=Path, help="a .beton of the pixels of these")
     parser.add_argument("--threads", type=int, default=2, help="threads or worker processes of each contender")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="timed batches per round and contender")
@@ -221,16 +298,30 @@ def main() -> None:
     arguments = parser.parse_args()
     # The consumer only normalises; OpenMP threads that spin for work would be counted as cost.
     torch.set_num_threads(1)
-    config = Config(
-        loader=LoaderConfig(data=arguments.data, threads=arguments.threads),
-        views=ViewConfig(),
-        optim=OptimConfig(batch_size=arguments.batch_size),
-    )
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    measure("dali", config, 1, 1)  # compiles
-    for _ in range(arguments.rounds):
-        for name, own in rounds.items():
-            own.append(measure(name, config, arguments.warm_up, arguments.steps))
+    sets = {"data": arguments.data, "beton": arguments.beton, "shrunk": arguments.shrunk, "raw": arguments.raw}
+    configs = {
+        name: Config(
+            loader=LoaderConfig(data=sets[READS.get(name, "data")], threads=arguments.threads),
+            views=ViewConfig(),
+            optim=OptimConfig(batch_size=arguments.batch_size),
+        )
+        for name in CONTENDERS
+        if sets[READS.get(name, "data")] is not None
+    }
+    config = configs["decode"]
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
+    for name in {"dali", "ffcv"} & configs.keys():
+        measure(name, configs[name], 1, 1)  # compiles
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own_process:
+        for number in range(arguments.rounds):
+            for name, own in rounds.items():
+                if name == "ffcv_own":
+                    lengths = arguments.batch_size, arguments.warm_up, arguments.steps
+                    beton = str(sets["beton"] / "samples.beton")
+                    own.append(own_process.submit(_own_round, beton, arguments.threads, *lengths).result())
+                else:
+                    own.append(measure(name, configs[name], arguments.warm_up, arguments.steps))
+            print(f"round {number + 1} of {arguments.rounds} done", flush=True)
     summary = summarise(rounds)
     show(summary, Console())
     report = {
@@ -246,7 +337,8 @@ def main() -> None:
         "medians": summary,
         "rounds": rounds,
     }
-    report["settings"].pop("data"), report["settings"].pop("out")
+    for name in ("data", "beton", "shrunk", "raw", "out"):
+        report["settings"].pop(name)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -25,7 +25,7 @@ import operator
 import os
 import re
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -70,6 +70,7 @@ MAX_NAMES_IN_MANIFEST = 10_000
 
 _PACK = "python data_prep/make_dali.py --data DIR --out"
 REPAIR = "copy it again or rerun data_prep/make_dali.py"
+_REPAIR_BETON = "copy it again or rerun data_prep/make_ffcv.py"
 _DESCRIPTORS = 1 << 16
 """As many files as shards may hold open, where the system lets a process have twice as many."""
 
@@ -235,16 +236,19 @@ class DatasetIndex:
         shard, offset = int(record["shard"]), int(record["offset"])
         return self._map(shard, self.manifest.shards[shard])[offset : offset + int(record["byte_count"])]
 
-    def read(self, sample_id: int, memory: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    def read(
+        self, sample_id: int, memory: NDArray[np.uint8] | None = None, *, pixels: bool = False
+    ) -> NDArray[np.uint8]:
         """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count].
 
         It lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it.
         Read, not mapped, so that a shard cut short under a running program is an error and not the end of the process.
-        Threads may read side by side. ValueError for an id out of range and for too little memory; ShardError, naming sample and
-        shard, where its bytes cannot be read, are not those that were packed, or are raw pixels.
+        With `pixels`, a sample that is stored as raw pixels will do too: height * width * 3 bytes. Threads may read side by side.
+        ValueError for an id out of range and for too little memory; ShardError, naming sample and shard, where its bytes cannot
+        be read, are not those that were packed, or are pixels where none are wanted.
         """
         record = self._records[self._checked_one(sample_id)]
-        if record["encoding"] != JPEG:
+        if record["encoding"] != JPEG and not pixels:
             raise self._no_jpeg(sample_id)
         size, shard = int(record["byte_count"]), int(record["shard"])
         if memory is not None and len(memory) < size:
@@ -256,14 +260,25 @@ class DatasetIndex:
         except ShardError as error:
             raise ShardError(f"{self.describe(sample_id)} cannot be read: {error}") from None
         except OSError as error:
-            raise ShardError(f"{self.describe(sample_id)} cannot be read ({error.strerror}): {REPAIR}.") from None
+            raise ShardError(f"{self.describe(sample_id)} cannot be read ({error.strerror}): {self._repair}.") from None
         if count < size:
             raise ShardError(
-                f"{self.describe(sample_id)} is not whole, the shard was cut short after it was packed: {REPAIR}."
+                f"{self.describe(sample_id)} is not whole, the shard was cut short after it was packed: {self._repair}."
             )
         if xxhash.xxh3_64_intdigest(found) != record["checksum"]:
-            raise ShardError(f"{self.describe(sample_id)} is not as it was packed, its bytes have changed: {REPAIR}.")
+            raise ShardError(
+                f"{self.describe(sample_id)} is not as it was packed, its bytes have changed: {self._repair}."
+            )
         return found
+
+    @property
+    def packer(self) -> str:
+        """The command that packs such a set, "data_prep/make_dali.py" or "data_prep/make_ffcv.py"."""
+        return "data_prep/make_ffcv.py" if self.manifest.container == "beton" else "data_prep/make_dali.py"
+
+    @property
+    def _repair(self) -> str:
+        return _REPAIR_BETON if self.manifest.container == "beton" else REPAIR
 
     def expect(self, sample_ids: ArrayLike) -> None:
         """Tell the system which samples will be read soon, so that a disk can fetch them side by side; Linux listens."""
@@ -275,6 +290,19 @@ class DatasetIndex:
                 os.posix_fadvise(
                     file.fileno(), int(record["offset"]), int(record["byte_count"]), os.POSIX_FADV_WILLNEED
                 )
+
+    def expect_runs(self, runs: Iterable[range]) -> None:
+        """As `expect`, for runs of neighbouring sample ids: long pieces of shards, so that a disk seldom has to seek."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for run in runs:
+            records = self._records[self._checked(np.asarray(run))]
+            for shard in np.unique(records["shard"]).tolist():
+                of_shard = records[records["shard"] == shard]
+                start = int(of_shard["offset"].min())
+                stop = int((of_shard["offset"].astype(np.int64) + of_shard["byte_count"]).max())
+                with contextlib.suppress(OSError, ShardError):
+                    os.posix_fadvise(self._file(shard).fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def jpeg_bytes(self, sample_id: int) -> NDArray[np.uint8]:
         """The JPEG file of one sample, as `content`. ShardError where the sample is stored as raw pixels."""
@@ -325,7 +353,7 @@ class DatasetIndex:
         try:  # of any length: what is read of it is compared with checksums
             return open(path, "rb", buffering=0)
         except FileNotFoundError:
-            raise ShardError(f"{path} is missing: {REPAIR}.") from None
+            raise ShardError(f"{path} is missing: {self._repair}.") from None
 
     def _opened(self, kept: dict, key: int | str, open_one: Callable[[], _Opened]) -> _Opened:
         found = kept.get(key)
@@ -381,15 +409,15 @@ def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
 
 def check_byte_count(folder: Path, stored: StoredFile) -> None:
     """ShardError where a file of the folder is missing or not as long as the manifest says."""
-    path = folder / stored.name
+    path, repair = folder / stored.name, _REPAIR_BETON if stored.name == BETON_NAME else REPAIR
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: {REPAIR}.") from None
+        raise ShardError(f"{path} is missing: {repair}.") from None
     if found != stored.byte_count:
         fault = "was cut short" if found < stored.byte_count else "was changed after it was packed"
         raise ShardError(
-            f"{path} is {found} bytes long where the manifest says {stored.byte_count}; it {fault}: {REPAIR}."
+            f"{path} is {found} bytes long where the manifest says {stored.byte_count}; it {fault}: {repair}."
         )
 
 

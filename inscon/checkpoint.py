@@ -14,7 +14,7 @@ _ELASTIC = {
     "optim": {"max_steps", "optimizer", "precision"},
     "model": {"norm", "split_size"},
 }
-"""Settings that may change between a run and its continuation; so may all of `loader` and of `run` but the seed."""
+"""Settings that may change between a run and its continuation; so may all of `loader` but the order, of `run` but the seed."""
 
 
 class CheckpointError(ValueError):
@@ -84,5 +84,5 @@ def check_continues(contents: dict, path: Path, config: dict, data: str) -> None
 
 def _matters(group: str, name: str) -> bool:
     if group == "loader":
-        return False
+        return name == "shuffle_window"
     return name == "seed" if group == "run" else name not in _ELASTIC.get(group, ())

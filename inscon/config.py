@@ -21,14 +21,17 @@ class LoaderConfig:
     """Where batches come from."""
 
     data: Path | None = None
-    """Packed set, written by data_prep/make_dali.py or make_ffcv.py (jpg). Needed by every pipeline but `synthetic`."""
-    pipeline: Literal["dali", "reference", "synthetic"] = "dali"
-    """Which engine executes the plan. All of them deliver the same views."""
+    """Packed set, written by data_prep/make_dali.py or make_ffcv.py. Needed by every pipeline but `synthetic`."""
+    pipeline: Literal["dali", "ffcv", "reference", "synthetic"] = "dali"
+    """Which engine executes the plan. All of them deliver the same views. ffcv reads a .beton, JPEGs or raw pixels, on the host."""
     threads: int | None = None
-    """Loader threads (dali) or worker processes (reference) per rank. None: the cores this process may use, divided by
+    """Loader threads (dali, ffcv) or worker processes (reference) per rank. None: the cores this process may use, divided by
     the ranks on this machine."""
     prefetch: int = 2
-    """Finished batches that wait for the trainer at most, at least 1. DALI has one or two more in work."""
+    """Finished batches that wait for the trainer at most, at least 1. DALI and FFCV have one or two more in work."""
+    shuffle_window: int | None = None
+    """None: every epoch is one shuffle of the whole set. For sets larger than memory on disks that seek slowly: shuffle within
+    windows of so many samples, whose neighbours are read in long runs; two windows must fit in memory, e.g. 65536."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes JPEGs. auto: on a GPU whichever of cpu and mixed (nvJPEG, and the GPU's JPEG engine where it has one)
     a short measurement at the start finds faster; cpu without a GPU."""
@@ -38,7 +41,7 @@ class LoaderConfig:
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one of the samples that the epoch leaves over."""
     stall_timeout: float = 600.0
-    """Seconds without a batch after which the pipeline dali is given up, with the name of the stage that hangs."""
+    """Seconds without a batch after which the pipeline (dali, ffcv) is given up, with the name of the stage that hangs."""
 
     def __post_init__(self):
         if self.prefetch < 1:

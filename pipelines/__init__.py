@@ -16,6 +16,7 @@ from pipelines.feed import Pipeline
 
 ENGINES = {
     "dali": "pipelines.dali:open_dali",
+    "ffcv": "pipelines.ffcv:open_ffcv",
     "reference": "pipelines.reference:open_reference",
     "synthetic": "pipelines.synthetic:open_synthetic",
 }

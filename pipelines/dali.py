@@ -35,7 +35,7 @@ from torch import Tensor
 from data_prep.index import ShardError
 from inscon.batch import Batch
 from inscon.config import Config
-from pipelines.colour import colour_views, normalisation, normalise
+from pipelines.colour import normalisation
 from pipelines.decoding import Decode, candidates, choose
 from pipelines.feed import (
     Feed,
@@ -43,12 +43,12 @@ from pipelines.feed import (
     Refusal,
     Work,
     colour_on_host,
-    make_batch,
     open_feed,
     threads_per_rank,
     undecodable,
     wrong_size,
 )
+from pipelines.finish import Finish
 from pipelines.kernels import render_at
 from pipelines.prefetch import Ahead, StageClock
 from pipelines.slots import Slot, Slots
@@ -223,8 +223,8 @@ class Engine:
         decode: Decode,
         host_colour: bool,
     ):
-        self._feed, self._steps, self.device, self._dtype, self._decode = feed, steps, device, dtype, decode
-        self._threads, self._host_colour = threads, host_colour
+        self._feed, self._steps, self.device, self._decode, self._threads = feed, steps, device, decode, threads
+        self._finish = Finish(feed, device, dtype, host_colour)
         self.clock = StageClock()
         self.substituted = 0
         """Samples that stood in for bad ones, in the batches made so far."""
@@ -232,7 +232,7 @@ class Engine:
         self.part = min(
             DEVICE_PART if decode.device == "mixed" else max(PART, PARTS_OF_THREADS * threads), feed.batch_size
         )
-        self._slots = make_slots(feed, device, host_colour) if decode.device == "cpu" else None
+        self._slots = self._finish.slots if decode.device == "cpu" else None
         self._graph, self._source = None, None
         self._device_bytes = _used_beside_torch(device)
         self._start(steps)
@@ -254,7 +254,7 @@ class Engine:
         for step in self._steps:
             work, made = self._make(step)
             yield work, made
-            self._release(made)
+            self._finish.release(made)
             del made
 
     def read(self) -> dict[str, float]:
@@ -339,28 +339,6 @@ class Engine:
                     )
         raise error
 
-    def _finish(self, work: Work, made) -> Batch:
-        if isinstance(made, Slot) and self._slots.normalised:
-            views, mosaic = made.hand_out()
-            pixels = [view.permute(0, 3, 1, 2).to(self._dtype) for view in views]
-            return make_batch(
-                work, pixels, self._feed, None if mosaic is None else mosaic.permute(0, 3, 1, 2).to(self._dtype)
-            )
-        if isinstance(made, Slot):
-            levels = made.tensors(made.memory.to(self.device, non_blocking=True))[0]
-        else:
-            levels = (made[0] if len(made) == 1 else torch.cat(made)).unbind(1)
-        if self._host_colour:
-            return make_batch(work, [normalise(view, self._dtype) for view in levels], self._feed)
-        pixels = [colour_views(view, plan, self._dtype) for view, plan in zip(levels, work.views, strict=True)]
-        return make_batch(work, pixels, self._feed)
-
-    def _release(self, made) -> None:
-        if isinstance(made, Slot) and not self._slots.normalised:
-            self._slots.give_back(made)
-        elif isinstance(made, list):
-            made.clear()
-
 
 def refusal_of(jpeg: np.ndarray, decode: Decode, device_id: int | None) -> str | None:
     """Why DALI cannot decode a JPEG there, in its own words, or None if it can."""
@@ -376,23 +354,6 @@ def refusal_of(jpeg: np.ndarray, decode: Decode, device_id: int | None) -> str |
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return next((line for line in lines if "rror" in line and "encountered" not in line), lines[0])
     return None
-
-
-def make_slots(feed: Feed, device: torch.device, host_colour: bool) -> Slots:
-    """Memory for what the compiled kernels make: the batch itself on a CPU, its levels for a device that finishes them."""
-    views = feed.config.views
-    finished = device.type == "cpu" and host_colour
-    every, on_canvas = tuple(range(feed.num_views)), finished and feed.wants_mosaic and views.tile == "full"
-    return Slots(
-        batch_size=feed.batch_size,
-        view_size=views.view_size,
-        views=feed.num_views,
-        kept=every[:2] if on_canvas else every,
-        tiles=every[2 if feed.num_views == 3 else 0] if on_canvas else None,
-        normalised=finished,
-        colour=host_colour,
-        pinned=device.type == "cuda",
-    )
 
 
 def open_dali(

@@ -66,7 +66,7 @@ class Feed:
 
     def __init__(self, config: Config, index, rank: int, world_size: int):
         self.index, self.config, self.rank, self.world_size = index, config, rank, world_size
-        self.order = EpochOrder(len(index), config.optim.batch_size, config.run.seed)
+        self.order = EpochOrder(len(index), config.optim.batch_size, config.run.seed, config.loader.shuffle_window)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.batch_size = len(self.order.rank_batch(0, rank, world_size))
         self.wants_mosaic = "multi" in config.model.heads
@@ -76,6 +76,7 @@ class Feed:
         queue_steps = (config.model.queue_size or 0) // config.optim.batch_size
         self._spares = Spares(self.order, world_size, queue_steps)
         self._places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        self._reading_ahead = False
         if self.wants_mosaic and self.batch_size % TILES_PER_CANVAS:
             raise ValueError(
                 f"a mosaic takes {TILES_PER_CANVAS} images, so batch_size must be a multiple of {TILES_PER_CANVAS} times "
@@ -95,29 +96,35 @@ class Feed:
             plans = Plans(query=plans.query, key=plans.key, tile=None)
         return Work(step=step, epoch=epoch, sample_ids=ids, sizes=sizes, plans=plans, substituted=len(stand_ins))
 
-    def load(self, step: int, memory: np.ndarray | None = None) -> tuple[Work, list[np.ndarray], np.ndarray]:
+    def load(
+        self, step: int, memory: np.ndarray | None = None, pixels: bool = False
+    ) -> tuple[Work, list[np.ndarray], np.ndarray]:
         """The work of a step; the JPEG of each of its samples, compared with the checksums of the index; what they lie in.
 
-        `memory` [n] uint8 is overwritten; where it is None or too small, other memory is taken. A sample that cannot be read
-        goes to `reject`: ShardError, or another one in its place.
+        `memory` [n] uint8 is overwritten; where it is None or too small, other memory is taken. Samples stored as raw pixels
+        come as these if `pixels` will do. A sample that cannot be read goes to `reject`: ShardError, or another one in its place.
         """
         while True:
             work = self.work(step)
             ends = np.cumsum(self.index.records(work.sample_ids)["byte_count"].astype(np.int64))
             if memory is None or len(memory) < ends[-1]:
                 memory = np.empty(ends[-1] * 5 // 4, np.uint8)
-            starts = [0, *ends[:-1]]
+            starts, jpegs = [0, *ends[:-1]], []
             try:
                 for sample_id, start in zip(map(int, work.sample_ids), starts, strict=True):
-                    self.index.read(sample_id, memory[start:])
+                    jpegs.append(self.index.read(sample_id, memory[start:], pixels=pixels))
             except ShardError as error:
                 self.reject(sample_id, error)
             else:
-                return work, [memory[start:end] for start, end in zip(starts, ends, strict=True)], memory
+                return work, jpegs, memory
 
     def expect(self, step: int) -> None:
-        """Let the system read ahead what this rank will load for a step."""
-        self.index.expect(self.order.rank_batch(step, self.rank, self.world_size))
+        """Let the system read ahead what this rank will load for a step; with a shuffle window, what all will load later."""
+        runs = self.order.runs(step, starting=not self._reading_ahead)
+        self._reading_ahead = True
+        self.index.expect_runs(runs)
+        if not runs:
+            self.index.expect(self.order.rank_batch(step, self.rank, self.world_size))
 
     def reject(self, sample_id: int, error: ShardError) -> None:
         """Raise `error`, or, with `on_bad_sample` = substitute, say it and let others stand in for the sample from now on."""
@@ -134,7 +141,7 @@ def open_feed(config: Config, rank: int, world_size: int, bad_samples: Iterable[
     """
     if config.loader.data is None:
         raise ValueError(
-            "loader.data is not set: give the folder that data_prep/make_dali.py wrote, --data SHARDS, or take "
+            "loader.data is not set: give the folder that data_prep/make_dali.py or make_ffcv.py wrote, --data SHARDS, or take "
             "--pipeline synthetic, which needs none"
         )
     feed = Feed(config, DatasetIndex.open(config.loader.data), rank, world_size)
@@ -164,9 +171,16 @@ class Refusal(Exception):
 def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> ShardError:
     """The sentence about a picture whose bytes are as they were packed and which `decoder` cannot decode."""
     return ShardError(
-        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun data_prep/make_dali.py, which leaves such "
+        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun {index.packer}, which leaves such "
         "pictures out"
     )
+
+
+def not_its_pixels(index: DatasetIndex, sample_id: int) -> str | None:
+    """Why the raw pixels of a sample are no picture of its size, or None if they are."""
+    [record] = index.records([sample_id])
+    height, width, byte_count = (int(record[name]) for name in ("height", "width", "byte_count"))
+    return None if byte_count == 3 * height * width else f"{byte_count} bytes are not {height}x{width} px of 3 bytes"
 
 
 def wrong_size(index: DatasetIndex, work: Work, first: int, decoded: np.ndarray) -> tuple[int, ShardError] | None:
@@ -182,7 +196,7 @@ def wrong_size(index: DatasetIndex, work: Work, first: int, decoded: np.ndarray)
     sample_id = int(work.sample_ids[first + wrong[0]])
     return sample_id, ShardError(
         f"{index.describe(sample_id)} decodes to {height}x{width} px (height x width) where the index says "
-        f"{stored_height}x{stored_width}: copy the shards again or rerun data_prep/make_dali.py"
+        f"{stored_height}x{stored_width}: copy the shards again or rerun {index.packer}"
     )
 
 
@@ -234,8 +248,9 @@ class Pipeline:
         return self._ahead
 
     def describe(self) -> str:
-        """Engine, decode device, threads, prefetch and data, in one line."""
-        return self._description
+        """Engine, decode device, threads, prefetch, data, and the order if it is not one shuffle, in one line."""
+        order = self._feed.order.describe()
+        return f"{self._description}; {order}" if order else self._description
 
     def read(self) -> dict[str, float]:
         """Since the last reading: how ready the queues were and what each stage took, all names beginning with loader_."""

@@ -83,7 +83,7 @@ def render_into(image, rows, places, subtract, multiply):
                 tile += places[3] if tile else 0
             _fence()
         else:
-            levels = carray(_pointer(block), (1, side, side, 3), np.uint8)
+            levels = carray(pointer_to(block), (1, side, side, 3), np.uint8)
             render_views(image, rows[view : view + 1], levels, places[1] != 0)
 
 
@@ -103,18 +103,18 @@ def render_at():
 
 
 def _render_at(image, height, width, rows, views, places, subtract, multiply):
-    place = carray(_pointer(places), 4 + 2 * views, np.int64)
+    place = carray(pointer_to(places), 4 + 2 * views, np.int64)
     picture, plan = (
-        carray(_pointer(image), (height, width, 3), np.uint8),
-        carray(_pointer(rows), (views, ROW), np.float32),
+        carray(pointer_to(image), (height, width, 3), np.uint8),
+        carray(pointer_to(rows), (views, ROW), np.float32),
     )
-    low = carray(_pointer(subtract), 3 * place[0], np.float32)
-    factor = carray(_pointer(multiply), 3 * place[0], np.float32)
+    low = carray(pointer_to(subtract), 3 * place[0], np.float32)
+    factor = carray(pointer_to(multiply), 3 * place[0], np.float32)
     render_into(picture, plan, place, low, factor)
 
 
 @intrinsic
-def _pointer(typingctx, address):
+def pointer_to(typingctx, address):
     """An address as a pointer that `carray` takes."""
 
     def codegen(context, builder, signature, args):

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.index import DatasetIndex
+from data_prep.index import RAW, DatasetIndex
 from inscon.config import Config
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan
 from pipelines.colour import colour_views, normalise
@@ -26,6 +26,7 @@ from pipelines.feed import (
     Work,
     colour_on_host,
     make_batch,
+    not_its_pixels,
     open_feed,
     threads_per_rank,
     undecodable,
@@ -64,10 +65,15 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, colo
     return view
 
 
-def decode(index: DatasetIndex, sample_id: int, jpeg: np.ndarray) -> Image.Image:
-    """One sample as an RGB picture. Refusal where its bytes are no picture."""
+def decode(index: DatasetIndex, sample_id: int, stored: np.ndarray) -> Image.Image:
+    """One sample, a JPEG or raw pixels, as an RGB picture. Refusal where its bytes are no picture."""
+    if index.records([sample_id])["encoding"][0] == RAW:
+        reason = not_its_pixels(index, sample_id)
+        if reason is not None:
+            raise Refusal(sample_id, undecodable(index, sample_id, reason, "NumPy"))
+        return Image.fromarray(stored.reshape(*index.sizes([sample_id])[0], 3))
     try:
-        return Image.open(io.BytesIO(jpeg)).convert("RGB")
+        return Image.open(io.BytesIO(stored)).convert("RGB")
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = "its bytes are no picture" if isinstance(error, UnidentifiedImageError) else str(error)
         raise Refusal(sample_id, undecodable(index, sample_id, reason, "PIL")) from None
@@ -76,7 +82,7 @@ def decode(index: DatasetIndex, sample_id: int, jpeg: np.ndarray) -> Image.Image
 def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor]:
     """The work of a step and its views, [V B S S 3] uint8. Bad samples go to `Feed.reject`."""
     while True:
-        work, jpegs, _ = feed.load(step)
+        work, jpegs, _ = feed.load(step, pixels=True)
         try:
             return work, _render(feed, work, jpegs, colour)
         except Refusal as refusal:

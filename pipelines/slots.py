@@ -74,7 +74,7 @@ class Slot:
         if slots.pinned:
             self.bytes: np.ndarray = torch.empty(slots.num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         else:
-            self.bytes = _huge_pages(slots.num_bytes)
+            self.bytes = huge_pages(slots.num_bytes)
         self.places = _places(slots, self.bytes.ctypes.data)
         """[B, 4 + 2V] int64, see `pipelines.kernels.render_into`."""
 
@@ -98,7 +98,7 @@ class Slot:
         return views, parts[-1].view(canvas) if s.tiles is not None else None
 
 
-def _huge_pages(size: int) -> np.ndarray:
+def huge_pages(size: int) -> np.ndarray:
     """Memory of its own, page-aligned, in pages of 2 MB where the system has them to give: touched in a fraction of the time."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

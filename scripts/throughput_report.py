@@ -31,7 +31,7 @@ class ReportConfig:
 
 LOADER = {
     "starved_percent": "batches not ready when asked for, %",
-    "graph_starved_percent": "runs of DALI's graph not ready, %",
+    "graph_starved_percent": "runs of the loader's graph not ready, %",
     "read_ms": "read and plan, ms per image",
     "decode_ms": "decode and crop, ms per image",
     "finish_ms": "colour and copy, ms per image",

@@ -26,7 +26,7 @@ FLOORS = {
 }  # fmt: skip
 ONE_PLACE = {
     "nvidia": {"pipelines/dali.py"},
-    "ffcv": set(),
+    "ffcv": {"pipelines/ffcv.py"},
     "apex": {"inscon/optim.py"},
     "tyro": {"scripts", "data_prep"},
 }

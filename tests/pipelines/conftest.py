@@ -34,7 +34,8 @@ def as_jpeg(image: Image.Image) -> bytes:
 
 
 def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: dict[int, tuple] | None = None) -> Path:
-    """Twenty pictures in several shards; `jpegs` and `sizes` replace what is stored of single samples."""
+    """Twenty pictures in several shards, and in a .beton beside them (`data_for`); `jpegs` and `sizes` replace what is stored of
+    single samples."""
     samples = []
     for i, (height, width) in enumerate(SIZES):
         image = draw_picture(i, height, width)
@@ -42,7 +43,17 @@ def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: 
         stored = (sizes or {}).get(i, (height, width))
         samples.append(Sample(jpeg, *stored, label=0, name=f"a/picture_{i}.jpg"))
     write_set(folder, samples, per_shard=6, class_names=["a"], seed=0)
+    write_set(beton_beside(folder), samples, per_shard=6, class_names=["a"], seed=0, container="beton")
     return folder
+
+
+def beton_beside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-beton")
+
+
+def data_for(name: str, folder: Path | None) -> Path | None:
+    """What the engine `name` reads of a set made by `write_shards`: ffcv its .beton, the others its shards."""
+    return beton_beside(folder) if name == "ffcv" and folder is not None else folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import multiprocessing
 import os
+import re
 import signal
 
 import numpy as np
@@ -19,19 +20,36 @@ from pipelines import ENGINES, open_pipeline
 from pipelines.colour import MEAN, STD
 from pipelines.feed import open_feed, threads_per_rank
 from tests.packed import Sample, write_set
-from tests.pipelines.conftest import REAL
+from tests.pipelines.conftest import REAL, beton_beside, data_for
 
 
 def engine(name):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
         pytest.importorskip("numba", reason="numba is not installed")
+    if name == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed", exc_type=ImportError)
     return name
 
 
+def opened(name, *, config, **arguments):
+    """`open_pipeline` on what that engine reads of the data set."""
+    loader = dataclasses.replace(config.loader, data=data_for(name, config.loader.data))
+    return open_pipeline(engine(name), config=dataclasses.replace(config, loader=loader), **arguments)
+
+
 def batches(name, config, total_steps, **arguments) -> list[Batch]:
-    with open_pipeline(engine(name), config=config, total_steps=total_steps, **arguments) as pipeline:
+    with opened(name, config=config, total_steps=total_steps, **arguments) as pipeline:
         return list(pipeline)
+
+
+def stored_in(name: str, shard: str = r"shard-\d+.tar") -> str:
+    """How an engine's messages call the file that a sample is in."""
+    return "samples.beton" if name == "ffcv" else shard
+
+
+def packer(name: str) -> str:
+    return "data_prep/make_ffcv.py" if name == "ffcv" else "data_prep/make_dali.py"
 
 
 def assert_same(a: Batch, b: Batch):
@@ -59,7 +77,7 @@ def test_shapes_types_and_layout(name, make_config):
         assert batch.sample_ids.dtype == torch.int64 and len(set(batch.sample_ids.tolist())) == 8
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_boxes_and_ids_are_the_plans(name, make_config):
     config = make_config()
     feed = open_feed(config, 0, 1)
@@ -70,11 +88,12 @@ def test_boxes_and_ids_are_the_plans(name, make_config):
         np.testing.assert_array_equal(batch.key.flipped, work.plans.key.flipped)
 
 
+@pytest.mark.parametrize("name", ["dali", "ffcv"])
 @pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half"}, {"grey_first": True, "hue": 0.4}])
-def test_dali_equals_the_reference(views, make_config):
+def test_engines_equal_the_reference(name, views, make_config):
     """Twenty pictures over nine steps: greys, 1x1 px, slivers, all of them."""
     config = make_config(**views)
-    made, wanted = batches("dali", config, 9), batches("reference", config, 9)
+    made, wanted = batches(name, config, 9), batches("reference", config, 9)
     assert {int(i) for batch in made for i in batch.sample_ids} == set(range(20))
     for one, other in zip(made, wanted, strict=True):
         if int(PIL.__version__.split(".")[0]) >= 13:
@@ -88,7 +107,8 @@ def test_dali_equals_the_reference(views, make_config):
 @pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13, reason="before Pillow 13 tall crops differ in the last bit"
 )
-def test_real_jpegs_through_dali_equal_the_reference(make_config, tmp_path):
+@pytest.mark.parametrize("name", ["dali", "ffcv"])
+def test_real_jpegs_equal_the_reference(name, make_config, tmp_path):
     """24 of ImageNet's, at full size: ids, boxes, flips, mosaics and every pixel."""
     paths = sorted(REAL.glob("*/*.JPEG"))[::5][:24]
     if not paths:
@@ -98,12 +118,13 @@ def test_real_jpegs_through_dali_equal_the_reference(make_config, tmp_path):
         width, height = Image.open(path).size
         samples.append(Sample(path.read_bytes(), height, width, label=0, name=path.name))
     write_set(tmp_path / "real", samples, per_shard=7, class_names=["a"])
+    write_set(beton_beside(tmp_path / "real"), samples, per_shard=7, class_names=["a"], container="beton")
     config = make_config(tmp_path / "real", view_size=224)
-    for one, other in zip(batches("dali", config, 6), batches("reference", config, 6), strict=True):
+    for one, other in zip(batches(name, config, 6), batches("reference", config, 6), strict=True):
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_pixels_are_the_pictures(name, make_config, make_shards):
     """Not against another engine: a picture of one grey keeps it wherever it is cropped."""
     plain = {i: as_jpeg(Image.new("RGB", (90, 70), (10 * i,) * 3)) for i in range(20)}
@@ -143,7 +164,7 @@ def test_resuming_at_any_step_repeats_the_batches(name, make_config):
                 assert_same(one, other)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 @pytest.mark.parametrize("start_step", [1, 2, 3])
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(name, start_step, make_config):
     whole = batches(name, make_config(), 5)[start_step:]
@@ -160,7 +181,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(name, star
         assert torch.equal(torch.cat([left.sample_ids, right.sample_ids]), one.sample_ids)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 @pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half", "tiles_from": "third"}])
 def test_colour_on_the_device_gives_the_same_pixels(name, views, make_config):
     """Here the device is the CPU too. What a GPU gets are crops; `pipelines.colour` finishes them."""
@@ -170,7 +191,7 @@ def test_colour_on_the_device_gives_the_same_pixels(name, views, make_config):
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_half_precision_is_the_full_one_rounded(name, make_config):
     for one, other in zip(
         batches(name, make_config(), 3), batches(name, make_config(), 3, dtype=torch.bfloat16), strict=True
@@ -194,7 +215,7 @@ def test_parts_of_a_batch_change_nothing(parts, make_config, monkeypatch):
         assert (one.query.pixels - other.query.pixels).abs().mean() < 0.01
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_ranks_share_the_global_batch(name, make_config):
     whole = batches(name, make_config(), 3)
     parts = [batches(name, make_config(threads=1), 3, rank=rank, world_size=2) for rank in range(2)]
@@ -240,13 +261,13 @@ def test_no_steps_no_batches(name, make_config):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_log_line_is_one_line(name, make_config):
-    with open_pipeline(engine(name), config=make_config(), total_steps=1) as pipeline:
+    with opened(name, config=make_config(), total_steps=1) as pipeline:
         assert name in pipeline.describe() and "\n" not in pipeline.describe()
         assert pipeline.steps_per_epoch == (2 if name != "synthetic" else 1_281_167 // 8)
 
 
 def test_an_unknown_engine_is_refused_with_those_there_are(make_config):
-    with pytest.raises(ValueError, match='no pipeline "fcv".*dali, reference, synthetic'):
+    with pytest.raises(ValueError, match='no pipeline "fcv".*dali, ffcv, reference, synthetic'):
         open_pipeline("fcv", config=make_config(), total_steps=1)
 
 
@@ -264,16 +285,16 @@ def test_a_start_after_the_end_is_refused(make_config):
         open_pipeline("synthetic", config=make_config(), total_steps=3, start_step=4)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_a_data_set_smaller_than_a_batch_is_refused(name, make_config):
     with pytest.raises(ValueError, match=r"at least one batch of 24 images.*Found: 20.*--batch-size 20"):
-        open_pipeline(engine(name), config=make_config(batch_size=24), total_steps=1)
+        opened(name, config=make_config(batch_size=24), total_steps=1)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_no_data_is_refused_with_the_remedy(name, make_config):
     with pytest.raises(ValueError, match="loader.data is not set.*--data SHARDS"):
-        open_pipeline(engine(name), config=make_config(data=None), total_steps=1)
+        opened(name, config=make_config(data=None), total_steps=1)
 
 
 def test_a_batch_that_fills_no_mosaic_is_refused(make_config):
@@ -281,38 +302,38 @@ def test_a_batch_that_fills_no_mosaic_is_refused(make_config):
         open_pipeline("reference", config=make_config(batch_size=12), total_steps=1, world_size=2)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_a_corrupt_sample_is_named(name, make_config, make_shards):
     config = make_config(make_shards(jpegs={11: b"\xff\xd8\xff" + bytes(3000)}))
     with pytest.raises(ValueError) as caught:
         batches(name, config, 4)
     message = str(caught.value)
-    assert "sample 11 (a/picture_11.jpg) in shard-" in message and "cannot be decoded" in message
-    assert "rerun data_prep/make_dali.py" in message and "\n" not in message
+    assert re.search(rf"sample 11 \(a/picture_11.jpg\) in {stored_in(name)} cannot be decoded", message)
+    assert f"rerun {packer(name)}" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_a_sample_cut_short_is_named(name, make_config, make_shards, shards):
     jpeg = DatasetIndex.open(shards).jpeg_bytes(14).tobytes()
     config = make_config(make_shards(jpegs={14: jpeg[: len(jpeg) // 2]}))
-    with pytest.raises(ValueError, match=r"sample 14 \(a/picture_14.jpg\) in shard-\d+\.tar cannot be decoded"):
+    with pytest.raises(ValueError, match=rf"sample 14 \(a/picture_14.jpg\) in {stored_in(name)} cannot be decoded"):
         batches(name, config, 4)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_a_picture_of_another_size_than_the_index_says_is_named(name, make_config, make_shards):
     config = make_config(make_shards(sizes={12: (900, 900)}))
     with pytest.raises(ValueError, match=r"sample 12 .* decodes to 132x130 px .* index says 900x900"):
         batches(name, config, 4)
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
+@pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_a_shard_that_vanished_is_an_error(name, make_config, make_shards):
     folder = make_shards()
-    with open_pipeline(engine(name), config=make_config(folder), total_steps=40) as pipeline:
-        for shard in folder.glob("*.tar"):
+    with opened(name, config=make_config(folder), total_steps=40) as pipeline:
+        for shard in [*folder.glob("*.tar"), *beton_beside(folder).glob("*.beton")]:
             shard.unlink()
-        with pytest.raises(ValueError, match=r"shard-\d+\.tar is missing"):
+        with pytest.raises(ValueError, match=rf"{stored_in(name)} is missing"):
             list(pipeline)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_prep.index import DatasetIndex
 from data_prep.make_dali import pack_folder
+from data_prep.make_ffcv import pack_beton
 from inscon import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,24 @@ def shards(tmp_path_factory):
         (coarse.convert("L") if i == 3 else coarse).save(folder / f"class_{i % 2}/{i}.jpg", quality=90)
     pack_folder(folder, folder / "../shards")
     return folder.parent / "shards"
+
+
+@pytest.fixture(scope="module")
+def data_of(shards):
+    """What each engine reads of the set; skips where the engine is not installed."""
+
+    def data_of(pipeline):
+        if pipeline == "dali":
+            pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+        if pipeline != "ffcv":
+            return shards
+        pytest.importorskip("ffcv", reason="FFCV is not installed", exc_type=ImportError)
+        beton = shards.parent / "beton"
+        if not beton.exists():
+            pack_beton(shards, beton)
+        return beton
+
+    return data_of
 
 
 def command(*arguments, script="train.py", ranks=0):
@@ -76,12 +95,10 @@ def kill_once(arguments, run_dir, at_step):
     process.stderr.close()
 
 
-@pytest.mark.parametrize("pipeline", ["dali", "reference"])
-def test_a_killed_run_resumes_bit_for_bit(shards, tmp_path, pipeline):
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv", "reference"])
+def test_a_killed_run_resumes_bit_for_bit(data_of, tmp_path, pipeline):
     """Checkpoints every 3 steps of 2-step epochs: the resume begins in the middle of an epoch."""
-    if pipeline == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    base = [*SMALL, "--pipeline", pipeline, "--data", shards, "--checkpoint-every", "3", "--max-steps", "9"]
+    base = [*SMALL, "--pipeline", pipeline, "--data", data_of(pipeline), "--checkpoint-every", "3", "--max-steps", "9"]
     run(*base, "--run-dir", tmp_path / "whole")
     kill_once([*base, "--run-dir", tmp_path / "killed"], tmp_path / "killed", at_step=5)
     assert checkpoint.latest(tmp_path / "killed").name == "step-00000003.pt"
@@ -98,16 +115,15 @@ def test_a_killed_run_resumes_bit_for_bit(shards, tmp_path, pipeline):
     assert "is finished: step 9 of 9" in run(*base, "--run-dir", tmp_path / "killed").stdout
 
 
-@pytest.mark.parametrize("pipeline", ["dali", "reference"])
-def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(shards, tmp_path, pipeline):
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
+def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(data_of, tmp_path, pipeline):
     """One sample is damaged behind the run's back. The checkpoint remembers which, so that the same ones stand in for it."""
-    if pipeline == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    data = damage(shards, tmp_path, flip_a_bit)
+    data = damage(data_of(pipeline), tmp_path, flip_a_bit)
     base = [*SMALL, "--pipeline", pipeline, "--data", data, "--checkpoint-every", "3", "--max-steps", "8"]
     done = run(*base, "--run-dir", tmp_path / "failed", ok=False)
     assert re.search(
-        r"train.py: sample 12 \(.*\) in shard-000000.tar is not as it was packed", done.stderr.splitlines()[-1]
+        r"train.py: sample 12 \(.*\) in (shard-000000.tar|samples.beton) is not as it was packed",
+        done.stderr.splitlines()[-1],
     )
     base += ["--on-bad-sample", "substitute"]
     done = run(*base, "--run-dir", tmp_path / "whole")
@@ -122,16 +138,26 @@ def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(shards, tmp_path, pip
 def flip_a_bit(folder):
     index = DatasetIndex.open(folder)
     record = index.records([12])[0]
-    with open(folder / "shard-000000.tar", "r+b") as file:
+    with open(folder / index.manifest.shards[0].name, "r+b") as file:
         file.seek(int(record["offset"]) + 300)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
 
 
-def test_two_ranks_train_through_dali_and_stop_together(shards, tmp_path):
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    arguments = [*SMALL, "--pipeline", "dali", "--data", shards, "--run-dir", tmp_path, "--checkpoint-every", "100"]
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
+def test_two_ranks_train_and_stop_together(data_of, tmp_path, pipeline):
+    arguments = [
+        *SMALL,
+        "--pipeline",
+        pipeline,
+        "--data",
+        data_of(pipeline),
+        "--run-dir",
+        tmp_path,
+        "--checkpoint-every",
+        "100",
+    ]
     process = subprocess.Popen(
         command(*arguments, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -161,8 +187,12 @@ def test_the_synthetic_pipeline_needs_no_data(tmp_path):
     (["--precision", "fp16"], "precision fp16 needs a GPU. Found: cpu; set --precision fp32"),
     (["--optimizer", "apex"], "needs NVIDIA's apex.*set --optimizer auto"),
     (["--decode", "mixed", "--pipeline", "dali"], "needs a GPU.*--decode cpu"),
+    (["--pipeline", "ffcv"], "tar shards, and the pipeline ffcv reads a .beton: python data_prep/make_ffcv.py"),
+    (["--shuffle-window", "100"], "shuffle_window must be at least 256 samples.*Found: 100; set --shuffle-window 65536"),
 ])  # fmt: skip
 def test_wrong_use_gets_one_sentence_before_any_work(shards, tmp_path, flags, message):
+    if "ffcv" in flags:
+        pytest.importorskip("ffcv", reason="FFCV is not installed", exc_type=ImportError)
     done = run(*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", tmp_path / "run", *flags, ok=False)
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(message, last), done.stderr
