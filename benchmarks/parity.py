@@ -3,9 +3,10 @@
     python benchmarks/parity.py --data FOLDER_OF_JPEGS [--out benchmarks/results/parity.json]
 
 The reference is pipelines/reference.py: `torchvision.transforms.functional` on PIL images. Compared with it are the
-compiled tail (pipelines/kernels.py), the device tail (pipelines/colour.py), and DALI's own operators where they are used:
-its JPEG decoder, and the crop it makes on a GPU, run on the CPU here, with the device tail behind it. Differences are in
-grey levels, 0..255.
+compiled tail (pipelines/kernels.py), the device tail (pipelines/colour.py), DALI's own operators where they are used:
+its JPEG decoder, and the crop it makes on a GPU, run on the CPU here, with the device tail behind it; the decoder of
+pipelines/ffcv.py, and, for comparison, FFCV's own decoder and crop, which that one does without. Differences are in grey
+levels, 0..255.
 """
 
 import argparse
@@ -35,6 +36,13 @@ try:
     from pipelines.dali import crop_by_dali
 except ModuleNotFoundError:
     Graph = None
+
+try:
+    from ffcv.libffcv import imdecode, resize_crop
+
+    from pipelines import ffcv
+except (ImportError, ValueError):  # not installed, or it does not load
+    ffcv = None
 
 SIDE = 224
 ALWAYS = ViewConfig(view_size=SIDE, jitter_probability=1, grey_probability=1, blur_probability=1)
@@ -103,9 +111,26 @@ def run_dali(inputs, build) -> np.ndarray:
     return np.asarray(graph.run()[0].as_array())[0]
 
 
+def decode_ours(jpeg: np.ndarray, height: int, width: int) -> np.ndarray:
+    """As pipelines/ffcv.py decodes."""
+    out, bench = np.empty((height, width, 3), np.uint8), ffcv.Bench()
+    done = ffcv._decompress(int(bench.tools[0]), jpeg.ctypes.data, jpeg.size, out.ctypes.data, width, 0, height, 0, 0)
+    bench.close()
+    assert done == 0
+    return out
+
+
+def crop_by_ffcv(pixels: np.ndarray, row: np.ndarray) -> np.ndarray:
+    out, (x0, y0, x1, y1) = np.empty((SIDE, SIDE, 3), np.uint8), (int(edge) for edge in row[:4])
+    resize_crop(pixels, y0, y1, x0, x1, out)
+    return out[:, ::-1] if row[4] else out
+
+
 def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]:
     """{executor: {operation: differences}} over all pictures, two views per picture and epoch."""
-    found: dict[str, dict[str, Differences]] = {"kernels": {}, "colour.py": {}, "DALI": {}}
+    found: dict[str, dict[str, Differences]] = {
+        "kernels": {}, "colour.py": {}, "DALI": {}, "ffcv.py": {}, "FFCV itself": {},
+    }  # fmt: skip
 
     def note(executor, operation, made, wanted):
         found[executor].setdefault(operation, Differences()).add(made, wanted)
@@ -113,8 +138,13 @@ def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]
     for number, path in enumerate(paths):
         image = Image.open(path).convert("RGB")
         pixels = np.array(image)
+        jpeg = np.fromfile(path, np.uint8)
+        if ffcv:
+            note("ffcv.py", DECODE, decode_ours(jpeg, *pixels.shape[:2]), pixels)
+            theirs = np.empty_like(pixels)
+            imdecode(jpeg, theirs, *pixels.shape[:2], *pixels.shape[:2])
+            note("FFCV itself", DECODE, theirs, pixels)
         if Graph:
-            jpeg = np.fromfile(path, np.uint8)
             decoded = run_dali(
                 ([jpeg],), lambda source: fn.decoders.image(source, output_type=types.RGB, adjust_orientation=False)
             )
@@ -129,6 +159,8 @@ def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]
                     inputs = [([pixels], [row]) for row in plan.rows()]
                     crops = np.stack([run_dali(pair, lambda a, b: crop_by_dali(a, b, SIDE)) for pair in inputs])
                     note("DALI", operation, device_tail(crops, plan), wanted)
+                if ffcv and operation in ("crop + resize", "flip"):
+                    note("FFCV itself", operation, np.stack([crop_by_ffcv(pixels, row) for row in plan.rows()]), wanted)
     return found
 
 

@@ -284,12 +284,11 @@ class DatasetIndex:
         """Tell the system which samples will be read soon, so that a disk can fetch them side by side; Linux listens."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for record in self._records[self._checked(sample_ids)]:
+        records = self._records[self._checked(sample_ids)]
+        columns = (records[name].tolist() for name in ("shard", "offset", "byte_count"))
+        for shard, offset, byte_count in zip(*columns, strict=True):
             with contextlib.suppress(OSError, ShardError):  # whose turn comes when the sample is read
-                file = self._file(int(record["shard"]))
-                os.posix_fadvise(
-                    file.fileno(), int(record["offset"]), int(record["byte_count"]), os.POSIX_FADV_WILLNEED
-                )
+                os.posix_fadvise(self._file(shard).fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED)
 
     def expect_runs(self, runs: Iterable[range]) -> None:
         """As `expect`, for runs of neighbouring sample ids: long pieces of shards, so that a disk seldom has to seek."""

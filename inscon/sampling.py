@@ -62,10 +62,18 @@ class EpochOrder:
 
     def rank_batch(self, step: int, rank: int, world_size: int) -> np.ndarray:
         """[batch_size / world_size] int64: this rank's contiguous slice of the global batch."""
+        return self.rank_batches(range(step, step + 1), rank, world_size)[0]
+
+    def rank_batches(self, steps: range, rank: int, world_size: int) -> np.ndarray:
+        """[steps, batch_size / world_size] int64: `rank_batch` of several steps of one epoch, for less than one by one."""
         share, remainder = divmod(self.batch_size, world_size)
         if remainder:
             raise ValueError(f"batch_size must be a multiple of the {world_size} ranks. Found: {self.batch_size}")
-        return self.global_batch(step)[rank * share : (rank + 1) * share]
+        epoch = self.epoch_of(steps[0])
+        within = np.arange(len(steps)) + (steps[0] - epoch * self.steps_per_epoch)
+        assert self.epoch_of(steps[-1]) == epoch
+        positions = within[:, None] * self.batch_size + np.arange(rank * share, (rank + 1) * share)
+        return self._samples(positions.ravel(), epoch).reshape(positions.shape)
 
     def positions(self, sample_ids: np.ndarray, epoch: int) -> np.ndarray:
         """Where samples lie in the order of `epoch`, int64; from `whole` on: in no batch."""

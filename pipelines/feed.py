@@ -25,6 +25,8 @@ from pipelines.prefetch import Ahead
 from pipelines.spares import Spares
 
 LOG = logging.getLogger(__name__)
+PLANNED = 256
+"""Images that are planned at once, if a batch has fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class Feed:
         self._spares = Spares(self.order, world_size, queue_steps)
         self._places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         self._reading_ahead = False
+        self._planned: dict[int, Work] = {}
+        self._planned_with: set[int] = set()
         if self.wants_mosaic and self.batch_size % TILES_PER_CANVAS:
             raise ValueError(
                 f"a mosaic takes {TILES_PER_CANVAS} images, so batch_size must be a multiple of {TILES_PER_CANVAS} times "
@@ -85,16 +89,44 @@ class Feed:
 
     def work(self, step: int) -> Work:
         """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample."""
+        if step not in self._planned or self._planned_with != self.bad:
+            self._plan_from(step)
+        return self._planned[step]
+
+    def _plan_from(self, step: int) -> None:
+        """Plan some steps of an epoch at once: for 256 images that costs a quarter, per image, of what it costs for 32."""
         epoch = self.order.epoch_of(step)
-        ids = self.order.rank_batch(step, self.rank, self.world_size)
-        stand_ins = self._spares.stand_ins(step, self._places, self.bad) if self.bad else {}
-        for place, sample_id in stand_ins.items():
-            ids[place - self._places.start] = sample_id
-        sizes = self.index.sizes(ids)
-        plans = plan_views(self.config.run.seed, epoch, ids, sizes, self.config.views)
-        if self.num_views == 2 and plans.tile is not None:
-            plans = Plans(query=plans.query, key=plans.key, tile=None)
-        return Work(step=step, epoch=epoch, sample_ids=ids, sizes=sizes, plans=plans, substituted=len(stand_ins))
+        stop = min(step + max(PLANNED // self.batch_size, 1), (epoch + 1) * self.steps_per_epoch)
+        ids = self.order.rank_batches(range(step, stop), self.rank, self.world_size)
+        substituted = []
+        for of_step, place in zip(ids, range(step, stop), strict=True):
+            try:
+                stand_ins = self._spares.stand_ins(place, self._places, self.bad) if self.bad else {}
+            except ShardError:
+                if place == step:
+                    raise
+                break  # which is for that step to raise
+            for where, sample_id in stand_ins.items():
+                of_step[where - self._places.start] = sample_id
+            substituted.append(len(stand_ins))
+        ids = ids[: len(substituted)]
+        sizes = self.index.sizes(ids.ravel())
+        plans = plan_views(self.config.run.seed, epoch, ids.ravel(), sizes, self.config.views)
+        self._planned, self._planned_with = {}, set(self.bad)
+        for number, stood_in in enumerate(substituted):
+            own = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            self._planned[step + number] = Work(
+                step=step + number,
+                epoch=epoch,
+                sample_ids=ids[number],
+                sizes=sizes[own],
+                plans=Plans(
+                    query=plans.query[own],
+                    key=plans.key[own],
+                    tile=plans.tile[own] if self.num_views == 3 and plans.tile is not None else None,
+                ),
+                substituted=stood_in,
+            )
 
     def load(
         self, step: int, memory: np.ndarray | None = None, pixels: bool = False
@@ -124,7 +156,9 @@ class Feed:
         self._reading_ahead = True
         self.index.expect_runs(runs)
         if not runs:
-            self.index.expect(self.order.rank_batch(step, self.rank, self.world_size))
+            planned = self._planned.get(step)
+            ids = planned.sample_ids if planned else self.order.rank_batch(step, self.rank, self.world_size)
+            self.index.expect(ids)
 
     def reject(self, sample_id: int, error: ShardError) -> None:
         """Raise `error`, or, with `on_bad_sample` = substitute, say it and let others stand in for the sample from now on."""

@@ -105,7 +105,7 @@ with _threads_kept(), warnings.catch_warnings():
     except ImportError as error:
         raise ValueError(_why_not(error)) from None
 
-CHUNKS = 8
+CHUNKS = 4
 """Into so many pieces per thread is a batch cut, lest threads wait for the last picture of one."""
 AHEAD = 1
 """Batches in work beside the one that is waited for."""
