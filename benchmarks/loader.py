@@ -3,9 +3,10 @@
     find IMAGES -name "*.JPEG" | awk "{for (i = 0; i < 16; i++) print}" > LIST       # 125 pictures, each 16 times
     python data_prep/make_dali.py --data LIST --out SHARDS
     python data_prep/make_ffcv.py --data SHARDS --out BETON
-    python data_prep/make_ffcv.py --data LIST --out SHRUNK --max-resolution 400 --quality 90
+    python data_prep/make_ffcv.py --data LIST --out SHRUNK --max-resolution 400 --quality 90 --chroma 420
+    python data_prep/make_ffcv.py --data LIST --out SHRUNK444 --max-resolution 400 --quality 90
     python data_prep/make_ffcv.py --data SHRUNK --out RAW --write-mode raw
-    python benchmarks/loader.py --data SHARDS --beton BETON --shrunk SHRUNK --raw RAW --threads 2 --rounds 7
+    python benchmarks/loader.py --data SHARDS --beton BETON --shrunk SHRUNK --shrunk-444 SHRUNK444 --raw RAW --threads 2 --rounds 7
 
 Contenders, each given the same number of threads or worker processes:
 
@@ -16,8 +17,9 @@ Contenders, each given the same number of threads or worker processes:
     ffcv        pipelines/ffcv.py, full views and mosaic
     ffcv_crops  the same, crops alone
     ffcv_own    FFCV as it comes: its own Loader with two pipelines on one field, crops alone (no colour, no mosaic), seeds ignored
-    dali_400    pipelines/dali.py from JPEGs whose longer side was shrunk to 400 px
+    dali_400    pipelines/dali.py from JPEGs whose longer side was shrunk to 400 px, quality 90, 4:2:0
     ffcv_400    pipelines/ffcv.py from the same
+    ffcv_444    pipelines/ffcv.py from the same with whole colour resolution, 4:4:4
     ffcv_raw    pipelines/ffcv.py from their pixels
     reference   pipelines/reference.py, full views and mosaic, decoded once
     moco_v2     the two-view torchvision transforms and DataLoader of MoCo v2, which decodes once and lays no mosaic
@@ -203,6 +205,7 @@ CONTENDERS = {
     "ffcv_own": None,
     "dali_400": lambda config: engine("dali", config),
     "ffcv_400": lambda config: engine("ffcv", config),
+    "ffcv_444": lambda config: engine("ffcv", config),
     "ffcv_raw": lambda config: engine("ffcv", config),
     "reference": lambda config: engine("reference", config),
     "moco_v2": moco_v2,
@@ -213,6 +216,7 @@ READS = {
     "ffcv_own": "beton",
     "dali_400": "shrunk",
     "ffcv_400": "shrunk",
+    "ffcv_444": "shrunk_444",
     "ffcv_raw": "raw",
 }
 """Which of the data sets a contender reads; the others read --data."""
@@ -287,7 +291,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="tar shards written by data_prep/make_dali.py")
     parser.add_argument("--beton", type=Path, help="the same samples, packed by data_prep/make_ffcv.py")
-    parser.add_argument("--shrunk", type=Path, help="a .beton of JPEGs shrunk to 400 px")
+    parser.add_argument("--shrunk", type=Path, help="a .beton of JPEGs shrunk to 400 px, 4:2:0")
+    parser.add_argument("--shrunk-444", type=Path, help="the same with whole colour resolution")
     parser.add_argument("--raw", type=Path, help="a .beton of the pixels of these")
     parser.add_argument("--threads", type=int, default=2, help="threads or worker processes of each contender")
     parser.add_argument("--rounds", type=int, default=5)
@@ -299,6 +304,7 @@ def main() -> None:
     # The consumer only normalises; OpenMP threads that spin for work would be counted as cost.
     torch.set_num_threads(1)
     sets = {"data": arguments.data, "beton": arguments.beton, "shrunk": arguments.shrunk, "raw": arguments.raw}
+    sets["shrunk_444"] = arguments.shrunk_444
     configs = {
         name: Config(
             loader=LoaderConfig(data=sets[READS.get(name, "data")], threads=arguments.threads),
@@ -337,7 +343,7 @@ def main() -> None:
         "medians": summary,
         "rounds": rounds,
     }
-    for name in ("data", "beton", "shrunk", "raw", "out"):
+    for name in (*sets, "out"):
         report["settings"].pop(name)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

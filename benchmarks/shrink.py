@@ -36,6 +36,7 @@ SETTINGS = {
         f"--short-side {n} --quality {q}": Treatment(short_side=n, quality=q) for n in (400, 320, 256) for q in (95, 90)
     },
     **{f"--max-resolution {n} --quality 90": Treatment(max_resolution=n, quality=90) for n in (500, 400)},
+    "--max-resolution 400 --quality 90 --chroma 420": Treatment(max_resolution=400, quality=90, chroma="420"),
 }
 EPOCHS = 4
 """Views per picture."""

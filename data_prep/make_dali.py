@@ -35,7 +35,9 @@ class DaliConfig(PackConfig):
         """ValueError for settings out of range."""
         if self.shard_mb < 1:
             raise ValueError(f"--shard-mb must be at least 1. Found: {self.shard_mb}.")
-        treatment = Treatment(short_side=self.short_side, max_resolution=self.max_resolution, quality=self.quality)
+        treatment = Treatment(
+            short_side=self.short_side, max_resolution=self.max_resolution, quality=self.quality, chroma=self.chroma
+        )
         return Target(
             container="tar",
             writer="data_prep/make_dali.py",

@@ -43,6 +43,7 @@ class BetonConfig(PackConfig):
             short_side=self.short_side,
             max_resolution=self.max_resolution,
             quality=self.quality,
+            chroma=self.chroma,
             write_mode=self.write_mode,
             smart_threshold=self.smart_threshold,
         )

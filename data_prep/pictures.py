@@ -66,6 +66,8 @@ class Treatment:
     """Shrink so that the longer side is at most this, px."""
     quality: int = 95
     """JPEG quality of whatever has to be encoded again, 1 to 100."""
+    chroma: Literal["444", "420"] = "444"
+    """Colour resolution of the same: whole, or half in either direction, which decodes faster and is less exact."""
     write_mode: Literal["jpg", "raw", "smart"] = "jpg"
     """jpg: JPEG files. raw: pixels. smart: pixels where they take at most `smart_threshold` times the JPEG's bytes."""
     smart_threshold: float = 4.0
@@ -78,6 +80,8 @@ class Treatment:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Found: {value}.")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality must be from 1 to 100. Found: {self.quality}.")
+        if self.chroma not in ("444", "420"):
+            raise ValueError(f"--chroma must be 444 or 420. Found: {self.chroma}.")
         if self.write_mode not in ("jpg", "raw", "smart"):
             raise ValueError(f"--write-mode must be jpg, raw or smart. Found: {self.write_mode}.")
         if not self.smart_threshold > 0:
@@ -371,11 +375,11 @@ def _store_pixels(
         picture = picture.transpose(_TURNS[orientation])
     width, height = picture.size
     if treatment.write_mode != "raw":
-        # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4, for at quality 90 and above 4:2:0
-        # takes more bytes for the same error in RGB, and at 75 as many.
+        # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4 unless asked, for at quality 90 and above
+        # 4:2:0 takes more bytes for the same error in RGB, and at 75 as many.
         grey = picture.mode == "L"
         pixels = np.asarray(picture)[:, :, None] if grey else np.asarray(picture)
-        jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if grey else "RGB", "444")
+        jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if grey else "RGB", treatment.chroma)
         if not treatment.prefers_pixels(height, width, len(jpeg)):
             return Prepared(jpeg, JPEG, height, width, tuple(changes))
     return Prepared(picture.convert("RGB").tobytes(), RAW, height, width, tuple(changes))

@@ -479,7 +479,7 @@ def test_a_damaged_packed_set_is_no_source(tmp_path, data):
 def test_one_manifest_says_nothing_of_the_run(tmp_path, data, undisturbed):
     manifest = json.loads(undisturbed["tar"]["manifest.json"])
     assert manifest["settings"].keys() == {
-        "writer", "shard_mb", "short_side", "max_resolution", "quality", "write_mode", "smart_threshold",
+        "writer", "shard_mb", "short_side", "max_resolution", "quality", "chroma", "write_mode", "smart_threshold",
     }  # fmt: skip
     assert str(data) not in undisturbed["tar"]["manifest.json"].decode()
 

@@ -360,6 +360,9 @@ def test_other_kinds_have_the_pixels_of_torchvisions_loader_and_become_jpegs(nam
     assert prepare_picture(stored.content, Treatment()).changes == (), "one time is enough"
     grey = Image.open(io.BytesIO(source)).mode in ("1", "L", "LA")
     assert simplejpeg.decode_jpeg_header(stored.content) == (70, 93, *(("Gray", "Gray") if grey else ("YCbCr", "444")))
+    halved = prepare_picture(source, Treatment(quality=100, chroma="420")).content
+    assert simplejpeg.decode_jpeg_header(halved)[2:] == (("Gray", "Gray") if grey else ("YCbCr", "420"))
+    assert halved == stored.content if grey else len(halved) < len(stored.content)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
@@ -497,6 +500,7 @@ def test_real_pictures_shrink_as_pillow_shrinks_them():
         ({"max_resolution": -5}, "--max-resolution must be at least 1. Found: -5."),
         ({"quality": 0}, "--quality must be from 1 to 100. Found: 0."),
         ({"quality": 101}, "--quality must be from 1 to 100. Found: 101."),
+        ({"chroma": "422"}, "--chroma must be 444 or 420. Found: 422."),
         ({"write_mode": "png"}, "--write-mode must be jpg, raw or smart. Found: png."),
         ({"smart_threshold": 0.0}, "--smart-threshold must be above 0. Found: 0.0."),
         ({"smart_threshold": float("nan")}, "--smart-threshold must be above 0. Found: nan."),
