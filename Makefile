@@ -1,12 +1,16 @@
 # make demo   a small data set, packed, trained on through DALI, and what came out (demo/)
 # make test   the tests
-# Both create .venv on first use; PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
+# make ffcv   compiles FFCV into .venv, once its headers are there
+# They create .venv on first use; PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+APT := apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev
+HEADERS = pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null
+FFCV = $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'
 SCENES := --num-images 1024 --num-val 256 --size 128
 
-.PHONY: demo test lint clean
+.PHONY: demo test ffcv lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -15,10 +19,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dali,tensorboard,dev]'
 	@# FFCV has no wheels: it is compiled against Debian's OpenCV and libjpeg-turbo. Everything else works without it.
-	@{ pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null && \
-	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'; } || \
-	  echo "make: going on without FFCV; for it: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev, then make clean"
+	@{ $(HEADERS) && $(FFCV); } || echo "make: going on without FFCV; for it: $(APT), then make ffcv"
 	@touch $@
+
+ffcv: $(VENV)/.installed
+	@$(HEADERS) || { echo "make: FFCV is compiled and needs what it is compiled against: $(APT)"; exit 1; }
+	$(FFCV)
 
 demo: $(VENV)/.installed
 	rm -rf demo
