@@ -412,3 +412,36 @@ def test_a_fingerprint_tells_data_sets_apart(tmp_path):
     assert first.fingerprint == again.fingerprint == DatasetIndex.open(tmp_path / "a").fingerprint
     others = [write_samples(tmp_path / "c", labels=[1] * 7)[0], write_samples(tmp_path / "d", 6)[0]]
     assert len({index.fingerprint for index in [first, *others]}) == 3
+
+
+@pytest.mark.parametrize("container", ["tar", "beton"])
+def test_runs_of_neighbours_are_announced_in_one_piece_per_shard(tmp_path, monkeypatch, container):
+    index = write_set(
+        tmp_path / "set", [Sample(bytes([i]) * (50 + i)) for i in range(9)], per_shard=4, container=container
+    )
+    told = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, size, advice: told.append((start, size, advice)), raising=False
+    )
+    index.expect_runs([range(2, 7), range(0)])
+    records = index.records(range(9))
+    starts, ends = records["offset"].astype(int), records["offset"].astype(int) + records["byte_count"]
+    pieces = [(2, 3), (4, 6)] if container == "tar" else [(2, 6)]
+    assert told == [(starts[a], ends[b] - starts[a], os.POSIX_FADV_WILLNEED) for a, b in pieces]
+
+
+def test_pixels_are_read_where_they_will_do(tmp_path):
+    index = write_set(tmp_path / "set", [Sample(bytes(range(60)), 4, 5, encoding=RAW)] * 3, container="beton")
+    assert index.read(1, pixels=True).tolist() == list(range(60))
+    with pytest.raises(ShardError, match="is stored as raw pixels"):
+        index.read(1)
+
+
+def test_messages_name_the_command_that_packs_such_a_set(tmp_path):
+    for container, command in (("tar", "make_dali.py"), ("beton", "make_ffcv.py")):
+        folder = tmp_path / container
+        index = write_set(folder, [Sample(b"abc")] * 3, container=container)
+        assert index.packer == f"data_prep/{command}"
+        os.truncate(folder / index.manifest.shards[0].name, 1)
+        with pytest.raises(ShardError, match=rf"cut short: copy it again or rerun data_prep/{command}"):
+            DatasetIndex.open(folder)
