@@ -44,6 +44,28 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts).to(tensor.dtype)
 
 
+class Gathering:
+    """A `gather` under way."""
+
+    def __init__(self, result: Tensor, work, sent: Tensor):
+        self._result, self._work, self._sent = result, work, sent
+
+    def wait(self) -> Tensor:
+        """Every rank's `[n ...]` as one `[world*n ...]`; on a GPU the stream waits, not the host."""
+        self._work.wait()
+        return self._result
+
+
+@torch.no_grad()
+def start_gather(tensor: Tensor) -> Gathering | None:
+    """As `gather`, while other work goes on; None on one process."""
+    if world_size() == 1:
+        return None
+    sent = tensor.contiguous()
+    result = sent.new_empty(world_size() * sent.shape[0], *sent.shape[1:])
+    return Gathering(result, dist.all_gather_into_tensor(result, sent, async_op=True), sent)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; travels over the CPU and never waits for a GPU."""
     if world_size() == 1:

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig, heads: tuple[str, ...], num_groups: int = 1):
         super().__init__()
-        self.config = config
+        self.config, self.num_groups = config, num_groups
         self.trunk = Trunk(config.arch, num_groups)
         features = self.trunk.channels["res5"]
         make = {

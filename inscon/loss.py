@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK_LOGITS = 2**26
-"""Logits held at once, 256 MB in float32; beyond, rows go through in chunks that are recomputed in the backward pass."""
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits held at once, by device: 16 MB in float32, about what a CPU's cache holds; 256 MB on a GPU."""
+KEPT_LOGITS = {"cpu": 2**22, "cuda": 2**25}
+"""Up to so many are kept for the backward pass; more are computed again there, a chunk at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,23 +37,57 @@ def row_logits(
     queries: Float[Tensor, "N D"], positives: Float[Tensor, "N D"], negatives: Float[Tensor, "K D"], temperature: float
 ) -> RowLogits:
     """Similarities over temperature, reduced per query. No gradient reaches positives or negatives."""
-    positives, negatives = positives.detach(), negatives.detach()
-    rows = max(CHUNK_LOGITS // negatives.shape[0], 1)
-    if queries.shape[0] <= rows:
-        positive, lse, hardest = _reduce(queries, positives, negatives, temperature)
-    else:
-        parts = [
-            checkpoint(_reduce, q, p, negatives, temperature, use_reentrant=False)
-            for q, p in zip(queries.split(rows), positives.split(rows))
-        ]
-        positive, lse, hardest = (torch.cat(column) for column in zip(*parts))
+    positive = (queries * positives.detach()).sum(-1) / temperature
+    lse, hardest = _Negatives.apply(queries, negatives.detach(), temperature)
     return RowLogits(positive=positive, negative_lse=lse, hardest_negative=hardest)
 
 
-def _reduce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    positive = (queries * positives).sum(-1) / temperature
-    logits = queries @ negatives.T / temperature
-    return positive, logits.logsumexp(-1), logits.detach().amax(-1)
+class _Negatives(torch.autograd.Function):
+    """(log of the sum of exp, maximum) over the keys of each query's similarities / temperature, as one stream of chunks.
+
+    Autograd would keep the logits, their exponentials and the gradient of either, each [N K]. Here a chunk is made, reduced in
+    place and forgotten; the gradient of a query is the softmax's mean key, so its chunk is made again and multiplied.
+    """
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, negatives: Tensor, temperature: float):
+        lse, hardest = queries.new_empty(queries.shape[0]), queries.new_empty(queries.shape[0])
+        few = queries.shape[0] * negatives.shape[0] <= KEPT_LOGITS[queries.device.type]
+        kept = None
+        for rows, logits in _chunks(queries, negatives, temperature, whole=few):
+            torch.amax(logits, -1, out=hardest[rows])
+            sums = logits.sub_(hardest[rows, None]).exp_().sum(-1)
+            torch.add(hardest[rows], sums.log(), out=lse[rows])
+            if few:
+                kept = logits.div_(sums[:, None])
+        ctx.save_for_backward(queries, negatives, lse, kept)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(hardest)
+        return lse, hardest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_lse: Tensor, _):
+        queries, negatives, lse, kept = ctx.saved_tensors
+        weight = (grad_lse / ctx.temperature)[:, None]
+        if kept is not None:
+            return kept @ negatives * weight, None, None
+        grad = torch.empty_like(queries)
+        for rows, logits in _chunks(queries, negatives, ctx.temperature):
+            softmax = logits.sub_(lse[rows, None]).exp_()
+            torch.mm(softmax, negatives, out=grad[rows])
+        return grad.mul_(weight), None, None
+
+
+def _chunks(queries: Tensor, negatives: Tensor, temperature: float, whole: bool = False):
+    """(rows, logits [rows K] to be overwritten) for all queries; one piece of memory serves all chunks."""
+    count, keys = queries.shape[0], negatives.shape[0]
+    size = count if whole else max(min(CHUNK_LOGITS[queries.device.type] // keys, count), 1)
+    memory = queries.new_empty(size, keys)
+    scaled = queries / temperature
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        yield rows, torch.mm(scaled[rows], negatives.T, out=memory[: rows.stop - start])
 
 
 def separate_terms(logits: RowLogits) -> Float[Tensor, "N"]:

@@ -1,6 +1,7 @@
 """InsCon: a query encoder that learns, a key encoder that follows, two queues, three losses (paper section 3, figure 1)."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from inscon.geometry import Overlap, find_overlap
 from inscon.key_queue import KeyQueue
 from inscon.loss import aggregate_groups, row_logits, separate_terms
 from inscon.mosaic import image_order
-from inscon.norm import shuffle_order
+from inscon.norm import shuffle_order, take_groups_one_by_one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,25 @@ class Losses:
     top1: dict[str, Float[Tensor, ""]]
     """By head: share of queries whose positive beats every negative. Above 99 % says that BatchNorm leaks."""
 
+    def __add__(self, other: "Losses") -> "Losses":
+        """Of two pieces of a step together."""
+
+        def both(one, another):
+            return one if another is None else another if one is None else one + another
+
+        top1 = {name: both(self.top1.get(name), other.top1.get(name)) for name in [*self.top1, *other.top1]}
+        return Losses(
+            **{name: both(getattr(self, name), getattr(other, name)) for name in ("single", "multi", "cell", "total")},
+            top1=top1,
+        )
+
+    def detach(self) -> "Losses":
+        """The same without gradient, so that no graph is kept."""
+        values = {name: getattr(self, name) for name in ("single", "multi", "cell", "total")}
+        return Losses(
+            **{name: None if value is None else value.detach() for name, value in values.items()}, top1=self.top1
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewKeys:
@@ -37,6 +57,46 @@ class NewKeys:
 
     single: Float[Tensor, "B D"] | None
     cell: Float[Tensor, "B cells E"] | None
+    arriving: distributed.Gathering | None = None
+    """Those of all ranks, on their way, [world*B, D + cells*E]; None: they have not been sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What every piece of a step needs, none of it with gradient."""
+
+    overlap: Overlap
+    keys: NewKeys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a step with a graph of its own. The losses of a step's pieces sum to the step's, and so do the gradients."""
+
+    query: bool = True
+    """Whether the single views are encoded, for the single and the cell loss."""
+    mosaic: bool = True
+    """Whether the mosaics are, for the multi loss."""
+    group: int | None = None
+    """Which BatchNorm group of either; None: all of them."""
+
+
+WHOLE = Piece()
+"""Everything in one graph."""
+
+
+def cut_step(cut: str, heads: tuple[str, ...], num_groups: int) -> tuple[Piece, ...]:
+    """The pieces of a step, see `InsCon`."""
+    passes = [
+        Piece(query=query, mosaic=not query)
+        for query in (True, False)
+        if ({"single", "cell"} if query else {"multi"}) & set(heads)
+    ]
+    if cut == "joint" or len(passes) * num_groups == 1:
+        return (WHOLE,)
+    if cut == "passes" or num_groups == 1:
+        return tuple(passes)
+    return tuple(dataclasses.replace(piece, group=group) for piece in passes for group in range(num_groups))
 
 
 class InsCon(nn.Module):
@@ -48,13 +108,22 @@ class InsCon(nn.Module):
         optimizer.step()
         model.update_key_encoder()        # once per optimizer step, before the next key pass
 
+    or, with the activations of one piece alive at a time:
+
+        prepared = model.prepare(batch)
+        for piece in model.pieces:
+            model(batch, prepared, piece)[0].total.backward()
+        model.enqueue(prepared.keys)      # and so on
+
     Args:
         config: resolved (`inscon.config.resolve`), so that no size is None.
         views: the settings that say what a valid overlap is and how mosaics lie.
         rank_batch_size: images per rank and step.
+        cut: into which pieces: "joint", all losses in one graph; "passes", single views and then mosaics; "groups", each
+            BatchNorm group of either by itself, with norm = split.
     """
 
-    def __init__(self, config: ModelConfig, views: ViewConfig, rank_batch_size: int):
+    def __init__(self, config: ModelConfig, views: ViewConfig, rank_batch_size: int, cut: str = "joint"):
         super().__init__()
         self.config, self.views = config, views
         num_groups = rank_batch_size // config.split_size if config.norm == "split" else 1
@@ -66,17 +135,38 @@ class InsCon(nn.Module):
             self.cell_queue = KeyQueue(config.cell_queue_size, config.cell_dim)
         self._followers = self._match_by_name()
         self._assign_keys_to_groups(rank_batch_size)
+        self.pieces = cut_step(cut, config.heads, num_groups)
+        """Of a step, in order."""
+        self._by_group = self.pieces[0].group is not None
+        if self._by_group:
+            take_groups_one_by_one(self)
 
-    def forward(self, batch: Batch) -> tuple[Losses, NewKeys]:
-        """The three passes and the losses of one batch."""
-        overlap = self._find_overlap(batch)
-        query = self.query_encoder(batch.query.pixels, overlap.query_box, batch.query.flipped)
-        if "multi" in self.config.heads:
-            query["multi"] = self.query_encoder.forward_mosaic(batch.mosaic)
-        keys = self.encode_keys(batch.key, overlap)
+    def forward(self, batch: Batch, prepared: Prepared | None = None, piece: Piece = WHOLE) -> tuple[Losses, NewKeys]:
+        """The losses of one batch, or of one piece of it; and its new keys."""
+        prepared = prepared or self.prepare(batch)
+        query, overlap, taken = {}, prepared.overlap, self._images(piece, len(batch.sample_ids))
+        if piece.query and {"single", "cell"} & set(self.config.heads):
+            inputs = batch.query.pixels, overlap.query_box, batch.query.flipped
+            query = self.query_encoder(*(tensor[taken] for tensor in inputs))
+        if piece.mosaic and "multi" in self.config.heads:
+            canvases = self._images(piece, len(batch.mosaic))
+            query["multi"] = self.query_encoder.forward_mosaic(batch.mosaic[canvases])
+        keys = {name: made for name in ("single", "cell") if (made := getattr(prepared.keys, name)) is not None}
         with torch.autocast(batch.query.pixels.device.type, enabled=False):
-            losses = self._losses(query, keys, overlap.weight)
-        return losses, NewKeys(single=keys.get("single"), cell=keys.get("cell"))
+            losses = self._losses(query, keys, overlap.weight, taken)
+        return losses, prepared.keys
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """Boxes and keys of a batch; the keys set out for the other ranks, to arrive while the backward pass runs."""
+        overlap = self._find_overlap(batch)
+        with torch.inference_mode():
+            keys = self.encode_keys(batch.key, overlap)
+        # Copies, because autograd refuses to keep what inference mode made.
+        single, cell = (keys[name].clone() if name in keys else None for name in ("single", "cell"))
+        packed = torch.cat([part.flatten(1) for part in (single, cell) if part is not None], 1)
+        return Prepared(
+            overlap=overlap, keys=NewKeys(single=single, cell=cell, arriving=distributed.start_gather(packed))
+        )
 
     @torch.no_grad()
     def encode_keys(self, key: View, overlap: Overlap) -> dict[str, Tensor]:
@@ -85,9 +175,17 @@ class InsCon(nn.Module):
         if self.key_order is None or not self.training:
             return self.key_encoder(*inputs)
         if self.config.norm == "split":
-            keys = self.key_encoder(*(tensor[self.key_order] for tensor in inputs))
-            return {name: value[self.key_order_back] for name, value in keys.items()}
+            size = len(key.flipped) if not self._by_group else self.config.split_size
+            made = [self.key_encoder(*(tensor[order] for tensor in inputs)) for order in self.key_order.split(size)]
+            return {name: torch.cat([part[name] for part in made])[self.key_order_back] for name in made[0]}
         return self._encode_keys_over_ranks(inputs)
+
+    def _images(self, piece: Piece, count: int) -> slice:
+        """Which of `count` images, or mosaics, are of a piece."""
+        if piece.group is None:
+            return slice(0, count)
+        each = count // self.query_encoder.num_groups
+        return slice(piece.group * each, (piece.group + 1) * each)
 
     def _encode_keys_over_ranks(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Every rank encodes other ranks' images and gets its own keys back (MoCo's shuffling BN)."""
@@ -96,21 +194,35 @@ class InsCon(nn.Module):
         keys = self.key_encoder(*(distributed.gather(tensor)[self.key_order[mine]] for tensor in inputs))
         return {name: distributed.gather(value)[self.key_order_back[mine]] for name, value in keys.items()}
 
-    def _losses(self, query: dict[str, Tensor], keys: dict[str, Tensor], weight: Tensor) -> Losses:
+    def _losses(self, query: dict[str, Tensor], keys: dict[str, Tensor], weight: Tensor, taken: slice) -> Losses:
         c, parts, top1 = self.config, {}, {}
         if "single" in query:
-            logits = row_logits(query["single"], keys["single"], self.key_queue.keys, c.temperature)
+            logits = row_logits(query["single"], keys["single"][taken], self.key_queue.keys, c.temperature)
             parts["single"], top1["single"] = separate_terms(logits).mean(), logits.top1
         if "multi" in query:
-            order = image_order(len(weight), self.views.tile, device=weight.device).flatten()
+            order = image_order(len(weight), self.views.tile, device=weight.device)
+            each = len(order) * (taken.stop - taken.start) // len(weight)
+            order = order[taken.start * len(order) // len(weight) :][:each].flatten()
             logits = row_logits(query["multi"].flatten(0, 1), keys["single"][order], self.key_queue.keys, c.temperature)
             parts["multi"], top1["multi"] = aggregate_groups(logits, 4, c.aggregate, None), logits.top1
         if "cell" in query:
-            cells = query["cell"].flatten(0, 1), keys["cell"].flatten(0, 1)
+            cells = query["cell"].flatten(0, 1), keys["cell"][taken].flatten(0, 1)
             logits = row_logits(*cells, self.cell_queue.keys, c.cell_temperature)
-            parts["cell"], top1["cell"] = aggregate_groups(logits, c.cells, c.aggregate, weight), logits.top1
+            parts["cell"], top1["cell"] = aggregate_groups(logits, c.cells, c.aggregate, weight[taken]), logits.top1
+        share = (taken.stop - taken.start) / len(weight)
+        if share != 1:
+            parts, top1 = ({name: value * share for name, value in of.items()} for of in (parts, top1))
         total = torch.stack(list(parts.values())).sum()
+        if distributed.world_size() > 1 and torch.is_grad_enabled():
+            total = total + self._touch(query)
         return Losses(**{name: parts.get(name) for name in ("single", "multi", "cell")}, total=total, top1=top1)
+
+    def _touch(self, query: dict[str, Tensor]) -> Tensor:
+        """0, from every parameter that a piece leaves out: DDP waits for the gradients of all of them."""
+        left_out = [
+            p.sum() for name, head in self.query_encoder.heads.items() if name not in query for p in head.parameters()
+        ]
+        return 0 * torch.stack(left_out).sum() if left_out else 0
 
     def _find_overlap(self, batch: Batch) -> Overlap:
         query, key, v = batch.query, batch.key, self.views
@@ -120,17 +232,22 @@ class InsCon(nn.Module):
     @torch.no_grad()
     def enqueue(self, new_keys: NewKeys) -> None:
         """The keys of every rank join the queues: images in batch order, all cells of an image in a row."""
-        if new_keys.single is not None:
-            self.key_queue.enqueue(distributed.gather(new_keys.single))
-        if new_keys.cell is not None:
-            self.cell_queue.enqueue(distributed.gather(new_keys.cell).flatten(0, 1))
+        single, cell = new_keys.single, new_keys.cell
+        if new_keys.arriving is not None:
+            arrived = new_keys.arriving.wait()
+            if single is not None:
+                single, arrived = arrived.split((single.shape[1], arrived.shape[1] - single.shape[1]), 1)
+            cell = None if cell is None else arrived.unflatten(1, cell.shape[1:])
+        if single is not None:
+            self.key_queue.enqueue(single)
+        if cell is not None:
+            self.cell_queue.enqueue(cell.flatten(0, 1))
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """key = m*key + (1-m)*query for every parameter, matched by name, in the weights' own float32."""
         keys, queries = self._followers
-        torch._foreach_mul_(keys, self.config.key_momentum)
-        torch._foreach_add_(keys, queries, alpha=1 - self.config.key_momentum)
+        torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
 
     def _copy_as_key_encoder(self) -> Encoder:
         """The query encoder's twin without gradient: its instance head and its cell head (METHOD 3)."""

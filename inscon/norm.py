@@ -24,23 +24,37 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, num_features: int, num_groups: int = 1):
         super().__init__(num_features)
         self.num_groups = num_groups
+        self.one_by_one = False
+        """Whether the groups of a batch come one after the other, each in a call of its own (`take_groups_one_by_one`)."""
+        self._came = 0
 
     def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
         if not self.training or self.num_groups == 1:
             return super().forward(x)
+        momentum = 1 - (1 - self.momentum) ** (1 / self.num_groups)
+        running = (self.running_mean, self.running_var)
+        if self.one_by_one:
+            self.num_batches_tracked.add_(int(self._came == 0))
+            self._came = (self._came + 1) % self.num_groups
+            return F.batch_norm(x, *running, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps)
         if x.shape[0] % self.num_groups:
             raise ValueError(
                 f"split BatchNorm needs a multiple of {self.num_groups} samples, one equal part per group. "
                 f"Found: {x.shape[0]}"
             )
         self.num_batches_tracked.add_(1)
-        momentum = 1 - (1 - self.momentum) ** (1 / self.num_groups)
-        running = (self.running_mean, self.running_var)
         groups = [
             F.batch_norm(group, *running, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps)
             for group in x.chunk(self.num_groups)
         ]
         return torch.cat(groups)
+
+
+def take_groups_one_by_one(module: nn.Module) -> None:
+    """Tell every split BatchNorm of `module` that, in training, each call brings one group: no batch is cut and put together."""
+    for norm in module.modules():
+        if isinstance(norm, SplitBatchNorm2d):
+            norm.one_by_one = True
 
 
 @contextmanager

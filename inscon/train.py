@@ -1,10 +1,10 @@
 """The trainer: set up, then one visible loop. It takes any iterable of batches and doesn't know where they come from."""
 
+import contextlib
 import json
 import os
 import signal
 from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from inscon import checkpoint, distributed
 from inscon.batch import Batch
 from inscon.config import Config
 from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
-from inscon.model import InsCon
+from inscon.model import InsCon, Losses
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, check_device, choose_precision
 
@@ -74,7 +74,8 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
     torch.manual_seed(config.run.seed)
-    model = InsCon(config.model, config.views, config.optim.batch_size // distributed.world_size())
+    cut = config.optim.cut if config.optim.cut != "auto" else ("groups" if device.type == "cpu" else "passes")
+    model = InsCon(config.model, config.views, config.optim.batch_size // distributed.world_size(), cut)
     if config.model.norm == "sync" and distributed.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device=device, memory_format=torch.channels_last)
@@ -125,25 +126,17 @@ def train(
     What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints.
     On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
     """
-    config, inscon, scaler, optimizer = training.config, training.model, training.scaler, training.optimizer
-    model = _over_ranks(inscon).train()
+    config, optimizer = training.config, training.optimizer
+    model = _over_ranks(training.model).train()
     run_dir = config.run.run_dir
     _write_config(config)
-    losses_meter, watch, amp_dtype = LossMeter(), Stopwatch(), training.precision.autocast_dtype
+    losses_meter, watch = LossMeter(), Stopwatch()
     with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, _stop_requests() as stop:
         log.say(describe(training))
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             lr = learning_rate(config.optim, step, steps_per_epoch)
             set_learning_rate(optimizer, lr)
-            with torch.autocast(training.device.type, amp_dtype, enabled=amp_dtype is not None):
-                losses, new_keys = model(batch)
-            scaler.scale(losses.total).backward()
-            inscon.enqueue(new_keys)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            inscon.update_key_encoder()
-            losses_meter.add(losses)
+            losses_meter.add(run_step(training, model, batch))
             training.step = step + 1
 
             finished = training.step == total_steps
@@ -160,6 +153,33 @@ def train(
                     f"Stopped by {stop.name}; the checkpoint of step {training.step} is in {run_dir}. Run again to go on."
                 )
                 break
+
+
+def run_step(training: Training, model: nn.Module, batch: Batch) -> Losses:
+    """One update from one batch; `model` is `training.model`, or DDP around it. Nothing here waits for the device."""
+    inscon, scaler, optimizer = training.model, training.scaler, training.optimizer
+    amp_dtype, losses = training.precision.autocast_dtype, None
+
+    def autocast():
+        return torch.autocast(training.device.type, amp_dtype, enabled=amp_dtype is not None)
+
+    with autocast():
+        prepared = inscon.prepare(batch)
+    for piece in inscon.pieces:
+        # Gradients travel once, with the last piece.
+        later = piece is not inscon.pieces[-1] and model is not inscon
+        with model.no_sync() if later else contextlib.nullcontext():
+            with autocast():
+                of_piece, _ = model(batch, prepared, piece)
+            scaler.scale(of_piece.total).backward()
+        losses = of_piece.detach() if losses is None else losses + of_piece.detach()
+        del of_piece  # and with it the graph
+    inscon.enqueue(prepared.keys)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    inscon.update_key_encoder()
+    return losses
 
 
 def describe(training: Training) -> str:
@@ -205,7 +225,7 @@ class _Stop:
         self.requested, self.name = True, signal.Signals(number).name
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_requests():
     stop = _Stop()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

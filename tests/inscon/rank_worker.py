@@ -3,6 +3,7 @@
 torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -54,16 +55,23 @@ def main(out: Path, mode: str) -> None:
         world_size,
     )
     torch.manual_seed(0)
-    inscon = InsCon(config.model, config.views, BATCH // world_size).double().train(mode == "live")
+    cut = "joint" if mode == "frozen" else "passes" if world_size > 1 else "groups"
+    inscon = InsCon(config.model, config.views, BATCH // world_size, cut).double().train(mode == "live")
     model = inscon
     if world_size > 1:
         model = DistributedDataParallel(inscon, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(inscon.query_encoder.parameters(), lr=0.03, momentum=0.9)
     record = {"losses": []}
     for step in range(3):
-        losses, new_keys = model(share_of_batch(step, rank, world_size))
-        losses.total.backward()
-        inscon.enqueue(new_keys)
+        batch = share_of_batch(step, rank, world_size)
+        prepared, losses = inscon.prepare(batch), None
+        for piece in inscon.pieces:
+            later = piece is not inscon.pieces[-1] and world_size > 1
+            with model.no_sync() if later else contextlib.nullcontext():
+                of_piece, _ = model(batch, prepared, piece)
+                of_piece.total.backward()
+            losses = of_piece.detach() if losses is None else losses + of_piece.detach()
+        inscon.enqueue(prepared.keys)
         if step == 0:
             record["gradients"] = {n: p.grad.clone() for n, p in inscon.query_encoder.named_parameters()}
         optimizer.step()

@@ -93,14 +93,41 @@ def test_weights_switch_groups_off(aggregate):
     assert (queries.grad[[1, 3]] == 0).all() and (queries.grad[[0, 2]] != 0).any()
 
 
-def test_chunks_change_nothing(monkeypatch):
+def limit(monkeypatch, chunk, kept):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(loss_module, "KEPT_LOGITS", {"cpu": kept})
+
+
+@pytest.mark.parametrize("rows", [1, 7, 25, 50, 60])
+def test_chunks_change_nothing(rows, monkeypatch):
+    """Against the dense form, differentiated by autograd."""
     queries, positives, negatives = unit(50, 16).requires_grad_(), unit(50, 16, seed=1), unit(64, 16, seed=2)
-    whole = info_nce(queries, positives, negatives, 0.2)
-    (gradient,) = torch.autograd.grad(whole, queries)
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 64 * 7)
-    chunked = info_nce(queries, positives, negatives, 0.2)
-    torch.testing.assert_close(chunked, whole, rtol=1e-14, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(chunked, queries)[0], gradient, rtol=1e-12, atol=1e-15)
+    logits = torch.cat([(queries * positives).sum(1, keepdim=True), queries @ negatives.T], 1) / 0.2
+    dense = F.cross_entropy(logits, torch.zeros(50, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(dense, queries)
+    for kept in (0, 50 * 64):
+        limit(monkeypatch, 64 * rows, kept)
+        chunked = info_nce(queries, positives, negatives, 0.2)
+        torch.testing.assert_close(chunked, dense, rtol=1e-14, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(chunked, queries)[0], gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("aggregate", ["mean", "literal"])
+def test_gradients_are_those_of_finite_differences(aggregate, kept, monkeypatch):
+    limit(monkeypatch, 3 * 20, kept)
+    queries, positives, negatives = unit(4, 3, 6).requires_grad_(), unit(4, 3, 6, seed=1), unit(20, 6, seed=2)
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q: multi_positive_info_nce(q, positives, negatives, 0.2, aggregate, weight), (queries,)
+    )
+
+
+def test_large_similarities_do_not_overflow():
+    queries = torch.full((2, 4), 30.0, requires_grad=True)
+    value = info_nce(queries, queries.detach(), torch.full((5, 4), 30.0), 0.2)
+    value.backward()
+    assert value.item() == pytest.approx(math.log(6), abs=2e-3) and torch.isfinite(queries.grad).all()
 
 
 def test_no_gradient_reaches_keys():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inscon import model as model_module
 from inscon.batch import Batch, View
@@ -279,3 +280,155 @@ def test_a_step_on_a_gpu_equals_the_cpus():
         cpu.update_key_encoder(), gpu.update_key_encoder()
     with torch.autocast("cuda", torch.bfloat16):
         assert gpu(there)[0].total.item() == pytest.approx(losses.total.item(), rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------------- a step in pieces
+
+
+def run_steps(cut, steps, dtype=torch.float64, views=VIEWS, lr=0.02, **settings):
+    """(losses of every step, the model) after `steps` updates by plain SGD."""
+    settings = {"arch": "resnet18", "queue_size": 24, "cell_queue_size": 216, "split_size": 4, **settings}
+    config = resolve(Config(views=views, model=ModelConfig(**settings), optim=OptimConfig(batch_size=BATCH)), 1)
+    torch.manual_seed(0)
+    model = InsCon(config.model, views, BATCH, cut).to(dtype).train()
+    optimizer = torch.optim.SGD(model.query_encoder.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    seen = []
+    for step in range(steps):
+        batch = in_type(make_batch(seed=step, views=views), dtype)
+        prepared, total = model.prepare(batch), None
+        for piece in model.pieces:
+            losses, keys = model(batch, prepared, piece)
+            losses.total.backward()
+            assert keys is prepared.keys
+            total = losses.detach() if total is None else total + losses.detach()
+        model.enqueue(prepared.keys)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_key_encoder()
+        seen.append(total)
+    return seen, model
+
+
+def in_type(batch, dtype):
+    def view(of):
+        return dataclasses.replace(of, pixels=of.pixels.to(dtype))
+
+    query, key = view(batch.query), view(batch.key)
+    return dataclasses.replace(batch, query=query, key=key, mosaic=batch.mosaic.to(dtype))
+
+
+@pytest.mark.parametrize("cut", ["passes", "groups"])
+@pytest.mark.parametrize("settings", [
+    {}, {"tile": "half"}, {"aggregate": "literal", "mosaic_updates_norm": True}, {"heads": ("single",)},
+    {"heads": ("multi", "cell")},
+])  # fmt: skip
+def test_pieces_of_a_step_add_up_to_it(cut, settings):
+    """Losses, top-1, weights, statistics and queues after three steps, in float64."""
+    views = dataclasses.replace(VIEWS, tile=settings.get("tile", "full"))
+    settings = {name: value for name, value in settings.items() if name != "tile"}
+    wanted, plain = run_steps("joint", 3, views=views, **settings)
+    made, model = run_steps(cut, 3, views=views, **settings)
+    passes = 1 if settings.get("heads") == ("single",) else 2
+    assert len(plain.pieces) == 1 and len(model.pieces) == passes * (2 if cut == "groups" else 1)
+    for one, other in zip(made, wanted, strict=True):
+        for name in ("single", "multi", "cell", "total"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-9, atol=1e-12)
+        assert one.top1.keys() == other.top1.keys()
+        for name, value in one.top1.items():
+            torch.testing.assert_close(value, other.top1[name])
+    expected = plain.state_dict()
+    for name, value in model.state_dict().items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10)
+        else:
+            assert value == expected[name]
+
+
+@pytest.mark.parametrize("cut", ["passes", "groups"])
+def test_twenty_steps_in_float32_stay_within_its_rounding(cut):
+    """How far rounding alone drives two runs apart is taken from the plain version in float32 against float64."""
+    (exact, best), (plain, model), (made, ours) = (
+        run_steps(*setting, lr=1e-3)
+        for setting in (("joint", 20), ("joint", 20, torch.float32), (cut, 20, torch.float32))
+    )
+
+    def apart(one, other):
+        return max(abs(a.total.item() - b.total.item()) for a, b in zip(one, other, strict=True))
+
+    def distance(one, other):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return sum((a.double() - b.double()).square().sum().item() for a, b in pairs) ** 0.5
+
+    assert 0 < apart(plain, exact) < 0.1 and apart(made, plain) <= 3 * apart(plain, exact)
+    assert 0 < distance(ours, model) <= 3 * distance(model, best)
+
+
+def test_pieces_keep_fewer_activations_alive():
+    """Counted by what autograd keeps for the backward pass."""
+
+    def kept_bytes(cut):
+        model, batch = make_model(dtype=torch.float32), make_batch(dtype=torch.float32)
+        model = InsCon(model.config, VIEWS, BATCH, cut).train()
+        prepared, most = model.prepare(batch), 0
+        for piece in model.pieces:
+            alive = {}
+
+            def keep(tensor, alive=alive):
+                alive[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model(batch, prepared, piece)
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            most = max(most, sum(t.untyped_storage().nbytes() for key, t in alive.items() if key not in weights))
+        return most
+
+    joint, passes, groups = (kept_bytes(cut) for cut in ("joint", "passes", "groups"))
+    assert passes < 0.6 * joint and groups < 0.6 * passes
+
+
+ASKING = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "unique_consecutive",
+    "equal",
+}
+"""Operations whose answer, or the shape of it, the host must wait for."""
+
+
+class NobodyWaits(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.removeprefix("aten::")
+        assert name not in ASKING, f"{name} waits for the device"
+        if name in ("index", "index_put"):  # by a mask the shape would depend on data
+            assert not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]), f"{name} by a mask"
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cut", ["joint", "passes", "groups"])
+def test_a_step_asks_the_device_nothing(cut, monkeypatch):
+    """No `.item()`, `int()`, `bool()`, `tolist()` or shape that depends on data is reached, by every operation that runs."""
+    model, batch = make_model(dtype=torch.float32), make_batch(dtype=torch.float32)
+    model = InsCon(model.config, VIEWS, BATCH, cut).train()
+    optimizer = torch.optim.SGD(model.query_encoder.parameters(), lr=0.1, momentum=0.9, fused=True)
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+    with NobodyWaits():
+        prepared = model.prepare(batch)
+        for piece in model.pieces:
+            model(batch, prepared, piece)[0].total.backward()
+        model.enqueue(prepared.keys)
+        optimizer.step()
+        model.update_key_encoder()
+
+
+@pytest.mark.parametrize("question", [
+    lambda t: t.sum().item(), lambda t: bool(t.any()), lambda t: int(t[0]), lambda t: t[t > 0], lambda t: t.nonzero(),
+])  # fmt: skip
+def test_the_check_above_notices_a_question(question):
+    with pytest.raises(AssertionError, match="waits for the device|by a mask"), NobodyWaits():
+        question(torch.ones(3))

@@ -28,7 +28,8 @@ def run(out, mode, ranks):
 
 @pytest.mark.parametrize("mode", ["frozen", "live"])
 def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
-    """frozen: BatchNorm in eval mode. live: two ranks shuffle, one process splits into the same groups of images."""
+    """frozen: BatchNorm in eval mode. live: two ranks shuffle, one process splits into the same groups of images; and the two
+    cut their steps into passes, the one into groups."""
     one, two = run(tmp_path / "one", mode, 1), run(tmp_path / "two", mode, 2)
     assert one["stop"] is two["stop"] is True and two["worst"] == {"rank": 1.0}
     assert two["total"] == {"rank": 3.0} and two["union"] == [2, 7] and one["union"] == []

@@ -1,0 +1,283 @@
+"""What a training step costs, against an honest port of MoCo's code with InsCon's losses added the obvious way.
+
+    python benchmarks/step.py --batch-size 16 --threads 2 --rounds 5 --out benchmarks/results/step_cpu.json
+
+Contenders, each in a process of its own, so that its peak memory is its own; both in float32 on a CPU, in `--precision` on a GPU:
+
+    naive   NCHW; the key encoder moved parameter by parameter; queues [D K] cloned for every loss, logits and their positive
+            put together and given to cross_entropy; pointers in buffers, read with int(); accuracy and losses read with
+            .item() every step, as MoCo's training loop does; split BatchNorm and shuffled keys as in MoCo's demo for one GPU
+    ours    inscon/train.py's step with its defaults
+
+Same architecture, views, queues (full ones), batch and arithmetic type. Rounds alternate: each contender makes a few steps while
+the other waits. A step is timed alone: batches are ready. Medians are reported.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon import train
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, resolve
+from inscon.geometry import find_overlap
+from inscon.pooling import precise_roi_pool
+from inscon.precision import choose_precision
+from inscon.profiling import machine, versions
+from pipelines import open_pipeline
+
+TEMPERATURE = 0.2
+
+
+class DemoBatchNorm(nn.BatchNorm2d):
+    """Split BatchNorm as in MoCo's demo: the batch seen as one of fewer images with more channels (NCHW)."""
+
+    def __init__(self, num_features: int, num_splits: int):
+        super().__init__(num_features)
+        self.num_splits = num_splits
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        if not self.training:
+            return super().forward(x)
+        mean, variance = self.running_mean.repeat(self.num_splits), self.running_var.repeat(self.num_splits)
+        outcome = F.batch_norm(
+            x.view(-1, c * self.num_splits, h, w), mean, variance, self.weight.repeat(self.num_splits),
+            self.bias.repeat(self.num_splits), True, self.momentum, self.eps,
+        ).view(n, c, h, w)  # fmt: skip
+        self.running_mean.data.copy_(mean.view(self.num_splits, c).mean(0))
+        self.running_var.data.copy_(variance.view(self.num_splits, c).mean(0))
+        return outcome
+
+
+class NaiveEncoder(nn.Module):
+    def __init__(self, arch: str, splits: int, heads: tuple[str, ...]):
+        super().__init__()
+        net = torchvision.models.get_model(arch, weights=None, norm_layer=lambda n: DemoBatchNorm(n, splits))
+        features = net.fc.in_features
+        self.trunk = nn.Sequential(*list(net.children())[:-2])
+
+        def mlp(layer, out):
+            return nn.Sequential(layer(features, features), nn.ReLU(), layer(features, out))
+
+        self.single = mlp(nn.Linear, 128)
+        if "multi" in heads:
+            self.multi = mlp(nn.Linear, 128)
+        self.cell = mlp(lambda a, b: nn.Conv2d(a, b, 1), 256)
+
+    def forward(self, x, box, flipped):
+        maps = self.trunk(x)
+        cells = precise_roi_pool(maps.float(), box, 3, 1 / 32)
+        cells = torch.where(flipped[:, None, None, None], cells.flip(-1), cells)
+        cells = self.cell(cells).flatten(2).transpose(1, 2)
+        return F.normalize(self.single(maps.mean((2, 3))), dim=1), F.normalize(cells, dim=2)
+
+    def tiles(self, mosaic):
+        features = F.adaptive_avg_pool2d(self.trunk(mosaic), 2).flatten(2).transpose(1, 2)
+        return F.normalize(self.multi(features), dim=2)
+
+
+class Naive:
+    """One step as `__call__`."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.precision = choose_precision(config.optim.precision, device)
+        splits = config.optim.batch_size // config.model.split_size
+        self.encoder_q = NaiveEncoder(config.model.arch, splits, ("multi",)).to(device).train()
+        self.encoder_k = NaiveEncoder(config.model.arch, splits, ()).to(device).train()
+        for name, p in self.encoder_k.named_parameters():
+            p.data.copy_(dict(self.encoder_q.named_parameters())[name].data)
+            p.requires_grad = False
+        self.queue = F.normalize(torch.randn(128, config.model.queue_size, device=device), dim=0)
+        self.cell_queue = F.normalize(torch.randn(256, config.model.cell_queue_size, device=device), dim=0)
+        self.pointers = torch.zeros(2, dtype=torch.long, device=device)
+        self.optimizer = torch.optim.SGD(self.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+        self.criterion = nn.CrossEntropyLoss().to(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.needs_scaler)
+
+    def __call__(self, batch) -> None:
+        size = batch.size
+        overlap = find_overlap(
+            batch.query.crop_box,
+            batch.query.flipped,
+            batch.key.crop_box,
+            batch.key.flipped,
+            self.config.views.view_size,
+            32.0,
+        )
+        dtype = self.precision.autocast_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            q, q_cells = self.encoder_q(batch.query.pixels, overlap.query_box, batch.query.flipped)
+            q_tiles = self.encoder_q.tiles(batch.mosaic)
+            with torch.no_grad():
+                for name, p_k in self.encoder_k.named_parameters():
+                    p_k.data = p_k.data * 0.999 + self.encoder_q.get_parameter(name).data * 0.001
+                order = torch.randperm(size, device=self.device)
+                back = torch.argsort(order)
+                k, k_cells = self.encoder_k(batch.key.pixels[order], overlap.key_box[order], batch.key.flipped[order])
+                k, k_cells = k[back], k_cells[back]
+            single = self.contrast(q, k, self.queue)
+            multi = self.contrast(q_tiles.flatten(0, 1), k, self.queue)
+            cell = self.contrast(q_cells.flatten(0, 1), k_cells.flatten(0, 1), self.cell_queue)
+            loss = single[0] + multi[0] + cell[0]
+        for value, logits in (single, multi, cell):
+            value.item()
+            top = logits.topk(5, 1)[1].t()
+            correct = top.eq(torch.zeros(1, dtype=torch.long, device=self.device))
+            [correct[:n].reshape(-1).float().sum(0).item() for n in (1, 5)]
+        self.enqueue(self.queue, k, 0)
+        self.enqueue(self.cell_queue, k_cells.flatten(0, 1), 1)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def contrast(self, q, k, queue):
+        positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
+        negative = torch.einsum("nc,ck->nk", [q, queue.clone().detach().to(q.dtype)])
+        logits = torch.cat([positive, negative], dim=1) / TEMPERATURE
+        return self.criterion(logits, torch.zeros(len(logits), dtype=torch.long, device=self.device)), logits
+
+    @torch.no_grad()
+    def enqueue(self, queue, keys, which):
+        pointer = int(self.pointers[which])
+        queue[:, pointer : pointer + len(keys)] = keys.T
+        self.pointers[which] = (pointer + len(keys)) % queue.shape[1]
+
+
+class Ours:
+    def __init__(self, config: Config, device: torch.device):
+        self.training = train.set_up(config, device, "none")
+        self.training.model.train()
+
+    def __call__(self, batch) -> None:
+        train.run_step(self.training, self.training.model, batch)
+
+
+CONTENDERS = {"naive": Naive, "ours": Ours}
+
+
+def work(name: str, config: Config, threads: int, device_name: str, commands, answers) -> None:
+    """A contender's process: answers each number of steps with their times, and 0 with its peak memory."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    layout = torch.channels_last if name == "ours" else torch.contiguous_format
+    dtype = choose_precision(config.optim.precision, device).pixel_dtype if name == "ours" else torch.float32
+    with open_pipeline("synthetic", config=config, device=device, dtype=dtype, total_steps=1) as pipeline:
+        [batch] = pipeline
+    batch = in_layout(batch, layout)
+    step = CONTENDERS[name](config, device)
+    while steps := commands.get():
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        answers.put(times)
+    on_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    answers.put(
+        {
+            "host_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "device_mb": on_device and on_device / 2**20,
+        }
+    )
+
+
+def in_layout(batch, layout):
+    def view(of):
+        return dataclasses.replace(of, pixels=of.pixels.contiguous(memory_format=layout))
+
+    mosaic = batch.mosaic.contiguous(memory_format=layout)
+    return dataclasses.replace(batch, query=view(batch.query), key=view(batch.key), mosaic=mosaic)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="per round and contender")
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--cut", default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cpu.json"))
+    arguments = parser.parse_args()
+    config = resolve(
+        Config(
+            loader=LoaderConfig(pipeline="synthetic"),
+            model=ModelConfig(arch=arguments.arch, norm="split"),
+            optim=OptimConfig(batch_size=arguments.batch_size, precision=arguments.precision, cut=arguments.cut),
+            run=RunConfig(run_dir=Path("runs/benchmark")),
+        ),
+        1,
+    )
+    context = multiprocessing.get_context("spawn")
+    pipes = {name: (context.Queue(), context.Queue()) for name in CONTENDERS}
+    processes = [
+        context.Process(target=work, args=(name, config, arguments.threads, arguments.device, *pipes[name]))
+        for name in CONTENDERS
+    ]
+    for process in processes:
+        process.start()
+
+    def ask(name, steps):
+        commands, answers = pipes[name]
+        commands.put(steps)
+        return answers.get()
+
+    rounds = {name: [] for name in CONTENDERS}
+    for name in CONTENDERS:
+        ask(name, arguments.warm_up)
+    for number in range(arguments.rounds):
+        for name, own in rounds.items():
+            own.append(ask(name, arguments.steps))
+        print(f"round {number + 1}:", {name: round(min(own[-1]), 3) for name, own in rounds.items()}, flush=True)
+    memory = {name: ask(name, 0) for name in CONTENDERS}
+    for process in processes:
+        process.join()
+    medians = {name: statistics.median(t for own in of for t in own) for name, of in rounds.items()}
+    ratio = statistics.median(
+        statistics.median(naive) / statistics.median(ours) for naive, ours in zip(rounds["naive"], rounds["ours"])
+    )
+    table = Table(title=f"a step of {arguments.arch}, batch {arguments.batch_size}, on {arguments.device}")
+    for column in ("contender", "step, s", "images/s", "peak memory, MB"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for name, median in medians.items():
+        peak = memory[name]["device_mb"] or memory[name]["host_mb"]
+        table.add_row(name, f"{median:.3f}", f"{arguments.batch_size / median:.2f}", f"{peak:.0f}")
+    Console().print(table)
+    print(f"naive / ours, median of rounds: {ratio:.3f}")
+    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    report = {
+        "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "settings": settings,
+        "step_s": medians, "naive_over_ours": ratio, "memory": memory, "rounds": rounds,
+    }  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
