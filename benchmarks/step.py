@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="per round and contender")
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--cut", default="auto")
+    parser.add_argument("--cut", default="passes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cpu.json"))
     arguments = parser.parse_args()

@@ -214,9 +214,9 @@ class OptimConfig:
     """The learning rate follows a cosine, changed once per epoch (MoCo) or at every step."""
     optimizer: Literal["auto", "torch-fused", "foreach", "apex"] = "auto"
     """Which implementation of SGD. auto: NVIDIA's apex where it is really there, else torch's fused kernels."""
-    cut: Literal["auto", "joint", "passes", "groups"] = "auto"
+    cut: Literal["joint", "passes", "groups"] = "passes"
     """Into which pieces a step is cut, one's activations alive at a time; losses and gradients add up to the same. joint: none.
-    passes: single views, then mosaics. groups: each BatchNorm group of norm = split too. auto: groups on a CPU, else passes."""
+    passes: single views, then mosaics. groups: each BatchNorm group of norm = split by itself too: least memory, slower."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """auto: bf16 where the GPU has it, fp16 with a gradient scaler on older ones, fp32 on the CPU."""
 

@@ -74,8 +74,7 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
     torch.manual_seed(config.run.seed)
-    cut = config.optim.cut if config.optim.cut != "auto" else ("groups" if device.type == "cpu" else "passes")
-    model = InsCon(config.model, config.views, config.optim.batch_size // distributed.world_size(), cut)
+    model = InsCon(config.model, config.views, config.optim.batch_size // distributed.world_size(), config.optim.cut)
     if config.model.norm == "sync" and distributed.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device=device, memory_format=torch.channels_last)
