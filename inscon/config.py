@@ -14,6 +14,8 @@ from typing import Literal
 HEADS = ("single", "multi", "cell")
 STAGES = {"res4": 16, "res5": 32}
 """Trunk stages that can feed the cell head, with their strides in px."""
+NORM_GROUP = 32
+"""Images normalised together: a GPU's share of the paper's batch of 256 on 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,8 @@ class ModelConfig:
     multi_head_init: Literal["copy", "independent"] = "copy"
     """copy: the multi head starts as the single head, so that both losses start equal (METHOD 12)."""
     norm: Literal["auto", "shuffle", "split", "sync"] = "auto"
-    """BatchNorm. auto: shuffle over ranks if there are several, else split within the batch (METHOD 13)."""
+    """BatchNorm. auto: split within a rank's batch where it holds four groups of 32 or there is one rank, so that no image
+    travels; else shuffle over the ranks (METHOD 13)."""
     split_size: int | None = None
     """Images per BatchNorm group of norm=split. None: 32 as on 8 GPUs, or a quarter of the batch if that is less."""
     mosaic_updates_norm: bool = False
@@ -214,6 +217,8 @@ class OptimConfig:
     """The learning rate follows a cosine, changed once per epoch (MoCo) or at every step."""
     optimizer: Literal["auto", "torch-fused", "foreach", "apex"] = "auto"
     """Which implementation of SGD. auto: NVIDIA's apex where it is really there, else torch's fused kernels."""
+    gradient_wire: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In which format gradients travel between ranks: half the bytes for their last digits. They are summed in it, too."""
     cut: Literal["joint", "passes", "groups"] = "passes"
     """Into which pieces a step is cut, one's activations alive at a time; losses and gradients add up to the same. joint: none.
     passes: single views, then mosaics. groups: each BatchNorm group of norm = split by itself too: least memory, slower."""
@@ -285,12 +290,13 @@ def resolve(config: Config, world_size: int) -> Config:
             f"batch_size must be a multiple of 4 images (one mosaic) times {world_size} rank(s). Found: {batch}; "
             f"set --batch-size {nearest}"
         )
-    norm = model.norm if model.norm != "auto" else ("shuffle" if world_size > 1 else "split")
+    per_rank = batch // world_size
+    alone = world_size == 1 or (per_rank >= 4 * NORM_GROUP and per_rank % NORM_GROUP == 0)
+    norm = model.norm if model.norm != "auto" else ("split" if alone else "shuffle")
     if norm == "shuffle" and world_size == 1:
         raise ValueError(
             "norm=shuffle permutes images over ranks and needs at least 2. Found: 1 rank; set --norm split"
         )
-    per_rank = batch // world_size
     model = dataclasses.replace(
         model,
         norm=norm,
@@ -321,7 +327,7 @@ def _queue_size(name: str, asked: int | None, per_step: int) -> int:
 
 def _split_size(asked: int | None, per_rank: int) -> int:
     if asked is None:
-        groups = max(per_rank // 32, min(4, per_rank // 4))
+        groups = max(per_rank // NORM_GROUP, min(4, per_rank // 4))
         while groups > 1 and per_rank % (4 * groups):
             groups -= 1
         asked = per_rank // groups

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from inscon import checkpoint, distributed
@@ -126,7 +127,7 @@ def train(
     On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
     """
     config, optimizer = training.config, training.optimizer
-    model = _over_ranks(training.model).train()
+    model = over_ranks(training.model, config.optim.gradient_wire).train()
     run_dir = config.run.run_dir
     _write_config(config)
     losses_meter, watch = LossMeter(), Stopwatch()
@@ -192,11 +193,15 @@ def describe(training: Training) -> str:
     )
 
 
-def _over_ranks(inscon: InsCon) -> nn.Module:
+def over_ranks(inscon: InsCon, gradient_wire: str = "fp32") -> nn.Module:
     """DDP from outside. Buffers are not broadcast at every step: the queues are equal on all ranks by construction."""
     if distributed.world_size() == 1:
         return inscon
-    return DistributedDataParallel(inscon, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(inscon, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if gradient_wire != "fp32":
+        hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+        model.register_comm_hook(None, hooks[gradient_wire])
+    return model
 
 
 def _save(training: Training) -> None:

@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: a step on its share of a fixed global batch; rank 0 writes what came out.
 
-torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live|fp16
 """
 
 import contextlib
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -19,6 +18,7 @@ from inscon.config import Config, ModelConfig, OptimConfig, ViewConfig, resolve
 from inscon.model import InsCon
 from inscon.mosaic import assemble
 from inscon.plan import plan_views
+from inscon.train import over_ranks
 
 BATCH, SIDE = 16, 64
 
@@ -56,10 +56,8 @@ def main(out: Path, mode: str) -> None:
     )
     torch.manual_seed(0)
     cut = "joint" if mode == "frozen" else "passes" if world_size > 1 else "groups"
-    inscon = InsCon(config.model, config.views, BATCH // world_size, cut).double().train(mode == "live")
-    model = inscon
-    if world_size > 1:
-        model = DistributedDataParallel(inscon, broadcast_buffers=False, gradient_as_bucket_view=True)
+    inscon = InsCon(config.model, config.views, BATCH // world_size, cut).double().train(mode != "frozen")
+    model = over_ranks(inscon, "fp16" if mode == "fp16" else "fp32")
     optimizer = torch.optim.SGD(inscon.query_encoder.parameters(), lr=0.03, momentum=0.9)
     record = {"losses": []}
     for step in range(3):

@@ -106,3 +106,19 @@ def test_bad_settings_are_refused(make, message):
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().temperature = 1.0
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "norm", "group"),
+    [
+        (256, 8, "shuffle", None),
+        (256, 4, "shuffle", None),
+        (512, 4, "split", 32),
+        (1280, 8, "split", 32),
+        (528, 4, "shuffle", None),
+        (256, 1, "split", 32),
+    ],
+)
+def test_images_travel_only_where_a_rank_has_less_than_four_groups(batch, ranks, norm, group):
+    model = resolve(config(batch), ranks).model
+    assert (model.norm, model.split_size) == (norm, group)

@@ -41,3 +41,12 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
             torch.testing.assert_close(
                 one[part][name], two[part][name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def test_gradients_may_travel_in_half_precision(tmp_path):
+    """Three digits of them arrive, and not more: otherwise the switch would do nothing."""
+    one, two = run(tmp_path / "one", "live", 1), run(tmp_path / "two", "fp16", 2)
+    for name, gradient in one["gradients"].items():
+        apart = (two["gradients"][name] - gradient).abs().max()
+        assert apart <= 2e-3 * gradient.abs().max() + 1e-6, name
+    assert any(not torch.allclose(two["gradients"][n], g, rtol=1e-6, atol=0) for n, g in one["gradients"].items())
