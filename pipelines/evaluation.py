@@ -1,16 +1,15 @@
 """Labelled centre crops from shards, in index order: what frozen evaluation sees (PIL and torchvision, threads)."""
 
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from data_prep.index import NO_LABEL, DatasetIndex
 from pipelines.colour import MEAN, STD
+from pipelines.reference import picture_of
 
 
 def centre_crops(
@@ -30,7 +29,7 @@ def centre_crops(
     )  # fmt: skip
 
     def read(sample_id: int) -> Tensor:
-        return transform(Image.open(io.BytesIO(index.jpeg_bytes(sample_id))).convert("RGB"))
+        return transform(picture_of(index, sample_id))
 
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(index), batch_size):

@@ -79,6 +79,14 @@ def decode(index: DatasetIndex, sample_id: int, stored: np.ndarray) -> Image.Ima
         raise Refusal(sample_id, undecodable(index, sample_id, reason, "PIL")) from None
 
 
+def picture_of(index: DatasetIndex, sample_id: int) -> Image.Image:
+    """A sample of a packed set, JPEG or raw pixels, as an RGB picture. ShardError where it cannot be read or decoded."""
+    try:
+        return decode(index, sample_id, index.read(sample_id, pixels=True))
+    except Refusal as refusal:
+        raise refusal.args[1] from None
+
+
 def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor]:
     """The work of a step and its views, [V B S S 3] uint8. Bad samples go to `Feed.reject`."""
     while True:

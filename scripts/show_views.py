@@ -8,7 +8,6 @@ with the same number and colour in the two views of a row are positives of each 
 
 import argparse
 import colorsys
-import io
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from inscon.config import Config, resolve
 from inscon.geometry import find_overlap
 from pipelines import open_pipeline
 from pipelines.colour import MEAN, STD
+from pipelines.reference import picture_of
 from scripts.train import parse
 
 QUERY, KEY, GAP = "#ff4040", "#40a0ff", 8
@@ -85,7 +85,7 @@ def to_image(pixels, zoom: int = 1) -> Image.Image:
 
 def source(index: DatasetIndex, sample_id: int, boxes: dict[str, object], size: tuple[int, int]) -> Image.Image:
     """The source picture, fitted into `size`, with its crop boxes."""
-    picture = Image.open(io.BytesIO(index.jpeg_bytes(sample_id))).convert("RGB")
+    picture = picture_of(index, sample_id)
     scale = min(size[0] / picture.width, size[1] / picture.height)
     fitted = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
     pen = ImageDraw.Draw(fitted)

@@ -108,6 +108,16 @@ def test_raw_pixels_of_another_size_are_named_or_replaced(name, make_config, tmp
     assert "5880 bytes" in caplog.text and "stands in for it" in caplog.text
 
 
+def test_centre_crops_of_raw_pixels_are_those_of_the_jpegs(pictures, tmp_path):
+    """What kNN and show_views read: any packed set."""
+    from pipelines.evaluation import centre_crops
+
+    jpegs = pack_beton(pictures, tmp_path / "jpegs", workers=1, max_resolution=150)
+    raw = pack_beton(tmp_path / "jpegs", tmp_path / "raw", workers=1, write_mode="raw")
+    for (one, labels), (other, same) in zip(centre_crops(jpegs, 64, 10), centre_crops(raw, 64, 10), strict=True):
+        assert torch.equal(one, other) and torch.equal(labels, same)
+
+
 def test_dali_says_who_reads_raw_pixels(make_config, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     write_set(tmp_path / "set", [Sample(bytes(3 * 40 * 50), 40, 50, 0, "a.png", 1)] * 20, container="beton")
