@@ -128,7 +128,7 @@ def _turbojpeg(name: str, result, *arguments) -> Callable:
 _new_decompressor = _turbojpeg("tjInitDecompress", ctypes.c_void_p)
 _read_header = _turbojpeg("tjDecompressHeader3", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong,
                           *[ctypes.c_void_p] * 4)  # fmt: skip
-# FFCV calls it with TJFLAG_FASTDCT, up to 24 levels from what everybody else decodes; flags 0 are PIL's and DALI's pixels.
+# FFCV calls it with TJFLAG_FASTDCT, up to 21 levels from what others decode (docs/parity.md); flags 0 are PIL's and DALI's pixels.
 _decompress = _turbojpeg("tjDecompress2", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p,
                          *[ctypes.c_int] * 5)  # fmt: skip
 _last_error = _turbojpeg("tjGetErrorStr2", ctypes.c_char_p, ctypes.c_void_p)
