@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from inscon.config import Config, resolve
 from inscon.precision import choose_precision
-from inscon.profiling import machine, read_metrics, run_speed, versions
+from inscon.profiling.rates import machine, read_metrics, run_speed, versions
 from pipelines import open_pipeline
 from scripts.train import parse
 

@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
 from inscon.config import Config, LoaderConfig, OptimConfig, ViewConfig
-from inscon.profiling import machine, versions
+from inscon.profiling.rates import machine, versions
 from pipelines import open_pipeline
 from pipelines.feed import open_feed
 

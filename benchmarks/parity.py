@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon.config import ViewConfig
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan, plan_views
-from inscon.profiling import versions
+from inscon.profiling.rates import versions
 from pipelines import colour, kernels, reference
 
 try:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon.config import ViewConfig
 from inscon.plan import plan_views
-from inscon.profiling import machine, versions
+from inscon.profiling.rates import machine, versions
 
 EPOCHS = 40
 ROUNDS = 7

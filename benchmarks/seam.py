@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inscon.profiling import machine, versions
+from inscon.profiling.rates import machine, versions
 from pipelines import open_pipeline
 from scripts.train import parse
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.pictures import Treatment, prepare_picture
 from inscon.config import ViewConfig
 from inscon.plan import plan_views
-from inscon.profiling import machine, versions
+from inscon.profiling.rates import machine, versions
 
 SETTINGS = {
     "as they are": Treatment(),

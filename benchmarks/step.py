@@ -38,7 +38,7 @@ from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunCon
 from inscon.geometry import find_overlap
 from inscon.pooling import precise_roi_pool
 from inscon.precision import choose_precision
-from inscon.profiling import machine, versions
+from inscon.profiling.rates import machine, versions
 from pipelines import open_pipeline
 
 TEMPERATURE = 0.2

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inscon.clock import WIRE, part
+
 
 def start() -> torch.device:
     """Join torchrun's process group if there is one, and return this rank's device. CPU tensors always travel by gloo."""
@@ -38,10 +40,17 @@ def gather(tensor: Tensor) -> Tensor:
     """Every rank's `[n ...]` as one `[world*n ...]`, in the order of ranks; without gradient."""
     if world_size() == 1:
         return tensor
-    wire = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
-    parts = [torch.empty(wire.shape, dtype=wire.dtype, device=wire.device) for _ in range(world_size())]
-    dist.all_gather(parts, wire.contiguous())
-    return torch.cat(parts).to(tensor.dtype)
+    result = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(result, tensor.contiguous())
+    return result
+
+
+@torch.no_grad()
+def exchange(tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    """Rows of `[n ...]` to the ranks, `send[r]` of them to rank r, in order; those that came, `receive[r]` from rank r."""
+    arrived = tensor.new_empty(sum(receive), *tensor.shape[1:])
+    dist.all_to_all_single(arrived, tensor.contiguous(), receive, send)
+    return arrived
 
 
 class Gathering:
@@ -71,7 +80,8 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    with part(WIRE):
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
 
 

@@ -8,6 +8,7 @@ import torchvision
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from inscon.clock import HEADS, part
 from inscon.config import ModelConfig
 from inscon.heads import cell_head, instance_head
 from inscon.mosaic import tile_features
@@ -60,12 +61,12 @@ class Encoder(nn.Module):
         `overlap_box` is in px of the view as it is seen here, after its flip. The grid of a flipped view is turned back, so
         that cell c of a query and cell c of its key show the same part of the source (METHOD 7).
         """
-        maps = self.trunk(pixels)
-        out = {}
-        if "single" in self.heads:
-            out["single"] = _unit(self.heads["single"](maps["res5"].mean((2, 3))))
-        if "cell" in self.heads:
-            out["cell"] = self._cells(maps[self.config.cell_stage], overlap_box, flipped)
+        maps, out = self.trunk(pixels), {}
+        with part(HEADS):
+            if "single" in self.heads:
+                out["single"] = _unit(self.heads["single"](maps["res5"].mean((2, 3))))
+            if "cell" in self.heads:
+                out["cell"] = self._cells(maps[self.config.cell_stage], overlap_box, flipped)
         return out
 
     def _cells(self, feature_map: Tensor, overlap_box: Tensor, flipped: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class Encoder(nn.Module):
         else:
             with frozen_statistics(self.trunk):
                 feature_map = self.trunk(mosaic)["res5"]
-        return _unit(self.heads["multi"](tile_features(feature_map)))
+        with part(HEADS):
+            return _unit(self.heads["multi"](tile_features(feature_map)))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from inscon.clock import HEADS, part
+
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at once, by device: 16 MB in float32, about what a CPU's cache holds; 256 MB on a GPU."""
 KEPT_LOGITS = {"cpu": 2**22, "cuda": 2**25}
@@ -69,14 +71,15 @@ class _Negatives(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_lse: Tensor, _):
         queries, negatives, lse, kept = ctx.saved_tensors
-        weight = (grad_lse / ctx.temperature)[:, None]
-        if kept is not None:
-            return kept @ negatives * weight, None, None
-        grad = torch.empty_like(queries)
-        for rows, logits in _chunks(queries, negatives, ctx.temperature):
-            softmax = logits.sub_(lse[rows, None]).exp_()
-            torch.mm(softmax, negatives, out=grad[rows])
-        return grad.mul_(weight), None, None
+        with part(HEADS):
+            weight = (grad_lse / ctx.temperature)[:, None]
+            if kept is not None:
+                return kept @ negatives * weight, None, None
+            grad = torch.empty_like(queries)
+            for rows, logits in _chunks(queries, negatives, ctx.temperature):
+                softmax = logits.sub_(lse[rows, None]).exp_()
+                torch.mm(softmax, negatives, out=grad[rows])
+            return grad.mul_(weight), None, None
 
 
 def _chunks(queries: Tensor, negatives: Tensor, temperature: float, whole: bool = False):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inscon import distributed
+from inscon.clock import WAIT, part
 from inscon.model import Losses
 
 
@@ -26,7 +27,8 @@ class Stopwatch:
         while True:
             start = time.perf_counter()
             try:
-                batch = next(iterator)
+                with part(WAIT):
+                    batch = next(iterator)
             except StopIteration:
                 return
             self.wait_s += time.perf_counter() - start
@@ -126,15 +128,23 @@ class MetricsLog:
 
 
 def window(
-    losses: LossMeter, watch: Stopwatch, images_per_step: int, lr: float, loader: dict[str, float] | None = None
+    losses: LossMeter,
+    watch: Stopwatch,
+    images_per_step: int,
+    lr: float,
+    loader: dict[str, float] | None = None,
+    full_rate: float | None = None,
 ) -> dict[str, float]:
     """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s.
 
+    `full_rate` is the rate at which the devices would do nothing but matrix products: MFU is the share of it.
     `loader` is what the pipeline says of itself: the worst rank too, but for `loader_substituted`, a sum.
     """
     values = distributed.mean(losses.read())  # waits for the device, so that the watch below sees finished work
     times = distributed.worst(watch.read())
     values = {**values, **times, "images_per_s": images_per_step / times["step_s"], "lr": lr}
+    if full_rate is not None:
+        values["mfu_percent"] = 100 * values["images_per_s"] / full_rate
     if loader:
         counted = distributed.total({"loader_substituted": loader.pop("loader_substituted", 0.0)})
         values |= distributed.worst(loader) | counted
@@ -180,6 +190,7 @@ def _line(values: dict[str, float]) -> str:
     return (
         f"loss {values['loss']:.3f}  {losses}  {values['images_per_s']:.1f} images/s  "
         f"data wait {values['data_wait_percent']:.1f} %"
+        + (f"  MFU {values['mfu_percent']:.0f} %" if "mfu_percent" in values else "")
         + (f"  {values['loader_substituted']:.0f} samples substituted" if values.get("loader_substituted") else "")
     )
 

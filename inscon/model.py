@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from inscon import distributed
 from inscon.batch import Batch, View
+from inscon.clock import EMA, HEADS, KEY, MOSAIC, QUERY, WIRE, part
 from inscon.config import ModelConfig, ViewConfig
 from inscon.encoder import Encoder
 from inscon.geometry import Overlap, find_overlap
 from inscon.key_queue import KeyQueue
 from inscon.loss import aggregate_groups, row_logits, separate_terms
 from inscon.mosaic import image_order
-from inscon.norm import shuffle_order, take_groups_one_by_one
+from inscon.norm import exchange_order, shuffle_order, take_groups_one_by_one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,19 +148,21 @@ class InsCon(nn.Module):
         query, overlap, taken = {}, prepared.overlap, self._images(piece, len(batch.sample_ids))
         if piece.query and {"single", "cell"} & set(self.config.heads):
             inputs = batch.query.pixels, overlap.query_box, batch.query.flipped
-            query = self.query_encoder(*(tensor[taken] for tensor in inputs))
+            with part(QUERY):
+                query = self.query_encoder(*(tensor[taken] for tensor in inputs))
         if piece.mosaic and "multi" in self.config.heads:
             canvases = self._images(piece, len(batch.mosaic))
-            query["multi"] = self.query_encoder.forward_mosaic(batch.mosaic[canvases])
+            with part(MOSAIC):
+                query["multi"] = self.query_encoder.forward_mosaic(batch.mosaic[canvases])
         keys = {name: made for name in ("single", "cell") if (made := getattr(prepared.keys, name)) is not None}
-        with torch.autocast(batch.query.pixels.device.type, enabled=False):
+        with part(HEADS), torch.autocast(batch.query.pixels.device.type, enabled=False):
             losses = self._losses(query, keys, overlap.weight, taken)
         return losses, prepared.keys
 
     def prepare(self, batch: Batch) -> Prepared:
         """Boxes and keys of a batch; the keys set out for the other ranks, to arrive while the backward pass runs."""
         overlap = self._find_overlap(batch)
-        with torch.inference_mode():
+        with part(KEY), torch.inference_mode():
             keys = self.encode_keys(batch.key, overlap)
         # Copies, because autograd refuses to keep what inference mode made.
         single, cell = (keys[name].clone() if name in keys else None for name in ("single", "cell"))
@@ -188,11 +191,19 @@ class InsCon(nn.Module):
         return slice(piece.group * each, (piece.group + 1) * each)
 
     def _encode_keys_over_ranks(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Every rank encodes other ranks' images and gets its own keys back (MoCo's shuffling BN)."""
-        per_rank, rank = inputs[0].shape[0], distributed.rank()
-        mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        keys = self.key_encoder(*(distributed.gather(tensor)[self.key_order[mine]] for tensor in inputs))
-        return {name: distributed.gather(value)[self.key_order_back[mine]] for name, value in keys.items()}
+        """Every rank encodes other ranks' images and sends their keys back (MoCo's shuffling BN); none gets more than its share."""
+        pixels, boxes, flipped = inputs
+        with part(WIRE):
+            # As they lie in memory: channels last.
+            pixels = distributed.exchange(pixels.permute(0, 2, 3, 1)[self.key_order], *self._key_counts)
+            facts = torch.cat([boxes, flipped[:, None].to(boxes.dtype)], 1)
+            facts = distributed.exchange(facts[self.key_order], *self._key_counts)
+        keys = self.key_encoder(pixels.permute(0, 3, 1, 2), facts[:, :4], facts[:, 4] > 0)
+        with part(WIRE):
+            sent = torch.cat([made.flatten(1) for made in keys.values()], 1)
+            back = distributed.exchange(sent, *reversed(self._key_counts))[self.key_order_back]
+        back = back.split([made[0].numel() for made in keys.values()], 1)
+        return {name: own.unflatten(1, made.shape[1:]) for own, (name, made) in zip(back, keys.items())}
 
     def _losses(self, query: dict[str, Tensor], keys: dict[str, Tensor], weight: Tensor, taken: slice) -> Losses:
         c, parts, top1 = self.config, {}, {}
@@ -234,7 +245,8 @@ class InsCon(nn.Module):
         """The keys of every rank join the queues: images in batch order, all cells of an image in a row."""
         single, cell = new_keys.single, new_keys.cell
         if new_keys.arriving is not None:
-            arrived = new_keys.arriving.wait()
+            with part(WIRE):
+                arrived = new_keys.arriving.wait()
             if single is not None:
                 single, arrived = arrived.split((single.shape[1], arrived.shape[1] - single.shape[1]), 1)
             cell = None if cell is None else arrived.unflatten(1, cell.shape[1:])
@@ -247,7 +259,8 @@ class InsCon(nn.Module):
     def update_key_encoder(self) -> None:
         """key = m*key + (1-m)*query for every parameter, matched by name, in the weights' own float32."""
         keys, queries = self._followers
-        torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
+        with part(EMA):
+            torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
 
     def _copy_as_key_encoder(self) -> Encoder:
         """The query encoder's twin without gradient: its instance head and its cell head (METHOD 3)."""
@@ -259,12 +272,13 @@ class InsCon(nn.Module):
         return twin.requires_grad_(False)
 
     def _assign_keys_to_groups(self, rank_batch_size: int) -> None:
-        """`key_order`: which image each slot of the key pass takes; on the device from the start, so no step copies it."""
+        """`key_order`: with norm = split, which image each slot of the key pass takes; with norm = shuffle, this rank's images by
+        the rank that encodes their keys. On the device from the start, so no step copies it."""
         order = None
         if self.config.norm == "split":
             order = shuffle_order(rank_batch_size, self.config.split_size)
         elif self.config.norm == "shuffle":
-            order = shuffle_order(rank_batch_size * distributed.world_size(), rank_batch_size)
+            order, self._key_counts = exchange_order(rank_batch_size, distributed.world_size(), distributed.rank())
         self.register_buffer("key_order", order, persistent=False)
         self.register_buffer("key_order_back", None if order is None else order.argsort(), persistent=False)
 

@@ -92,3 +92,16 @@ def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
     place = torch.arange(group_size)[None, :]
     target = (group + place) % 2 if groups == 2 else (group + 1 + place % (groups - 1)) % groups
     return target.flatten().argsort(stable=True)
+
+
+def exchange_order(per_rank: int, ranks: int, rank: int) -> tuple[Int[Tensor, "B"], tuple[list[int], list[int]]]:
+    """`shuffle_order` of a batch whose groups are the ranks' shares, as `rank` sees it.
+
+    Returns its images sorted by the rank that encodes their keys, and how many it sends to each rank and receives from each.
+    What it receives, by sender, is then in the order of `shuffle_order`.
+    """
+    order = shuffle_order(per_rank * ranks, per_rank)
+    destination = order.argsort()[rank * per_rank :][:per_rank] // per_rank
+    origin = order[rank * per_rank :][:per_rank] // per_rank
+    counts = (torch.bincount(of, minlength=ranks).tolist() for of in (destination, origin))
+    return destination.argsort(stable=True), tuple(counts)

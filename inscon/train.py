@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inscon import checkpoint, distributed
 from inscon.batch import Batch
+from inscon.clock import BACKWARD, OPTIMIZER, gradients_handed_over, part
 from inscon.config import Config
 from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
 from inscon.model import InsCon, Losses
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, check_device, choose_precision
+from inscon.profiling.flops import image_flops, matrix_rate
 
 
 @dataclass(kw_only=True)
@@ -126,24 +128,23 @@ def train(
     What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints.
     On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
     """
-    config, optimizer = training.config, training.optimizer
+    config = training.config
     model = over_ranks(training.model, config.optim.gradient_wire).train()
     run_dir = config.run.run_dir
     _write_config(config)
+    full_rate = rate_of_full_use(training)
     losses_meter, watch = LossMeter(), Stopwatch()
     with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, _stop_requests() as stop:
         log.say(describe(training))
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
-            lr = learning_rate(config.optim, step, steps_per_epoch)
-            set_learning_rate(optimizer, lr)
-            losses_meter.add(run_step(training, model, batch))
-            training.step = step + 1
-
+            assert step == training.step
+            lr = take_step(training, model, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
             if training.step % config.run.log_every == 0 or finished or stopping:
                 figures = telemetry.read() if telemetry else None
-                log.write(training.step, window(losses_meter, watch, config.optim.batch_size, lr, figures))
+                found = window(losses_meter, watch, config.optim.batch_size, lr, figures, full_rate)
+                log.write(training.step, found)
             if training.step % config.run.checkpoint_every == 0 or finished or stopping:
                 if telemetry:
                     training.bad_samples = distributed.union(telemetry.bad_samples())
@@ -153,6 +154,24 @@ def train(
                     f"Stopped by {stop.name}; the checkpoint of step {training.step} is in {run_dir}. Run again to go on."
                 )
                 break
+
+
+def rate_of_full_use(training: Training) -> float:
+    """Source images/s of all ranks at the rate of bare matrix products, measured now: where MFU is 100 %."""
+    flops = image_flops(training.config.model, training.config.views).step
+    rate = matrix_rate(training.device, training.precision.pixel_dtype)
+    return distributed.total({"rate": rate})["rate"] / flops
+
+
+def take_step(
+    training: Training, model: nn.Module, batch: Batch, steps_per_epoch: int, losses_meter: LossMeter
+) -> float:
+    """One turn of the loop, without waiting for data or looking at what came out; returns the learning rate."""
+    lr = learning_rate(training.config.optim, training.step, steps_per_epoch)
+    set_learning_rate(training.optimizer, lr)
+    losses_meter.add(run_step(training, model, batch))
+    training.step += 1
+    return lr
 
 
 def run_step(training: Training, model: nn.Module, batch: Batch) -> Losses:
@@ -171,13 +190,15 @@ def run_step(training: Training, model: nn.Module, batch: Batch) -> Losses:
         with model.no_sync() if later else contextlib.nullcontext():
             with autocast():
                 of_piece, _ = model(batch, prepared, piece)
-            scaler.scale(of_piece.total).backward()
+            with part(BACKWARD):
+                scaler.scale(of_piece.total).backward()
         losses = of_piece.detach() if losses is None else losses + of_piece.detach()
         del of_piece  # and with it the graph
     inscon.enqueue(prepared.keys)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    with part(OPTIMIZER):
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
     inscon.update_key_encoder()
     return losses
 
@@ -193,15 +214,39 @@ def describe(training: Training) -> str:
     )
 
 
-def over_ranks(inscon: InsCon, gradient_wire: str = "fp32") -> nn.Module:
-    """DDP from outside. Buffers are not broadcast at every step: the queues are equal on all ranks by construction."""
+def over_ranks(inscon: InsCon, gradient_wire: str = "fp32", timed: bool = False) -> nn.Module:
+    """DDP from outside. Buffers are not broadcast at every step: the queues are equal on all ranks by construction.
+
+    `timed`: tells the clock when the last gradients have set out.
+    """
     if distributed.world_size() == 1:
         return inscon
     model = DistributedDataParallel(inscon, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if gradient_wire != "fp32":
-        hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
-        model.register_comm_hook(None, hooks[gradient_wire])
+    if timed:
+        model.register_comm_hook(None, _timed(GRADIENT_HOOKS[gradient_wire]))
+    elif gradient_wire != "fp32":
+        model.register_comm_hook(None, GRADIENT_HOOKS[gradient_wire])
     return model
+
+
+GRADIENT_HOOKS = {
+    "fp32": default_hooks.allreduce_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
+"""How gradients travel, by `gradient_wire`. DDP's own way of "fp32" is the same without Python."""
+
+
+def _timed(hook):
+    """The hook, telling the clock when it has sent the last bucket."""
+
+    def timed(group, bucket):
+        on_its_way = hook(group, bucket)
+        if bucket.is_last():
+            gradients_handed_over()
+        return on_its_way
+
+    return timed
 
 
 def _save(training: Training) -> None:

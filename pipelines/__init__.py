@@ -25,6 +25,12 @@ EXTRAS = {"nvidia": "dali", "numba": "dali"}
 """Package that may be missing -> the extra of this project that installs it."""
 
 
+def check_engine(name: str) -> None:
+    """ValueError for a name that is none of ENGINES'."""
+    if name not in ENGINES:
+        raise ValueError(f'there is no pipeline "{name}"; set --pipeline to one of: {", ".join(ENGINES)}')
+
+
 def open_pipeline(
     name: str,
     *,
@@ -50,8 +56,7 @@ def open_pipeline(
     that is missing, damaged or smaller than a batch, and, while iterating, for a sample that
     changed after it was packed or cannot be decoded; MemoryError where memory runs out, TimeoutError where a stage hangs.
     """
-    if name not in ENGINES:
-        raise ValueError(f'there is no pipeline "{name}"; set --pipeline to one of: {", ".join(ENGINES)}')
+    check_engine(name)
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
     module, function = ENGINES[name].split(":")

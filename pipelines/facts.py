@@ -14,10 +14,13 @@ class DataFacts:
     steps_per_epoch: int
     fingerprint: str
     """Changes with any sample, size or order of the shards; a checkpoint remembers it."""
+    left_out: int = 0
+    """Pictures that were left out when the set was packed."""
 
 
 def data_facts(config: Config) -> DataFacts:
     """Opens the index only. Raises ValueError for data that are missing, damaged or smaller than one batch."""
     synthetic = config.loader.pipeline == "synthetic"
     feed = Feed(config, MadeUpIndex(), 0, 1) if synthetic else open_feed(config, 0, 1)
-    return DataFacts(steps_per_epoch=feed.steps_per_epoch, fingerprint=feed.index.fingerprint)
+    left_out = 0 if synthetic else sum(feed.index.manifest.rejected.values())
+    return DataFacts(steps_per_epoch=feed.steps_per_epoch, fingerprint=feed.index.fingerprint, left_out=left_out)

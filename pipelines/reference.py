@@ -7,6 +7,8 @@ RandomGrayscale, GaussianBlur (PIL's, radius = sigma). The loader around it is a
 import dataclasses
 import io
 import multiprocessing
+import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -87,12 +89,18 @@ def picture_of(index: DatasetIndex, sample_id: int) -> Image.Image:
         raise refusal.args[1] from None
 
 
-def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor]:
-    """The work of a step and its views, [V B S S 3] uint8. Bad samples go to `Feed.reject`."""
+def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor, dict[str, float]]:
+    """The work of a step, its views [V B S S 3] uint8, and the seconds that stages took. Bad samples go to `Feed.reject`."""
+    spent = {"read": 0.0, "decode": 0.0}
     while True:
+        start = time.perf_counter()
         work, jpegs, _ = feed.load(step, pixels=True)
+        loaded = time.perf_counter()
+        spent["read"] += loaded - start
         try:
-            return work, _render(feed, work, jpegs, colour)
+            views = _render(feed, work, jpegs, colour)
+            spent["decode"] += time.perf_counter() - loaded
+            return work, views, spent
         except Refusal as refusal:
             feed.reject(*refusal.args)
 
@@ -180,18 +188,28 @@ def open_reference(
                 raise made
             if isinstance(made, ValueError) or (feed.bad and feed.work(step).substituted):
                 made = render_step(feed, step, host_colour)
-            work, views = made
+            work, views, spent = made
+            start = time.perf_counter()
             views = views.to(device, non_blocking=True)
             counted["loader_substituted"] += work.substituted
             if host_colour:
                 pixels = [normalise(view, dtype) for view in views]
             else:
                 pixels = [colour_views(view, plan, dtype) for view, plan in zip(views, work.views, strict=True)]
-            yield make_batch(work, pixels, feed)
+            batch = make_batch(work, pixels, feed)
+            since.update(spent | {"finish": time.perf_counter() - start, "steps": 1})
+            yield batch
 
+    def read():
+        """Milliseconds per image since the last reading, those of the workers added up; and what was substituted so far."""
+        images = max(since.pop("steps", 0) * feed.batch_size, 1)
+        stages = {f"loader_{name}_ms": 1e3 * since.pop(name, 0.0) / images for name in ("read", "decode", "finish")}
+        return stages | counted
+
+    since: Counter[str] = Counter()
     counted = {"loader_substituted": 0.0}
     description = (
         f"reference: PIL decode on the cpu, {workers} workers, prefetch {config.loader.prefetch}, {feed.index.path}"
     )
     # The DataLoader's workers end with its iterator, which the generator holds and closing it frees.
-    return Pipeline(batches(), lambda: None, feed, description, counted.copy)
+    return Pipeline(batches(), lambda: None, feed, description, read)

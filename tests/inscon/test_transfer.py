@@ -9,7 +9,7 @@ import torch
 from inscon.config import resolve, smoke
 from inscon.encoder import Trunk
 from inscon.model import InsCon
-from inscon.profiling import read_metrics, run_speed
+from inscon.profiling.rates import read_metrics, run_speed
 from inscon.transfer import knn
 from inscon.transfer.trunk import load_trunk, untrained_trunk
 from tests.inscon.test_train import make_config, run

@@ -28,6 +28,8 @@ class RunSpeed:
     step_ms: float
     step_ms_p99: float
     data_wait_percent: float
+    mfu_percent: float | None
+    """None for runs of before it was logged."""
     loader: dict[str, float]
     """What the pipeline said of itself, without the loader_ of its names: see `pipelines.feed.Pipeline.read`."""
     first: dict[str, float]
@@ -63,6 +65,9 @@ def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
         step_ms=statistics.median(step_ms),
         step_ms_p99=step_ms[min(round(0.99 * (len(step_ms) - 1)), len(step_ms) - 1)],
         data_wait_percent=statistics.median(window["data_wait_percent"] for window in steady),
+        mfu_percent=(
+            statistics.median(window["mfu_percent"] for window in steady) if "mfu_percent" in steady[-1] else None
+        ),
         loader={
             name.removeprefix("loader_"): statistics.median(window.get(name, 0.0) for window in steady)
             for name in steady[-1]

@@ -1,0 +1,60 @@
+"""Faults planted in a training run, for test_throughput_report.py, and a rank of a report with one of them.
+
+torchrun --nproc_per_node=2 tests/scripts/planted.py OUT none|delay
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from inscon import distributed, train
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from scripts.throughput_report import Measurement
+
+DELAY_S = 0.15
+"""Of each planted fault, about as long as a step."""
+
+
+def small_run(data: Path | None, *, batch_size: int = 64, pipeline: str = "synthetic", threads: int = 2) -> Config:
+    """A step of a tenth of a second or two, most of it in the trunk."""
+    return Config(
+        loader=LoaderConfig(data=data, pipeline=pipeline, threads=threads),
+        views=ViewConfig(view_size=32, overlap_min_side=8),
+        model=ModelConfig(arch="resnet18", heads=("single",), queue_size=2 * batch_size, split_size=batch_size // 2),
+        optim=OptimConfig(batch_size=batch_size, epochs=2),
+        run=RunConfig(tensorboard=False),
+    )
+
+
+def delayed(hook):
+    """Gradients as from a slow network."""
+
+    def slow(group, bucket):
+        def late(future):
+            time.sleep(DELAY_S)
+            return future.value()
+
+        return hook(group, bucket).then(late)
+
+    return slow
+
+
+def main(out: Path, fault: str) -> None:
+    device = distributed.start()
+    torch.set_num_threads(1)
+    if fault == "delay":
+        train.GRADIENT_HOOKS["fp32"] = delayed(train.GRADIENT_HOOKS["fp32"])
+    config = small_run(None)
+    report = Measurement(config, device, out.parent, steps=10, warm_up=2).report(["synthetic"], trace=0)
+    if distributed.rank() == 0:
+        out.write_text(json.dumps(report))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

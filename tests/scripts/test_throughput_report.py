@@ -1,0 +1,237 @@
+"""The report names what was planted, its figures fit together, and what it cannot say it refuses in one sentence."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.index import DatasetIndex
+from inscon.clock import PARTS
+from inscon.model import InsCon
+from inscon.profiling import page, sections
+from pipelines import reference
+from scripts.throughput_report import Measurement, main, publish
+from tests.packed import Sample, write_set
+from tests.pipelines.conftest import as_jpeg, draw_picture
+from tests.scripts.planted import DELAY_S, small_run
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """300 pictures of 48 x 64 px: four batches of 64 an epoch."""
+    samples = [Sample(as_jpeg(draw_picture(i, 48, 64)), 48, 64, i % 2, f"a/{i}.jpg") for i in range(300)]
+    folder = tmp_path_factory.mktemp("report") / "shards"
+    write_set(folder, samples, per_shard=150, left_out=[("b/broken.jpg", "broken", "no picture")])
+    return folder
+
+
+def report_of(config, out, steps=10, engines=None):
+    return Measurement(config, CPU, out, steps=steps, warm_up=3).report(engines or [config.loader.pipeline], trace=0)
+
+
+@pytest.fixture(scope="module")
+def healthy(data, tmp_path_factory):
+    """Nothing planted; two engines measured, the verdict on dali."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    out = tmp_path_factory.mktemp("healthy")
+    report = report_of(small_run(data, pipeline="dali"), out, engines=["dali", "reference"])
+    return report | {"predictions": []}
+
+
+def test_parts_add_up_and_ceilings_hold(healthy):
+    assert set(healthy["shares"]) == set(PARTS)
+    assert healthy["sum_of_shares"] == pytest.approx(100, abs=2)
+    assert sum(healthy["shares"].values()) == pytest.approx(healthy["sum_of_shares"])
+    steps = healthy["steps"][sections.END_TO_END]
+    assert steps["timing_percent"] < 1
+    rates = healthy["ceilings"]
+    smaller = min(rates[sections.LOADER], rates[sections.SYNTHETIC])
+    assert rates[sections.END_TO_END] <= 1.3 * smaller  # noise of a shared machine
+    assert healthy["efficiency"] == pytest.approx(rates[sections.END_TO_END] / smaller)
+    assert steps["images_per_s"] == pytest.approx(64 / steps["wall_ms"] * 1e3)
+    passes = "query pass", "key pass", "backward", "heads and losses", "optimizer", "EMA", "wait for data"
+    assert all(healthy["shares"][name] > 0 for name in passes)
+    assert healthy["shares"]["mosaic pass"] == healthy["shares"]["exposed all-reduce and gathers"] == 0
+
+
+def test_a_healthy_run_is_bound_by_its_processor(healthy):
+    assert healthy["verdict"]["kind"] == "CPU-bound", healthy["verdict"]
+
+
+def test_data_health_is_looked_at(healthy):
+    found = healthy["engines"]["dali"]["health"]
+    assert (found["images"], found["repeated"], found["substituted"]) == (13 * 64, 0, 0)
+    assert found["epochs"] >= 3 and found["overlap_percent"] > 90
+    assert healthy["left_out"] == 1
+    assert healthy["engines"]["dali"]["loader"]["seams"] >= 2
+
+
+def test_a_slow_disk_is_named(data, tmp_path, monkeypatch):
+    read = DatasetIndex.read
+
+    def slowly(self, *arguments, **options):
+        time.sleep(3 * DELAY_S / 64)
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(DatasetIndex, "read", slowly)
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    report = report_of(small_run(data, pipeline="dali"), tmp_path)
+    assert report["verdict"]["kind"] == "loader-bound" and report["verdict"]["stage"].endswith("stage read")
+    assert "SSD" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
+    assert report["stages_alone_ms"]["read"] > 2 * report["stages_alone_ms"]["decode"]
+    text = "\n".join(note for part in sections.sections(report | {"predictions": []}) for note in part.notes)
+    assert "First starved: decoded batches; the stage in front of it that takes longest: read." in text
+
+
+def test_a_slow_loader_is_named(data, tmp_path, monkeypatch):
+    decode = reference.decode
+
+    def slowly(*arguments):
+        time.sleep(3 * DELAY_S / 64)
+        return decode(*arguments)
+
+    monkeypatch.setattr(reference, "decode", slowly)
+    report = report_of(small_run(data, pipeline="reference", threads=0), tmp_path)
+    assert report["verdict"]["kind"] == "loader-bound" and report["verdict"]["stage"].endswith("stage decode")
+    assert "--threads" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
+    rates = report["ceilings"]
+    assert rates[sections.LOADER] < rates[sections.SYNTHETIC]
+
+
+def test_a_tiny_batch_is_named(tmp_path):
+    report = report_of(small_run(None, batch_size=8), tmp_path)
+    assert report["verdict"]["kind"] == "launch-bound", report["verdict"]
+    assert "--batch-size 16" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
+
+
+def test_a_sleep_in_the_step_is_named(tmp_path, monkeypatch):
+    find = InsCon._find_overlap
+
+    def slowly(self, batch):
+        time.sleep(DELAY_S)
+        return find(self, batch)
+
+    monkeypatch.setattr(InsCon, "_find_overlap", slowly)
+    report = report_of(small_run(None), tmp_path)
+    assert report["verdict"]["kind"] == "host-bound", report["verdict"]
+    assert "outside of all its parts" in report["verdict"]["stage"] and "--trace" in report["verdict"]["advice"]
+
+
+@pytest.mark.parametrize("fault", ["delay", "none"])
+def test_a_slow_all_reduce_is_named(tmp_path, fault):
+    out = tmp_path / "report.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/scripts/planted.py"), str(out), fault], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(out.read_text())
+    assert report["ranks"] == 2 and report["sum_of_shares"] == pytest.approx(100, abs=2)
+    delayed = report["steps"][sections.END_TO_END]["parts_ms"]["exposed all-reduce and gathers"]
+    assert (delayed >= 1e3 * DELAY_S) == (fault == "delay")
+    if fault == "delay":
+        assert report["verdict"]["kind"] == "communication-bound", report["verdict"]
+        assert "--gradient-wire" in report["verdict"]["advice"]
+
+
+def test_the_page_is_written(healthy, tmp_path, capsys):
+    publish(healthy, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    for title in (
+        "Speed",
+        "Four ceilings",
+        "The step by part",
+        "The loader by stage",
+        "The machine",
+        "Data",
+        "Engines side",
+    ):
+        assert f"## {title}" in text
+    assert healthy["verdict"]["sentence"] in text and "ESTIMATED at 256 per rank" in text
+    assert "each image once per epoch | yes" in text and "no device" in text
+    assert json.loads((tmp_path / "report.json").read_text())["report_version"] == 1
+    assert "source images/s, total" in capsys.readouterr().out
+    if (tmp_path / "report.png").exists():
+        assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_matplotlib_the_picture_is_left_out(healthy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert page.draw(healthy, tmp_path / "report.png") is False and not (tmp_path / "report.png").exists()
+
+
+def test_a_comparison_is_a_gate(healthy, tmp_path, capsys):
+    slower = copy.deepcopy(healthy)
+    slower["ceilings"][sections.END_TO_END] *= 0.9
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(healthy))
+    after.write_text(json.dumps(slower))
+    assert main(["--compare", str(before), str(after)]) == 1
+    assert "Worse by more than 5 %: end to end." in capsys.readouterr().out
+    assert main(["--compare", str(before), str(after), "--tolerance", "15"]) == 0
+    assert main(["--compare", str(after), str(before)]) == 0
+    slower["settings"]["optim"]["batch_size"] = 32
+    after.write_text(json.dumps(slower))
+    with pytest.raises(ValueError, match="differ in: batch size. Found: 64 and 32; measure both in the same way"):
+        main(["--compare", str(before), str(after)])
+    after.write_text("{}")
+    with pytest.raises(ValueError, match="after.json must be a report.json of version 1. Found: None"):
+        main(["--compare", str(before), str(after)])
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--steps", "9"], "a rate needs at least 10 steps after the warm-up. Found: 9; set --steps 10 or more"),
+    (["--warm-up", "1"], "the first 2 steps at least are warm-up. Found: 1"),
+    (["--predict", "tpu"], 'nothing is known of the machine "tpu"; set --predict to one of: v100x8, a100x8, h100x8, h200'),
+    (["--pipelines", "dalli"], 'there is no pipeline "dalli"'),
+])  # fmt: skip
+def test_wrong_use_gets_one_sentence(tmp_path, flags, message):
+    with pytest.raises(ValueError) as caught:
+        main(["--pipeline", "synthetic", "--pipelines", "synthetic", "--out", str(tmp_path / "out"), *flags])
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_say_what_they_are(capsys):
+    assert main(["--predict", "v100x8", "--predict", "h200"]) == 0
+    v100, h200 = capsys.readouterr().out.splitlines()
+    # By hand: 8322 / 2.36 = 3526.3; times 0.9 = 3173.6; 1281167 * 200 / 3173.6 / 3600 = 22.4
+    assert v100.startswith(
+        "PREDICTION, not measured, v100x8: 3,174 images/s, 22 h for 200 epochs of ImageNet (ceiling 3,526"
+    )
+    assert "images/s = ResNet-50 training images/s / cost of an image * (1 - overhead)" in v100
+    assert "DeepLearningExamples" in v100 and "not measured on such a machine" in v100
+    assert h200.startswith("PREDICTION, not measured, h200: 1,258 to 1,716 images/s, 41 to 57 h")
+
+
+def test_a_trace_names_the_parts(tmp_path):
+    Measurement(small_run(None), CPU, tmp_path, steps=10, warm_up=2).trace(2)
+    events = json.loads((tmp_path / "trace-rank0.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert names.count("backward") == names.count("optimizer") == 2 and names.count("key pass") == 2
+
+
+def test_repeated_images_are_seen():
+    from inscon.config import ViewConfig
+    from inscon.profiling.measure import data_health
+
+    box, flipped = torch.tensor([[0.0, 0.0, 100.0, 100.0]] * 4), torch.zeros(4, dtype=torch.bool)
+    far = torch.tensor([[200.0, 200.0, 300.0, 300.0]] * 4)
+    ids = [torch.from_numpy(np.array(of_batch)) for of_batch in ([0, 1, 2, 3], [4, 5, 6, 3], [0, 1, 2, 3])]
+    facts = [
+        (ids[0], box, flipped, box, flipped),
+        (ids[1], box, flipped, far, flipped),
+        (ids[2], box, flipped, box, flipped),
+    ]
+    found = data_health(facts, [0, 0, 1], ViewConfig(), 2)
+    assert (found.images, found.epochs, found.repeated, found.substituted) == (12, 2, 1, 2)
+    assert found.overlap_percent == pytest.approx(100 * 8 / 12)
