@@ -24,7 +24,7 @@ def small_run(data: Path | None, *, batch_size: int = 64, pipeline: str = "synth
     """A step of a tenth of a second or two, most of it in the trunk."""
     return Config(
         loader=LoaderConfig(data=data, pipeline=pipeline, threads=threads),
-        views=ViewConfig(view_size=32, overlap_min_side=8),
+        views=ViewConfig(view_size=32, overlap_min_side=8.0),
         model=ModelConfig(arch="resnet18", heads=("single",), queue_size=2 * batch_size, split_size=batch_size // 2),
         optim=OptimConfig(batch_size=batch_size, epochs=2),
         run=RunConfig(tensorboard=False),
