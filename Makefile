@@ -35,6 +35,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/knn.py --run demo/run --train demo/train --val demo/val --k 20
 	$(BIN)/python scripts/show_views.py --recipe smoke --data demo/train --out demo/views.png
 	$(BIN)/python scripts/throughput_report.py --run demo/run
+	$(BIN)/python scripts/throughput_report.py --recipe smoke --pipeline dali --data demo/train --steps 10 --out demo/report
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -11,7 +11,7 @@ import torch
 
 VERSION = 1
 _ELASTIC = {
-    "optim": {"max_steps", "optimizer", "precision", "cut", "gradient_wire"},
+    "optim": {"max_steps", "optimizer", "precision", "cut", "gradient_wire", "compile"},
     "model": {"norm", "split_size"},
 }
 """Settings that may change between a run and its continuation; so may all of `loader` but the order, of `run` but the seed."""

@@ -64,7 +64,9 @@ class Encoder(nn.Module):
         maps, out = self.trunk(pixels), {}
         with part(HEADS):
             if "single" in self.heads:
-                out["single"] = _unit(self.heads["single"](maps["res5"].mean((2, 3))))
+                # Over rows of a channels-last map, so that the gradient goes back channels last too.
+                pooled = maps["res5"].permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+                out["single"] = _unit(self.heads["single"](pooled))
             if "cell" in self.heads:
                 out["cell"] = self._cells(maps[self.config.cell_stage], overlap_box, flipped)
         return out

@@ -29,8 +29,12 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
 
     Raises ValueError for fp16 on a CPU or bf16 on a GPU that would only emulate it.
     """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return _choose(asked, capability)
+    return _choose(asked, capability_of(device))
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU, such as (7, 0); None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _choose(asked: str, capability: tuple[int, int] | None) -> Precision:
@@ -49,6 +53,14 @@ def _choose(asked: str, capability: tuple[int, int] | None) -> Precision:
         "bf16": Precision("bf16", torch.bfloat16, False),
         "fp16": Precision("fp16", torch.float16, True),
     }[asked]
+
+
+def check_compiling(capability: tuple[int, int] | None) -> None:
+    """ValueError for a GPU of a `capability` that torch.compile no longer supports well; None is a CPU."""
+    if capability is not None and capability < FIRST_WITH_BF16:
+        raise ValueError(
+            f"--compile needs a GPU of compute capability 8.0 or newer. Found: {capability[0]}.{capability[1]}; set --no-compile"
+        )
 
 
 def check_device(device: torch.device) -> None:

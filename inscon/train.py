@@ -21,7 +21,7 @@ from inscon.config import Config
 from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
 from inscon.model import InsCon, Losses
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
-from inscon.precision import Precision, check_device, choose_precision
+from inscon.precision import Precision, capability_of, check_compiling, check_device, choose_precision
 from inscon.profiling.flops import image_flops, matrix_rate
 
 
@@ -81,6 +81,10 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     if config.model.norm == "sync" and distributed.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device=device, memory_format=torch.channels_last)
+    if config.optim.compile:
+        check_compiling(capability_of(device))
+        for encoder in (model.query_encoder, model.key_encoder):
+            encoder.trunk.compile(dynamic=False)  # views and mosaics have one size each; names in checkpoints stay
     optimizer, name = make_optimizer(model.query_encoder.parameters(), config.optim, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
     training = Training(

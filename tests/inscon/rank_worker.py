@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: a step on its share of a fixed global batch; rank 0 writes what came out.
 
-torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live|fp16
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live|four|fp16
 """
 
 import contextlib
@@ -46,9 +46,13 @@ def main(out: Path, mode: str) -> None:
     config = resolve(
         Config(
             views=ViewConfig(view_size=SIDE),
-            # 8 images per BatchNorm group either way: a rank's share of two, or the split of one process
+            # As many images per BatchNorm group either way: a rank's share, or the split of one process
             model=ModelConfig(
-                arch="resnet18", queue_size=2 * BATCH, cell_queue_size=18 * BATCH, split_size=8, key_momentum=0.9
+                arch="resnet18",
+                queue_size=2 * BATCH,
+                cell_queue_size=18 * BATCH,
+                split_size=4 if mode == "four" else 8,
+                key_momentum=0.9,
             ),
             optim=OptimConfig(batch_size=BATCH),
         ),

@@ -2,11 +2,16 @@
 
 import copy
 import dataclasses
+import inspect
+import math
+from functools import cache
+from types import MethodType
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inscon import model as model_module
@@ -285,12 +290,18 @@ def test_a_step_on_a_gpu_equals_the_cpus():
 # ------------------------------------------------------------------------------------------------- a step in pieces
 
 
-def run_steps(cut, steps, dtype=torch.float64, views=VIEWS, lr=0.02, **settings):
+def run_steps(cut, steps, dtype=torch.float64, views=VIEWS, lr=0.02, compiled=False, **settings):
     """(losses of every step, the model) after `steps` updates by plain SGD."""
     settings = {"arch": "resnet18", "queue_size": 24, "cell_queue_size": 216, "split_size": 4, **settings}
     config = resolve(Config(views=views, model=ModelConfig(**settings), optim=OptimConfig(batch_size=BATCH)), 1)
     torch.manual_seed(0)
     model = InsCon(config.model, views, BATCH, cut).to(dtype).train()
+    if compiled:
+        for encoder in (model.query_encoder, model.key_encoder):
+            encoder.trunk.compile(dynamic=False)
+            for module in encoder.trunk.modules():  # without the tests' type checks, which compiling cannot read
+                if hasattr(type(module).forward, "__wrapped__"):
+                    module.forward = MethodType(inspect.unwrap(type(module).forward), module)
     optimizer = torch.optim.SGD(model.query_encoder.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     seen = []
     for step in range(steps):
@@ -344,13 +355,20 @@ def test_pieces_of_a_step_add_up_to_it(cut, settings):
             assert value == expected[name]
 
 
-@pytest.mark.parametrize("cut", ["passes", "groups"])
-def test_twenty_steps_in_float32_stay_within_its_rounding(cut):
+@cache
+def run_plainly(**settings):
+    """20 steps in float64, and in float32."""
+    return tuple(run_steps("joint", 20, dtype, lr=3e-4, **settings) for dtype in (torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize(("cut", "settings"), [
+    ("passes", {}), ("groups", {}), ("joint", {"compiled": True, "heads": ("single",), "split_size": BATCH // 2}),
+])  # fmt: skip
+def test_twenty_steps_in_float32_stay_within_its_rounding(cut, settings):
     """How far rounding alone drives two runs apart is taken from the plain version in float32 against float64."""
-    (exact, best), (plain, model), (made, ours) = (
-        run_steps(*setting, lr=1e-3)
-        for setting in (("joint", 20), ("joint", 20, torch.float32), (cut, 20, torch.float32))
-    )
+    plainly = {name: value for name, value in settings.items() if name != "compiled"}
+    (exact, best), (plain, model) = run_plainly(**plainly)
+    made, ours = run_steps(cut, 20, torch.float32, lr=3e-4, **settings)
 
     def apart(one, other):
         return max(abs(a.total.item() - b.total.item()) for a, b in zip(one, other, strict=True))
@@ -432,3 +450,96 @@ def test_a_step_asks_the_device_nothing(cut, monkeypatch):
 def test_the_check_above_notices_a_question(question):
     with pytest.raises(AssertionError, match="waits for the device|by a mask"), NobodyWaits():
         question(torch.ones(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_step_on_a_gpu_never_waits(precision, tmp_path):
+    """CUDA's own watch: any call that makes the host wait for the device is an error, in steps as the trainer takes them."""
+    from inscon import train
+    from inscon.config import Config, RunConfig
+    from inscon.meters import LossMeter
+
+    device = torch.device("cuda")
+    config = Config(
+        views=VIEWS, model=ModelConfig(arch="resnet18", queue_size=24, cell_queue_size=216, split_size=4),
+        optim=OptimConfig(batch_size=BATCH, precision=precision), run=RunConfig(run_dir=tmp_path / "none"),
+    )  # fmt: skip
+    training = train.set_up(resolve(config, 1), device, "none")
+    training.model.train()
+    batch = make_batch(dtype=torch.float32)
+
+    def moved(view):
+        return View(pixels=view.pixels.cuda(), crop_box=view.crop_box.cuda(), flipped=view.flipped.cuda())
+
+    batch = Batch(
+        query=moved(batch.query), key=moved(batch.key), mosaic=batch.mosaic.cuda(), sample_ids=batch.sample_ids
+    )
+    meter = LossMeter()
+    for _ in range(2):
+        train.take_step(training, training.model, batch, 10, meter)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError):
+            torch.ones(1, device="cuda").item()  # the watch is on
+        for _ in range(3):
+            train.take_step(training, training.model, batch, 10, meter)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(meter.read()["loss"])
+
+
+# ------------------------------------------------------------------------------------------------- channels last
+
+
+class ChannelsLast(TorchDispatchMode):
+    """Collects maps that lie in another order than channels last where the trunk's operations take or make them, and copies."""
+
+    LAYERS = ("convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward", "relu", "relu_",
+              "threshold_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "add", "add_",
+              "_native_batch_norm_legit")  # fmt: skip
+    COPIES = ("clone", "copy_", "_to_copy", "contiguous")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.astray = 0, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        name = operation._schema.name.removeprefix("aten::")
+        tensors = [t for t in [*args, *(made if isinstance(made, (tuple, list)) else [made])] if is_map(t)]
+        if name in self.LAYERS:
+            self.seen += bool(tensors)
+            self.astray += [(name, tuple(t.shape), t.stride()) for t in tensors if not lies_channels_last(t)]
+        if name in self.COPIES and len({lies_channels_last(t) for t in tensors}) > 1:
+            self.astray.append((name, "changes the order", tuple(tensors[0].shape)))
+        return made
+
+
+def is_map(t):
+    return torch.is_tensor(t) and t.ndim == 4 and min(t.shape[1:]) > 1 and t.is_floating_point()
+
+
+def lies_channels_last(t):
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("cut", ["joint", "passes", "groups"])
+def test_no_layer_leaves_channels_last(cut):
+    """Forward and backward, every map that the trunk's layers take or make; weights of kernels too."""
+    model, batch = make_model(dtype=torch.float32), make_batch(dtype=torch.float32)
+    model = InsCon(model.config, VIEWS, BATCH, cut).to(memory_format=torch.channels_last).train()
+    with ChannelsLast() as watch:
+        prepared = model.prepare(batch)
+        for piece in model.pieces:
+            model(batch, prepared, piece)[0].total.backward()
+    assert watch.seen > 300 and not watch.astray, watch.astray[:5]
+
+
+def test_the_check_above_notices_another_order():
+    layer = nn.Conv2d(3, 4, 3)
+    with ChannelsLast() as watch:
+        layer(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).contiguous())
+    assert watch.astray

@@ -12,9 +12,9 @@ from inscon.encoder import Trunk
 from inscon.heads import cell_head, instance_head
 from inscon.key_queue import KeyQueue
 from inscon.mosaic import assemble, image_order, tile_features
-from inscon.norm import SplitBatchNorm2d, frozen_statistics, shuffle_order
+from inscon.norm import SplitBatchNorm2d, exchange_order, frozen_statistics, shuffle_order
 from inscon.optim import learning_rate, make_optimizer
-from inscon.precision import _choose, check_architecture
+from inscon.precision import _choose, check_architecture, check_compiling
 
 # mosaic
 
@@ -133,6 +133,23 @@ def test_shuffling_parts_every_query_from_its_company(batch, group):
             assert k not in origins  # no query shares its group's number with its key
 
 
+@pytest.mark.parametrize(("per_rank", "ranks"), [(32, 8), (4, 4), (8, 2), (6, 3)])
+def test_what_ranks_exchange_is_the_shuffle_of_the_whole_batch(per_rank, ranks):
+    """Every rank's parcels, delivered by hand, against `shuffle_order`; and no rank receives more than its share."""
+    wanted = shuffle_order(per_rank * ranks, per_rank).view(ranks, per_rank)
+    parcels = {}
+    for sender in range(ranks):
+        order, (send, _) = exchange_order(per_rank, ranks, sender)
+        images = (sender * per_rank + order).split(send)
+        parcels |= {(sender, to): images[to] for to in range(ranks)}
+    for rank in range(ranks):
+        arrived = [parcels[sender, rank] for sender in range(ranks)]
+        assert [len(part) for part in arrived] == exchange_order(per_rank, ranks, rank)[1][1]
+        assert torch.equal(torch.cat(arrived), wanted[rank])
+        if ranks > 2:
+            assert len(parcels[rank, rank]) == 0  # no query shares its group with its key
+
+
 def test_shuffling_needs_two_groups():
     for batch, group in ((8, 8), (10, 4), (9, 3)):
         with pytest.raises(ValueError, match=f"Found: {batch} images in groups of {group}"):
@@ -203,6 +220,25 @@ def test_every_optimizer_is_sgd_with_momentum_and_decay(name):
     torch.testing.assert_close(p.data, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_apex_equals_torchs_fused_sgd():
+    from inscon.optim import _find_apex_sgd
+
+    if _find_apex_sgd() is None:
+        pytest.skip("NVIDIA's apex is not installed")
+    weights = {}
+    for name in ("apex", "torch-fused"):
+        p = nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda"))
+        optimizer, chosen = make_optimizer([p], OptimConfig(lr=0.1, optimizer=name), torch.device("cuda"))
+        assert chosen == name
+        for i in range(20):
+            p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i)).cuda()
+            optimizer.step()
+        weights[name] = p.detach().cpu()
+    torch.testing.assert_close(weights["apex"], weights["torch-fused"], rtol=1e-6, atol=1e-7)
+
+
 def test_apex_is_refused_where_it_is_not_really_there(monkeypatch):
     with pytest.raises(ValueError, match="needs NVIDIA's apex.*set --optimizer auto"):
         make_optimizer([nn.Parameter(torch.ones(1))], OptimConfig(optimizer="apex"), torch.device("cpu"))
@@ -223,6 +259,14 @@ def test_precision_by_capability():
         _choose("fp16", None)
     with pytest.raises(ValueError, match="needs compute capability 8.0 or newer. Found: 7.0; set --precision fp16"):
         _choose("bf16", (7, 0))
+
+
+def test_compiling_is_refused_on_old_gpus():
+    check_compiling(None), check_compiling((8, 0))
+    with pytest.raises(
+        ValueError, match="--compile needs a GPU of compute capability 8.0 or newer. Found: 7.0; set --no-compile"
+    ):
+        check_compiling((7, 0))
 
 
 def test_builds_without_the_gpus_architecture_are_refused():

@@ -43,6 +43,15 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
             )
 
 
+def test_four_ranks_send_each_other_what_one_process_deals_its_groups(tmp_path):
+    """With four of them every rank sends to three, and images, boxes and keys must find their way back."""
+    one, four = run(tmp_path / "one", "four", 1), run(tmp_path / "four", "four", 4)
+    for a, b in zip(one["losses"], four["losses"]):
+        assert a == pytest.approx(b, rel=1e-9)
+    for name in one["queues"]:
+        torch.testing.assert_close(one["queues"][name], four["queues"][name], rtol=1e-7, atol=1e-9)
+
+
 def test_gradients_may_travel_in_half_precision(tmp_path):
     """Three digits of them arrive, and not more: otherwise the switch would do nothing."""
     one, two = run(tmp_path / "one", "live", 1), run(tmp_path / "two", "fp16", 2)
