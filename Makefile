@@ -1,5 +1,6 @@
 # make demo   a small data set, packed, trained on through DALI, and what came out (demo/)
 # make test   the tests
+# make transfer   pre-training, frozen evaluation and a detector on generated scenes (demo/transfer/)
 # make ffcv   compiles FFCV into .venv, once its headers are there
 # They create .venv on first use; PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
 PYTHON ?= python3
@@ -10,7 +11,7 @@ HEADERS = pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null
 FFCV = $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'
 SCENES := --num-images 1024 --num-val 256 --size 128
 
-.PHONY: demo test ffcv lint clean
+.PHONY: demo transfer test ffcv lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -36,6 +37,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/show_views.py --recipe smoke --data demo/train --out demo/views.png
 	$(BIN)/python scripts/throughput_report.py --run demo/run
 	$(BIN)/python scripts/throughput_report.py --recipe smoke --pipeline dali --data demo/train --steps 10 --out demo/report
+
+transfer: $(VENV)/.installed
+	rm -rf demo/transfer
+	$(BIN)/python benchmarks/transfer.py --out demo/transfer
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

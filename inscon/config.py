@@ -244,7 +244,7 @@ class RunConfig:
     """Where a run lives and how it is watched."""
 
     run_dir: Path = Path("runs/inscon")
-    """Receives config.json, metrics.jsonl, checkpoints/ and tensorboard/."""
+    """Receives config.json, metrics.jsonl, warnings.jsonl if there are any, checkpoints/ and tensorboard/."""
     seed: int = 0
     """Of everything: initial weights, order of samples, every view."""
     log_every: int = 20
@@ -257,11 +257,22 @@ class RunConfig:
     """auto: go on from the newest checkpoint of run_dir if there is one. never: refuse a run_dir that holds any."""
     tensorboard: bool = True
     """Write TensorBoard files too, if the tensorboard package is installed."""
+    eval_data: Path | None = None
+    """Labelled packed set, held out; every `eval_every` steps each of its pictures is classified by its nearest neighbours among
+    the others, on the features of that moment. None: no such monitor."""
+    eval_every: int = 1000
+    """Steps between two of these, with eval_data."""
+    eval_pictures: int = 10000
+    """How many of eval_data are taken at most; packing has shuffled them, so the first ones are as good as any."""
 
     def __post_init__(self):
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")
+        if self.eval_pictures < 2:
+            raise ValueError(
+                f"eval_pictures must be at least 2, of which one is the other's neighbour. Found: {self.eval_pictures}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative. Found: {self.seed}")
 
@@ -389,4 +400,50 @@ def smoke() -> Config:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, smoke)}
+# The eight pre-trainings behind Tables 2 to 9: Table 1 of the paper, each with the setting that its rows vary. What each serves,
+# what it should give and what it costs: docs/reproduce.md.
+
+
+def r1() -> Config:
+    """Single head alone, MoCo v2 (Table 7). Expected: COCO FPN 1x 39.8 box, 35.9 mask AP."""
+    return moco_v2()
+
+
+def r2() -> Config:
+    """Single and multi (Tables 6 and 7). Expected: COCO FPN 1x 40.7, 36.6 AP; ImageNet linear 70.3 top-1."""
+    return Config(model=ModelConfig(heads=("single", "multi")))
+
+
+def r3() -> Config:
+    """Single and cell, cell temperature 0.2 (Tables 7 and 8). Expected: COCO FPN 1x 40.3, 36.4 AP."""
+    return Config(model=ModelConfig(heads=("single", "cell")))
+
+
+def r4() -> Config:
+    """Single and cell, cell temperature 0.1 (Table 8). Expected: COCO FPN 1x 39.9 box AP."""
+    return Config(model=ModelConfig(heads=("single", "cell"), cell_temperature=0.1))
+
+
+def r5() -> Config:
+    """Single and cell, cell temperature 0.3 (Table 8). Expected: COCO FPN 1x 40.3 box AP."""
+    return Config(model=ModelConfig(heads=("single", "cell"), cell_temperature=0.3))
+
+
+def r6() -> Config:
+    """Single and cell, cell temperature 0.4 (Table 8). Expected: COCO FPN 1x 40.2 box AP."""
+    return Config(model=ModelConfig(heads=("single", "cell"), cell_temperature=0.4))
+
+
+def r7() -> Config:
+    """All heads, cells from res5: InsCon (Tables 2 to 5, 7, 9). Expected: VOC 59.1 AP, COCO FPN 1x 40.9, 36.9 AP."""
+    return imagenet_r50()
+
+
+def r8() -> Config:
+    """All heads, cells from res4 (Table 9). Expected: COCO FPN 1x 40.5, 36.6 AP."""
+    return Config(model=ModelConfig(cell_stage="res4"))
+
+
+RECIPES = {
+    recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, smoke, r1, r2, r3, r4, r5, r6, r7, r8)
+}

@@ -84,6 +84,7 @@ class MetricsLog:
             return
         self.console = console or Console()
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
         self._file = _open_jsonl(run_dir / "metrics.jsonl", start_step)
         if tensorboard:
             self._tensorboard = _open_tensorboard(run_dir / "tensorboard", start_step, self.console)
@@ -111,6 +112,14 @@ class MetricsLog:
         eta_s = values["step_s"] * (self._total_steps - step)
         self._progress.update(self._task, completed=step, description=f"ETA {_clock(eta_s)}")
         self.say(f"step {step}/{self._total_steps}  {_line(values)}  ETA {_clock(eta_s)}")
+
+    def warn(self, step: int, sentence: str) -> None:
+        """A sentence about what looks wrong at `step`: on the screen, and a line {"step", "warning"} of `warnings.jsonl`."""
+        if self._quiet:
+            return
+        with open(self._run_dir / "warnings.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "warning": sentence}) + "\n")
+        self.say(f"warning at step {step}: {sentence}")
 
     def close(self) -> None:
         if self._quiet:
@@ -155,6 +164,11 @@ def window(
     return values
 
 
+def top1_of(values: dict[str, float]) -> dict[str, float]:
+    """Of a window's values, the share of queries that find their key, by head."""
+    return {name.removeprefix("top1_"): value for name, value in values.items() if name.startswith("top1_")}
+
+
 def _open_jsonl(path: Path, start_step: int):
     kept = []
     if path.exists() and start_step:
@@ -191,6 +205,7 @@ def _line(values: dict[str, float]) -> str:
         f"loss {values['loss']:.3f}  {losses}  {values['images_per_s']:.1f} images/s  "
         f"data wait {values['data_wait_percent']:.1f} %"
         + (f"  MFU {values['mfu_percent']:.0f} %" if "mfu_percent" in values else "")
+        + (f"  kNN {100 * values['knn']:.1f} %" if "knn" in values else "")
         + (f"  {values['loader_substituted']:.0f} samples substituted" if values.get("loader_substituted") else "")
     )
 

@@ -59,9 +59,15 @@ class Plans:
     """The plans of all views of the same B samples."""
 
     query: ViewPlan
-    key: ViewPlan
+    key: ViewPlan | None
+    """None for evaluation, which makes one view."""
     tile: ViewPlan | None
     """The independent third view for the mosaic; None where the query views are its tiles."""
+
+    def __getitem__(self, which) -> "Plans":
+        """Those of some of the samples, as `ViewPlan[which]`."""
+        plans = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Plans(**{name: None if plan is None else plan[which] for name, plan in plans.items()})
 
 
 def plan_views(seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray, config: ViewConfig) -> Plans:
@@ -88,6 +94,24 @@ def plan_views(seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray,
         tile = _view_plan(draw, 2, _crop_boxes(draw, np.array([2]), np.array([0]), sizes, config)[:, 0, 0], config)
     return Plans(
         query=_view_plan(draw, 0, boxes[:, 0], config), key=_view_plan(draw, 1, boxes[:, 1], config), tile=tile
+    )
+
+
+def plan_centre(sizes: np.ndarray, view_size: int) -> ViewPlan:
+    """The view of ImageNet's evaluation: the shorter side to 256/224 of `view_size`, the centre cut out; nothing is random.
+
+    `sizes`: [B 2] (height, width), px. Said as a box of source px, edges rounded to whole ones, as every engine executes it.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    side = np.maximum(np.rint(sizes.min(1) * view_size / (view_size * 256 // 224)), 1).astype(np.int64)
+    y, x = ((sizes - side[:, None]) // 2).T
+    n = len(sizes)
+    return ViewPlan(
+        crop_box=np.stack([x, y, x + side, y + side], 1).astype(np.float32),
+        flipped=np.zeros(n, bool),
+        colour_ops=np.full((n, 5), NOTHING, np.uint8),
+        factors=np.tile(np.array([1, 1, 1, 0], np.float32), (n, 1)),
+        blur_sigma=np.zeros(n, np.float32),
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,8 @@ from inscon import checkpoint, distributed
 from inscon.batch import Batch
 from inscon.clock import BACKWARD, OPTIMIZER, gradients_handed_over, part
 from inscon.config import Config
-from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
+from inscon.health import Health
+from inscon.meters import LossMeter, MetricsLog, Stopwatch, top1_of, window
 from inscon.model import InsCon, Losses
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, capability_of, check_compiling, check_device, choose_precision
@@ -126,10 +127,12 @@ def train(
     steps_per_epoch: int,
     total_steps: int,
     telemetry: Telemetry | None = None,
+    monitor: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Run steps `training.step` .. `total_steps - 1`; `loader` must start with the batch of the first of them.
 
-    What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints.
+    What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints. `monitor` evaluates the trunk
+    every `eval_every` steps and at the end; its figures go into the metrics too, its time into none of them.
     On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
     """
     config = training.config
@@ -138,6 +141,7 @@ def train(
     _write_config(config)
     full_rate = rate_of_full_use(training)
     losses_meter, watch = LossMeter(), Stopwatch()
+    health = Health(training.model, config.optim.batch_size, training.step)
     with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, _stop_requests() as stop:
         log.say(describe(training))
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
@@ -145,10 +149,15 @@ def train(
             lr = take_step(training, model, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
-            if training.step % config.run.log_every == 0 or finished or stopping:
+            evaluating = monitor and (training.step % config.run.eval_every == 0 or finished)
+            if training.step % config.run.log_every == 0 or finished or stopping or evaluating:
                 figures = telemetry.read() if telemetry else None
                 found = window(losses_meter, watch, config.optim.batch_size, lr, figures, full_rate)
-                log.write(training.step, found)
+                seen, warnings = health.look(training.step, top1_of(found))
+                log.write(training.step, found | seen | (monitor() if evaluating else {}))
+                for sentence in warnings:
+                    log.warn(training.step, sentence)
+                watch.read()  # looking and evaluating belong to no window
             if training.step % config.run.checkpoint_every == 0 or finished or stopping:
                 if telemetry:
                     training.bad_samples = distributed.union(telemetry.bad_samples())

@@ -7,12 +7,12 @@ An engine is imported when it is asked for, so an installation needs only those 
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from inscon.config import Config
-from pipelines.feed import Pipeline
+from pipelines.feed import Feed, Pipeline
 
 ENGINES = {
     "dali": "pipelines.dali:open_dali",
@@ -42,6 +42,7 @@ def open_pipeline(
     start_step: int = 0,
     total_steps: int,
     bad_samples: Sequence[int] = (),
+    feeds: Callable[..., Feed] | None = None,
 ) -> Pipeline:
     """Batches of global steps `start_step` to `total_steps` - 1, which run on over the epochs, ready for the model.
 
@@ -51,6 +52,7 @@ def open_pipeline(
         rank, world_size: this process among those that share the batch.
         device, dtype: of the pixels. Boxes come as float32 on `device`, sample ids as int64 on the CPU.
         bad_samples: what `Pipeline.bad_samples` gave on all ranks when the run that goes on was stopped.
+        feeds: makes the engine's feed from (config, rank, world_size, bad_samples), importable by name; None: that of training.
 
     Raises ValueError, in one sentence with the remedy, for an engine that does not exist or is not installed, a data set
     that is missing, damaged or smaller than a batch, and, while iterating, for a sample that
@@ -79,4 +81,5 @@ def open_pipeline(
         start_step=start_step,
         total_steps=total_steps,
         bad_samples=tuple(bad_samples),
+        **({} if feeds is None else {"feeds": feeds}),
     )

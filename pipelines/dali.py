@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 # Decoded pictures come from DALI's own pool: malloc would give their memory back and have it cleared again by the system, up
@@ -366,9 +366,10 @@ def open_dali(
     start_step: int,
     total_steps: int,
     bad_samples: tuple[int, ...] = (),
+    feeds: Callable[..., Feed] = open_feed,
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are DALI's threads; compiling is over when this returns."""
-    feed = open_feed(config, rank, world_size, bad_samples)
+    feed = feeds(config, rank, world_size, bad_samples)
     loader, threads = config.loader, threads_per_rank(config.loader.threads)
     if threads < 1:
         raise ValueError(f"the pipeline dali needs at least 1 thread. Found: {threads}; set --threads 1 or more")

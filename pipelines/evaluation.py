@@ -1,38 +1,165 @@
-"""Labelled centre crops from shards, in index order: what frozen evaluation sees (PIL and torchvision, threads)."""
+"""Labelled views for frozen evaluation, one of each sample, from the engines that feed training: another plan, nothing else.
 
+A centre crop is a box that nothing is random about, a random crop is the query view without colour; so decoding, resizing and
+normalising are those of pipelines/kernels.py and its peers, and the speed is theirs too.
+"""
+
+import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from data_prep.index import NO_LABEL, DatasetIndex
-from pipelines.colour import MEAN, STD
-from pipelines.reference import picture_of
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from inscon.plan import Plans, plan_centre
+from pipelines import open_pipeline
+from pipelines.feed import Feed, Work
+
+Engine = Literal["auto", "dali", "ffcv", "reference"]
+"""auto: ffcv for a .beton, dali for tar shards; reference where that one is not installed."""
 
 
-def centre_crops(
-    index: DatasetIndex, view_size: int, batch_size: int = 64, threads: int = 2
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(pixels [B 3 S S] float32 channels-last, labels [B] int64), every sample once; the last batch may be smaller.
+class RandomFeed(Feed):
+    """Random crops and flips, epoch after epoch in a new order, as `Feed` but one view."""
 
-    The shorter side is resized to 256/224 of `view_size`, then the centre is cut, as ImageNet evaluation does. Raises
-    ValueError if a sample has no label.
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.num_views = 1
+
+    def plan(self, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> Plans:
+        return Plans(query=super().plan(epoch, sample_ids, sizes).query, key=None, tile=None)
+
+
+class CentreFeed(RandomFeed):
+    """Centre crops in the order of the index, once; the last sample fills up the last step."""
+
+    def work(self, step: int) -> Work:
+        ids = self._ids(step)
+        sizes = self.index.sizes(ids)
+        plans = Plans(query=plan_centre(sizes, self.config.views.view_size), key=None, tile=None)
+        return Work(step=step, epoch=0, sample_ids=ids, sizes=sizes, plans=plans, substituted=0)
+
+    def expect(self, step: int) -> None:
+        self.index.expect(self._ids(step))
+
+    def _ids(self, step: int) -> np.ndarray:
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return np.minimum(np.arange(first, first + self.batch_size), len(self.index) - 1)
+
+
+def random_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[int, ...] = ()) -> RandomFeed:
+    """See `pipelines.feed.open_feed`."""
+    return RandomFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
+
+
+def centre_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[int, ...] = ()) -> CentreFeed:
+    """See `pipelines.feed.open_feed`."""
+    return CentreFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
+
+
+class LabelledViews:
+    """A packed set with labels, to be seen one view at a time.
+
+    Args:
+        data: folder of the set.
+        view_size: px, a multiple of 32.
+        batch_size: over all ranks; at most the set.
+        pipeline: see `Engine`.
+        scale: range of a random crop's share of the image area.
+        limit: how many samples `centre_crops` takes at most, the first ones; packing has shuffled them.
+
+    Raises ValueError where the set has no labels, or is smaller than a batch of random crops.
     """
-    labels = torch.from_numpy(index.labels(range(len(index))))
-    if (labels == NO_LABEL).any():
-        raise ValueError(f"frozen evaluation needs labels. Found: none in {index.path}; pack a folder of class folders")
-    transform = v2.Compose(
-        [v2.Resize(view_size * 256 // 224), v2.CenterCrop(view_size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-         v2.Normalize(MEAN, STD)]
-    )  # fmt: skip
 
-    def read(sample_id: int) -> Tensor:
-        return transform(picture_of(index, sample_id))
+    def __init__(
+        self,
+        data: Path,
+        view_size: int,
+        batch_size: int = 64,
+        pipeline: Engine = "auto",
+        threads: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        scale: tuple[float, float] = (0.08, 1.0),
+        rank: int = 0,
+        world_size: int = 1,
+        labels_needed: bool = True,
+        limit: int | None = None,
+    ):
+        self.index = DatasetIndex.open(data)
+        labels = self.index.labels(range(len(self.index)))
+        if labels_needed and (labels == NO_LABEL).any():
+            raise ValueError(
+                f"frozen evaluation needs labels. Found: none in {self.index.path}; pack a folder of class folders"
+            )
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        """[n], of every sample."""
+        self.num_classes = max(int(self.labels.max()) + 1, 0)
+        self.fingerprint, self.view_size = self.index.fingerprint, view_size
+        self._place = {"rank": rank, "world_size": world_size, "device": device, "dtype": dtype}
+        self._loader = LoaderConfig(data=Path(data), pipeline=_engine(pipeline, self.index), threads=threads)
+        self._batch_size, self._seed = batch_size, seed
+        self._count = min(limit or len(self.index), len(self.index))
+        # One candidate, so that the other view, which nobody sees, doesn't decide about this one.
+        self._views = ViewConfig(
+            view_size=view_size, scale=scale, jitter_probability=0.0, grey_probability=0.0, blur_probability=0.0,
+            overlap_candidates=1,
+        )  # fmt: skip
 
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(index), batch_size):
-            ids = range(start, min(start + batch_size, len(index)))
-            pixels = torch.stack(list(pool.map(read, ids)))
-            yield pixels.to(memory_format=torch.channels_last), labels[start : start + len(ids)]
+    def centre_crops(self, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels [b 3 S S] channels-last on the device, labels [b] int64 on the CPU): this rank's share of every sample, once.
+
+        The shorter side is resized to 256/224 of S, then the centre is cut, as ImageNet evaluation does. `done` samples have
+        been seen before and are left out: whole batches of them, for one rank.
+        """
+        rank, world = self._place["rank"], self._place["world_size"]
+        own = max(min(self._batch_size, self._count) // world, 1)
+        first, steps = done // (own * world), -(-self._count // (own * world))
+        with self._open(own * world, centre_feed, first, steps) as batches:
+            for step, batch in zip(range(first, steps), batches):
+                new = min(max(self._count - (step * world + rank) * own, 0), own)
+                seen = max(done - (step * world + rank) * own, 0)
+                if seen < new:
+                    yield batch.query.pixels[seen:new], self.labels[batch.sample_ids[seen:new]]
+
+    @contextlib.contextmanager
+    def random_crops(self, start_step: int, total_steps: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """RandomResizedCrop and flip: (pixels [B 3 S S], labels [B]) of steps `start_step` to `total_steps` - 1, whole batches."""
+        with self._open(self._batch_size, random_feed, start_step, total_steps) as batches:
+            yield ((batch.query.pixels, self.labels[batch.sample_ids]) for batch in batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of random crops: what is less than a batch at an epoch's end is left out of it."""
+        return len(self.index) // self._batch_size
+
+    def _open(self, batch_size: int, feeds, start_step: int, total_steps: int):
+        config = Config(
+            loader=self._loader, views=self._views, model=ModelConfig(heads=("single",)),
+            optim=OptimConfig(batch_size=batch_size), run=RunConfig(seed=self._seed),
+        )  # fmt: skip
+        return open_pipeline(
+            self._loader.pipeline,
+            config=config,
+            start_step=start_step,
+            total_steps=total_steps,
+            feeds=feeds,
+            **self._place,
+        )
+
+
+def _engine(asked: Engine, index: DatasetIndex) -> str:
+    """The engine that `asked` means for this set."""
+    if asked != "auto":
+        return asked
+    name, package = ("ffcv", "ffcv") if index.manifest.container == "beton" else ("dali", "nvidia.dali")
+    try:
+        return name if find_spec(package) else "reference"
+    except ModuleNotFoundError:  # of the parent package
+        return "reference"

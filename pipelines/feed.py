@@ -5,6 +5,7 @@ makes pixels of them, and `make_batch` makes those a `Batch`. `Pipeline` is what
 """
 
 import atexit
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +47,7 @@ class Work:
 
     @property
     def views(self) -> tuple[ViewPlan, ...]:
-        """The plans of the views to be made: query, key, and the third one if the mosaic takes it."""
+        """The plans of the views to be made: query, key, and the third one if the mosaic takes it; for evaluation one alone."""
         return tuple(plan for plan in (self.plans.query, self.plans.key, self.plans.tile) if plan is not None)
 
     def rows(self) -> np.ndarray:
@@ -93,6 +94,11 @@ class Feed:
             self._plan_from(step)
         return self._planned[step]
 
+    def plan(self, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> Plans:
+        """What is made of some samples in an epoch; `sizes` as in `Work`."""
+        plans = plan_views(self.config.run.seed, epoch, sample_ids, sizes, self.config.views)
+        return plans if self.num_views == 3 else dataclasses.replace(plans, tile=None)
+
     def _plan_from(self, step: int) -> None:
         """Plan some steps of an epoch at once: for 256 images that costs a quarter, per image, of what it costs for 32."""
         epoch = self.order.epoch_of(step)
@@ -111,7 +117,7 @@ class Feed:
             substituted.append(len(stand_ins))
         ids = ids[: len(substituted)]
         sizes = self.index.sizes(ids.ravel())
-        plans = plan_views(self.config.run.seed, epoch, ids.ravel(), sizes, self.config.views)
+        plans = self.plan(epoch, ids.ravel(), sizes)
         self._planned, self._planned_with = {}, set(self.bad)
         for number, stood_in in enumerate(substituted):
             own = slice(number * self.batch_size, (number + 1) * self.batch_size)
@@ -120,11 +126,7 @@ class Feed:
                 epoch=epoch,
                 sample_ids=ids[number],
                 sizes=sizes[own],
-                plans=Plans(
-                    query=plans.query[own],
-                    key=plans.key[own],
-                    tile=plans.tile[own] if self.num_views == 3 and plans.tile is not None else None,
-                ),
+                plans=plans[own],
                 substituted=stood_in,
             )
 
@@ -191,11 +193,12 @@ def make_batch(
     device = pixels[0].device
     if feed.wants_mosaic and mosaic is None:
         mosaic = assemble(pixels[2] if feed.num_views == 3 else pixels[0], feed.config.views.tile)
-    query, key = (
+    views = [
         View(pixels=made, crop_box=to_device(plan.crop_box, device), flipped=to_device(plan.flipped, device))
         for made, plan in zip(pixels[:2], work.views[:2], strict=True)
-    )
-    return Batch(query=query, key=key, mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
+    ]
+    # Where one view is made of each sample (pipelines.evaluation), it is both.
+    return Batch(query=views[0], key=views[-1], mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
 
 
 class Refusal(Exception):

@@ -455,9 +455,10 @@ def open_ffcv(
     start_step: int,
     total_steps: int,
     bad_samples: tuple[int, ...] = (),
+    feeds: Callable[..., Feed] = open_feed,
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` decode; compiling is over when this returns."""
-    feed = open_feed(config, rank, world_size, bad_samples)
+    feed = feeds(config, rank, world_size, bad_samples)
     check_beton(feed.index)
     loader, threads, host_colour = (
         config.loader,

@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -125,16 +126,16 @@ class _Steps(Dataset):
     and only the process that has seen every step knows them.
     """
 
-    def __init__(self, feed: Feed, colour: bool):
+    def __init__(self, feed: Feed, colour: bool, feeds: Callable[..., Feed]):
         loader = dataclasses.replace(feed.config.loader, on_bad_sample="fail")
         self._open = dataclasses.replace(feed.config, loader=loader), feed.rank, feed.world_size
-        self._colour, self._feed = colour, None
+        self._colour, self._feed, self._feeds = colour, None, feeds
 
     def __getitem__(self, step: int):
         try:
             if self._feed is None:
                 # A worker opens the shards itself when the first step is asked for, where a failure can be told as any other.
-                self._feed = open_feed(*self._open)
+                self._feed = self._feeds(*self._open)
             return render_step(self._feed, step, self._colour)
         except ValueError as error:
             # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
@@ -164,13 +165,14 @@ def open_reference(
     start_step: int,
     total_steps: int,
     bad_samples: tuple[int, ...] = (),
+    feeds: Callable[..., Feed] = open_feed,
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are worker processes here; 0 works in this process."""
-    feed, host_colour = open_feed(config, rank, world_size, bad_samples), colour_on_host(config, device)
+    feed, host_colour = feeds(config, rank, world_size, bad_samples), colour_on_host(config, device)
     workers = threads_per_rank(config.loader.threads)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
     loader = DataLoader(
-        _Steps(feed, host_colour),
+        _Steps(feed, host_colour, feeds),
         batch_size=None,
         sampler=range(start_step, total_steps),
         num_workers=workers,

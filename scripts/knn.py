@@ -1,22 +1,25 @@
 """k nearest neighbours on the frozen features of a run, beside the same network before training.
 
 python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS
+python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS --keep features   # goes on where it stopped
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from rich.progress import Progress
 
-from data_prep.index import DatasetIndex
+from inscon.precision import choose_precision
 from inscon.transfer import knn
-from inscon.transfer.trunk import load_trunk, untrained_trunk
-from pipelines.evaluation import centre_crops
+from inscon.transfer.export import any_trunk, digest
+from pipelines.evaluation import Engine, LabelledViews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class KnnConfig:
     """Frozen evaluation by nearest neighbours."""
 
     run: Path
-    """A run folder, whose newest checkpoint is taken, or a checkpoint file."""
+    """A run folder, whose newest checkpoint is taken, a checkpoint, or a file of scripts/export.py."""
     train: Path
     """Labelled shards that make the bank."""
     val: Path
@@ -35,19 +38,57 @@ class KnnConfig:
     """Of the vote's weights exp(similarity / temperature)."""
     view_size: int | None = None
     """Side of the centre crop, px. None: as the run was trained."""
+    untrained: bool = True
+    """Classify with the untrained network too."""
+    batch_size: int = 64
+    """Pictures at once."""
+    pipeline: Engine = "auto"
+    """Engine that reads the shards."""
+    threads: int | None = None
+    """Of the loader. None: the cores."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the trunk."""
+    keep: Path | None = None
+    """Folder that keeps the features (float16) while they are made; a second call goes on from there."""
 
 
 def main(config: KnnConfig) -> dict[str, float]:
-    trained, settings = load_trunk(config.run)
-    side = config.view_size or settings["views"]["view_size"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    indices = DatasetIndex.open(config.train), DatasetIndex.open(config.val)
-    scores = {}
-    for name, trunk in (("untrained", untrained_trunk(settings)), ("trained", trained)):
-        (bank, bank_labels), (queries, labels) = (knn.features(trunk, centre_crops(i, side), device) for i in indices)
-        scores[name] = knn.accuracy(queries, labels, bank, bank_labels, config.k, config.temperature)
+    precision = choose_precision(config.precision, device)
+    scores, sets = {}, None
+    for name in ("untrained", "trained") if config.untrained else ("trained",):
+        trunk, facts = any_trunk(config.run, untrained=name == "untrained")
+        side = config.view_size or facts["config"]["views"]["view_size"]
+        sets = sets or [
+            LabelledViews(
+                data, side, config.batch_size, config.pipeline, threads=config.threads, device=device,
+                dtype=precision.pixel_dtype,
+            )
+            for data in (config.train, config.val)
+        ]  # fmt: skip
+        (bank, bank_labels), (queries, labels) = (
+            features_of(trunk, views, f"{name}-{which}", config, device, precision.autocast_dtype)
+            for which, views in zip(("train", "val"), sets)
+        )
+        scores[name] = knn.accuracy(queries, labels, bank, bank_labels, config.k, config.temperature, device=device)
         print(f"kNN (k={config.k}) {name}: {100 * scores[name]:.1f} % of {len(labels)} pictures")
     return scores
+
+
+def features_of(trunk, views: LabelledViews, name: str, config: KnnConfig, device, amp_dtype):
+    """Unit features and labels of a set, with a bar."""
+    count = len(views.index)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(name, total=count)
+        if config.keep is None:
+            crops = views.centre_crops()
+            told = (progress.advance(bar, len(labels)) or (pixels, labels) for pixels, labels in crops)
+            return knn.features(trunk, told, device, amp_dtype)
+        identity = f"{digest(trunk.state_dict())} {views.fingerprint} {views.view_size} {amp_dtype}"
+        return knn.kept_features(
+            config.keep, name, trunk, lambda done: views.centre_crops(done), count, identity, device, amp_dtype,
+            lambda done: progress.update(bar, completed=done),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -18,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import distributed, train
 from inscon.config import RECIPES, Config, resolve
+from inscon.transfer import knn
 from pipelines import open_pipeline
+from pipelines.evaluation import LabelledViews
 from pipelines.facts import data_facts
 
 
@@ -56,9 +59,28 @@ def main(arguments: list[str]) -> None:
         ) as loader:  # fmt: skip
             if distributed.rank() == 0:
                 print(loader.describe())
-            train.train(training, loader, facts.steps_per_epoch, total_steps, telemetry=loader)
+            monitor = knn_monitor(training)
+            train.train(training, loader, facts.steps_per_epoch, total_steps, telemetry=loader, monitor=monitor)
     finally:
         distributed.stop()
+
+
+def knn_monitor(training: train.Training) -> Callable[[], dict[str, float]] | None:
+    """What evaluates the trunk during training, if `eval_data` is set; the sentence about data that won't do comes at once."""
+    config, device = training.config, training.device
+    if config.run.eval_data is None:
+        return None
+    views = LabelledViews(
+        config.run.eval_data, config.views.view_size, 64 * distributed.world_size(), threads=config.loader.threads,
+        device=device, dtype=training.precision.pixel_dtype, rank=distributed.rank(), world_size=distributed.world_size(),
+        limit=config.run.eval_pictures,
+    )  # fmt: skip
+
+    def evaluate() -> dict[str, float]:
+        trunk, amp_dtype = training.model.query_encoder.trunk, training.precision.autocast_dtype
+        return {"knn": knn.monitor(trunk, views.centre_crops(), device, amp_dtype)}
+
+    return evaluate
 
 
 if __name__ == "__main__":

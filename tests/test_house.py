@@ -21,7 +21,7 @@ FLOORS = {
         "data_prep.make_dali", "data_prep.make_ffcv", "data_prep.make_scenes",
     },
     3: {"pipelines"},
-    4: {"inscon.train", "inscon.meters", "inscon.profiling", "inscon.checkpoint", "inscon.transfer"},
+    4: {"inscon.train", "inscon.meters", "inscon.profiling", "inscon.checkpoint", "inscon.health", "inscon.transfer"},
     5: {"scripts"},
 }  # fmt: skip
 ONE_PLACE = {
@@ -98,7 +98,7 @@ def tour(readme: str) -> set[str]:
         elif line.split()[0].endswith("/"):
             found |= {room + line.split()[0] + name for name in re.findall(r"\b\w+\.py\b", line)}
             continue
-        first = re.findall(r"\b\w+\.(?:py|md)\b", line) if not line.startswith(" ") else [line.split()[0]]
+        first = re.findall(r"\b[\w-]+\.(?:py|md)\b", line) if not line.startswith(" ") else [line.split()[0]]
         found |= {room + name for name in first}
     return found
 

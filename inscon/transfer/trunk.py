@@ -15,12 +15,17 @@ def load_trunk(path: Path) -> tuple[Trunk, dict]:
 
     `path` is a checkpoint file or a run folder, whose newest checkpoint is taken. Raises CheckpointError.
     """
-    path = Path(path)
-    file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
-    contents = checkpoint.load(file)
+    contents, _ = load_contents(path)
     trunk = Trunk(contents["config"]["model"]["arch"])
     trunk.load_state_dict({k.removeprefix(PREFIX): v for k, v in contents["model"].items() if k.startswith(PREFIX)})
     return trunk.eval(), contents["config"]
+
+
+def load_contents(path: Path) -> tuple[dict, Path]:
+    """What a checkpoint holds, and its file; `path` as in `load_trunk`."""
+    path = Path(path)
+    file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
+    return checkpoint.load(file), file
 
 
 def untrained_trunk(config: dict) -> Trunk:

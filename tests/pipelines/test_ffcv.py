@@ -110,11 +110,12 @@ def test_raw_pixels_of_another_size_are_named_or_replaced(name, make_config, tmp
 
 def test_centre_crops_of_raw_pixels_are_those_of_the_jpegs(pictures, tmp_path):
     """What kNN and show_views read: any packed set."""
-    from pipelines.evaluation import centre_crops
+    from pipelines.evaluation import LabelledViews
 
     jpegs = pack_beton(pictures, tmp_path / "jpegs", workers=1, max_resolution=150)
     raw = pack_beton(tmp_path / "jpegs", tmp_path / "raw", workers=1, write_mode="raw")
-    for (one, labels), (other, same) in zip(centre_crops(jpegs, 64, 10), centre_crops(raw, 64, 10), strict=True):
+    crops = (LabelledViews(data.path, 64, 10).centre_crops() for data in (jpegs, raw))
+    for (one, labels), (other, same) in zip(*crops, strict=True):
         assert torch.equal(one, other) and torch.equal(labels, same)
 
 

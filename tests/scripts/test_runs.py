@@ -259,3 +259,108 @@ def test_knn_views_and_report_of_a_run(shards, tmp_path):
     assert "source images/s" in out and "loss, cell head" in out
     done = run("--run", tmp_path, script="throughput_report.py", ok=False)
     assert "there are no metrics at" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    """A short run with a kNN monitor."""
+    folder = tmp_path_factory.mktemp("trained")
+    out = run(*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", folder, "--max-steps", "5",
+              "--eval-data", shards, "--eval-every", "2").stdout  # fmt: skip
+    assert out.count("kNN ") == 3
+    return folder
+
+
+def test_the_monitor_writes_into_the_metrics(trained, shards, tmp_path):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn" in line] == [2, 4, 5]
+    assert all(0 <= line["knn"] <= 1 for line in lines if "knn" in line)
+    arguments = [*SMALL, "--pipeline", "reference", "--data", shards, "--max-steps", "5"]
+    run(*arguments, "--run-dir", tmp_path / "alone")
+    assert losses_of(tmp_path / "alone") == losses_of(trained)  # looking changes nothing
+    run(
+        *arguments,
+        "--run-dir",
+        tmp_path / "two",
+        "--eval-data",
+        shards,
+        "--eval-every",
+        "2",
+        "--max-steps",
+        "2",
+        ranks=2,
+    )
+    [line] = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines() if "knn" in line]
+    assert line["step"] == 2
+
+
+@pytest.mark.parametrize(("form", "name"), [
+    ("torchvision", "a.pth"), ("timm", "a.safetensors"), ("mmdet", "b.pth"), ("detectron2", "a.pkl"),
+])  # fmt: skip
+def test_a_run_is_exported_and_its_file_is_known_again(trained, tmp_path, form, name):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+    out = run("--checkpoint", trained, "--format", form, "--out", tmp_path / name, script="export.py").stdout
+    assert f"120 tensors of the query encoder's trunk for {form}, step 5 of" in out and "read back and equal" in out
+    out = run("--run", trained, "--check", tmp_path / name, script="export.py").stdout
+    assert "is the query encoder's trunk of" in out
+
+
+def test_an_export_with_statistics_of_its_own(trained, shards, tmp_path):
+    file = tmp_path / "a.pth"
+    run(
+        "--run",
+        trained,
+        "--out",
+        file,
+        "--norm-batches",
+        "2",
+        "--data",
+        shards,
+        "--batch-size",
+        "8",
+        script="export.py",
+    )
+    held = torch.load(file, weights_only=True)
+    assert json.loads(held.inscon)["norm_batches"] == 2 and int(held["bn1.num_batches_tracked"]) == 2
+    done = run("--run", trained, "--out", file, "--norm-batches", "2", script="export.py", ok=False)
+    assert "norm_batches needs pictures: set --data SHARDS" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
+    probe = [
+        "--run",
+        trained,
+        "--train",
+        shards,
+        "--val",
+        shards,
+        "--epochs",
+        "3",
+        "--batch-size",
+        "10",
+        "--out",
+        tmp_path / "probe",
+    ]
+    out = run(*probe, script="linear.py").stdout
+    assert "lr 1.17188 (the protocol's 30 is for 256 images)" in out and "trunk unchanged" in out
+    result = json.loads((tmp_path / "probe/result.json").read_text())
+    assert 0 <= result["top1"] <= 1 and result["protocol"]["num_classes"] == 2 and "top5" not in result
+    assert "from epoch 3" in run(*probe, script="linear.py").stdout  # nothing is left to do
+    two = [*probe[:-1], tmp_path / "two"]
+    run(*two, script="linear.py", ranks=2)
+    assert json.loads((tmp_path / "two/result.json").read_text())["pictures"] == {"train": 20, "val": 20}
+    done = run(*probe, "--batch-size", "50", script="linear.py", ok=False)
+    assert "batch_size must be at most the 20 pictures of" in done.stderr and "Traceback" not in done.stderr
+    Image.new("RGB", (90, 64), (200, 30, 9)).save(tmp_path / "a.jpg")
+    maps = ["--pictures", tmp_path / "a.jpg", "--side", "64", "--out", tmp_path / "maps.png"]
+    run("--runs", trained, "random", *maps, script="attention_maps.py")
+    assert Image.open(tmp_path / "maps.png").size == (3 * 96 + 2 * 8, 18 + 64 + 8)
+    done = run("--runs", trained, *maps[:1], tmp_path / "none.jpg", script="attention_maps.py", ok=False)
+    assert "there is no picture" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_features_are_kept(trained, shards, tmp_path):
+    arguments = ["--run", trained, "--train", shards, "--val", shards, "--k", "3", "--keep", tmp_path / "features"]
+    first, second = (run(*arguments, script="knn.py").stdout for _ in range(2))
+    assert first == second and (tmp_path / "features/trained-val.npy").exists()

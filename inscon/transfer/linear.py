@@ -1,0 +1,183 @@
+"""The linear probe (MoCo's protocol): one linear layer on the pooled features of a frozen trunk.
+
+The trunk stays in eval mode and gets no gradient; its checksum is taken before and after. The layer starts as N(0, 0.01) with
+bias 0 and is trained by SGD with momentum 0.9 and no weight decay; the learning rate, 30 for 256 images, falls to a tenth at
+60 % and at 80 % of the epochs.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inscon import checkpoint, distributed
+from inscon.encoder import Trunk
+from inscon.transfer.export import digest
+
+BASE_BATCH = 256
+MILESTONES = (0.6, 0.8)
+"""Of the epochs: MoCo's 60 and 80 of 100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What a probe's number depends on, beside trunk and data."""
+
+    num_classes: int
+    epochs: int = 100
+    batch_size: int = 256
+    """Over all ranks."""
+    base_lr: float = 30.0
+    """For 256 images; `lr` is what is used."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_classes", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")
+        if not (0 < self.base_lr < math.inf):
+            raise ValueError(f"base_lr must be greater than 0. Found: {self.base_lr}")
+
+    @property
+    def lr(self) -> float:
+        """Of this batch size: proportional to it, or the protocol would be another one."""
+        return self.base_lr * self.batch_size / BASE_BATCH
+
+    def lr_at(self, epoch: int) -> float:
+        return self.lr * 0.1 ** sum(epoch >= round(share * self.epochs) for share in MILESTONES)
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Probe:
+    """A probe between two steps.
+
+    Args:
+        folder: receives `probe.pt`, what a stopped probe goes on from, and `metrics.jsonl`.
+        identity: of the data; a probe of other data, another trunk or protocol in the folder is refused with a ValueError.
+        amp_dtype: of the trunk's convolutions; None: float32.
+    """
+
+    def __init__(
+        self, trunk: Trunk, protocol: Protocol, folder: Path, device: torch.device, identity: str,
+        amp_dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        self.protocol, self.folder, self.device, self._amp = protocol, Path(folder), device, amp_dtype
+        self.before = digest(trunk.state_dict())
+        """Checksum of the frozen trunk."""
+        self.trunk = trunk.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(protocol.seed)
+        self.layer = nn.Linear(trunk.channels["res5"], protocol.num_classes)
+        with torch.no_grad():
+            self.layer.weight.normal_(0, 0.01, generator=generator)
+            self.layer.bias.zero_()
+        self.layer.to(device)
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=protocol.lr, momentum=0.9, weight_decay=0.0)
+        self.step = 0
+        self._identity = {"trunk": self.before, "data": identity, **asdict(protocol)}
+        self._resume()
+
+    def train(
+        self,
+        crops: Callable[[int, int], AbstractContextManager[Batches]],
+        steps_per_epoch: int,
+        evaluate: Callable[[], dict[str, float]],
+        say: Callable[[int, dict[str, float]], None],
+        evaluate_every: int = 10,
+    ) -> dict[str, float]:
+        """All epochs that are left; returns the last evaluation. `crops(start, stop)` opens the batches of these steps.
+
+        After every epoch `probe.pt` is written and `say(epoch, figures)` is called, with an evaluation every so many epochs.
+        """
+        protocol, figures = self.protocol, {}
+        model = self.layer
+        if distributed.world_size() > 1:
+            model = nn.parallel.DistributedDataParallel(self.layer)
+        total, sum_loss = protocol.epochs * steps_per_epoch, torch.zeros((), device=self.device)
+        if self.step >= total:
+            return evaluate()
+        with crops(self.step, total) as batches:
+            for step, (pixels, labels) in zip(range(self.step, total), batches):
+                epoch, within = divmod(step, steps_per_epoch)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = protocol.lr_at(epoch)
+                loss = F.cross_entropy(model(self.pooled(pixels)), labels.to(self.device, non_blocking=True))
+                loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step, sum_loss = step + 1, sum_loss + loss.detach()
+                if within == steps_per_epoch - 1:
+                    figures = {"loss": float(sum_loss) / steps_per_epoch, "lr": protocol.lr_at(epoch)}
+                    sum_loss = torch.zeros((), device=self.device)
+                    if not math.isfinite(figures["loss"]):
+                        raise FloatingPointError(
+                            f"the probe's loss is not finite any more. Found: {figures['loss']}; set a smaller --base-lr than "
+                            f"{protocol.base_lr}"
+                        )
+                    if (epoch + 1) % evaluate_every == 0 or epoch == protocol.epochs - 1:
+                        figures |= evaluate()
+                    self._save(epoch + 1, figures)
+                    say(epoch + 1, figures)
+        self.check_trunk()
+        return {name: value for name, value in figures.items() if name.startswith("top")}
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Batches) -> dict[str, float]:
+        """{"top1", "top5"}: shares of this rank's and all other ranks' batches, 0..1; top5 where there are 5 classes."""
+        hits = {"count": 0.0, "top1": 0.0, "top5": 0.0}
+        for pixels, labels in batches:
+            best = self.layer(self.pooled(pixels)).topk(min(5, self.protocol.num_classes), 1).indices.cpu()
+            right = best == labels[:, None]
+            hits["count"] += len(labels)
+            hits["top1"] += float(right[:, 0].sum())
+            hits["top5"] += float(right.any(1).sum())
+        hits = distributed.total(hits)
+        names = ("top1", "top5") if self.protocol.num_classes >= 5 else ("top1",)
+        return {name: hits[name] / hits["count"] for name in names}
+
+    @torch.no_grad()
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """[B F] float32."""
+        with torch.autocast(self.device.type, self._amp, enabled=self._amp is not None):
+            res5 = self.trunk(pixels.to(self.device))["res5"]
+        return res5.float().mean((2, 3)).clone()
+
+    def check_trunk(self) -> None:
+        """AssertionError if the trunk isn't, bit for bit, what the probe began with."""
+        assert digest(self.trunk.state_dict()) == self.before, "the frozen trunk has changed"
+
+    def _resume(self) -> None:
+        path = self.folder / "probe.pt"
+        if not path.exists():
+            return
+        held = checkpoint.load(path, self.device)
+        if held["identity"] != self._identity:
+            names = [name for name, value in self._identity.items() if held["identity"].get(name) != value]
+            raise ValueError(
+                f"{path} is a probe with another {' and '.join(names)}; set another --out, or delete it to begin again"
+            )
+        self.layer.load_state_dict(held["layer"])
+        self.optimizer.load_state_dict(held["optimizer"])
+        self.step = held["step"]
+
+    def _save(self, epoch: int, figures: dict[str, float]) -> None:
+        if distributed.rank() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = {
+            "version": checkpoint.VERSION, "identity": self._identity, "step": self.step,
+            "layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        unfinished = self.folder / "probe.unfinished"
+        torch.save(held, unfinished)
+        os.replace(unfinished, self.folder / "probe.pt")
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"epoch": epoch, **figures}) + "\n")

@@ -1,0 +1,140 @@
+"""The linear probe on the frozen features of a run, or of an exported file (MoCo's protocol; Table 6 of the paper).
+
+    python scripts/linear.py --run RUN_DIR --train SHARDS --val SHARDS --out probe
+    torchrun --nproc_per_node=8 scripts/linear.py --run RUN_DIR --train SHARDS --val SHARDS --out probe
+
+The same command goes on after a stop. The learning rate is that for 256 images and is rescaled to the batch.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+
+from rich.console import Console
+
+from inscon import distributed
+from inscon.precision import choose_precision
+from inscon.transfer.export import any_trunk
+from inscon.transfer.linear import Probe, Protocol
+from pipelines.evaluation import Engine, LabelledViews
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """A linear probe."""
+
+    run: Path
+    """A run folder, whose newest checkpoint is taken, a checkpoint, or a file of scripts/export.py."""
+    train: Path
+    """Labelled shards to learn from."""
+    val: Path
+    """Labelled shards to be tested on."""
+    out: Path = Path("probe")
+    """Receives result.json, metrics.jsonl and probe.pt."""
+    untrained: bool = False
+    """The network before training instead."""
+    epochs: int = 100
+    """The learning rate falls to a tenth at 60 % and 80 % of them."""
+    batch_size: int = 256
+    """Over all ranks."""
+    base_lr: float = 30.0
+    """For 256 images; what is used is this times batch_size / 256."""
+    view_size: int | None = None
+    """Side of the crops, px. None: as the run was trained."""
+    evaluate_every: int = 10
+    """Epochs between evaluations; the last one is always evaluated."""
+    pipeline: Engine = "auto"
+    """Engine that reads the shards."""
+    threads: int | None = None
+    """Of the loader, per rank. None: its share of the cores."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the trunk; the layer is always trained in float32."""
+    seed: int = 0
+    """Of the layer's start, the order and the crops."""
+
+
+def main(config: LinearConfig) -> dict:
+    device = distributed.start()
+    try:
+        return probe(config, device)
+    finally:
+        distributed.stop()
+
+
+def probe(config: LinearConfig, device) -> dict:
+    console, rank, world = Console(), distributed.rank(), distributed.world_size()
+    if config.batch_size % world:
+        raise ValueError(
+            f"batch_size must be a multiple of the {world} ranks. Found: {config.batch_size}; set --batch-size "
+            f"{max(config.batch_size // world, 1) * world}"
+        )
+    trunk, facts = any_trunk(config.run, config.untrained)
+    side = config.view_size or facts["config"]["views"]["view_size"]
+    precision = choose_precision(config.precision, device)
+    train, val = (
+        LabelledViews(
+            data, side, config.batch_size, config.pipeline, threads=config.threads, device=device,
+            dtype=precision.pixel_dtype, seed=config.seed, rank=rank, world_size=world,
+        )
+        for data in (config.train, config.val)
+    )  # fmt: skip
+    if config.batch_size > len(train.index):
+        raise ValueError(
+            f"batch_size must be at most the {len(train.index)} pictures of {config.train}. Found: {config.batch_size}; set "
+            f"--batch-size {max(len(train.index) // 4, 1)}"
+        )
+    if val.num_classes > train.num_classes:
+        raise ValueError(
+            f"the classes must be those of the training set. Found: {val.num_classes} in {config.val}, {train.num_classes} in "
+            f"{config.train}; pack both with the same class folders"
+        )
+    protocol = Protocol(
+        num_classes=train.num_classes, epochs=config.epochs, batch_size=config.batch_size, base_lr=config.base_lr,
+        seed=config.seed,
+    )  # fmt: skip
+    run = Probe(trunk, protocol, config.out, device, train.fingerprint, precision.autocast_dtype)
+    if rank == 0:
+        rescaled = (
+            "" if protocol.lr == protocol.base_lr else f" (the protocol's {protocol.base_lr:g} is for 256 images)"
+        )
+        console.print(
+            f"Linear probe of {facts['what']}: {protocol.num_classes} classes, {protocol.epochs} epochs, batch "
+            f"{protocol.batch_size}, lr {protocol.lr:g}{rescaled}, {precision.name}, from epoch "
+            f"{run.step // train.steps_per_epoch}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+    def say(epoch: int, figures: dict[str, float]) -> None:
+        if rank == 0:
+            tops = "  ".join(f"{name} {100 * figures[name]:.1f} %" for name in ("top1", "top5") if name in figures)
+            console.print(
+                f"epoch {epoch}/{protocol.epochs}  loss {figures['loss']:.3f}  lr {figures['lr']:g}  {tops}",
+                highlight=False,
+            )
+
+    found = run.train(
+        train.random_crops, train.steps_per_epoch, lambda: run.evaluate(val.centre_crops()), say, config.evaluate_every
+    )
+    result = {
+        "what": facts["what"], "step": facts["step"], "trunk": run.before, "protocol": protocol.__dict__ | {"lr": protocol.lr},
+        "view_size": side, "pictures": {"train": len(train.index), "val": len(val.index)}, **found,
+    }  # fmt: skip
+    if rank == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"linear probe: {100 * found['top1']:.1f} % of {len(val.index)} pictures; trunk unchanged.")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(LinearConfig, description=__doc__))
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"linear.py: {error}") from None

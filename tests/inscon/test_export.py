@@ -1,0 +1,285 @@
+"""Exports: what other libraries make of them, and what is caught when they are read back."""
+
+import copy
+import json
+import pickle
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from inscon import checkpoint
+from inscon.config import Config, ModelConfig, OptimConfig, RunConfig, ViewConfig, resolve
+from inscon.encoder import Trunk
+from inscon.model import InsCon
+from inscon.transfer import export
+from inscon.transfer.statistics import estimate
+from inscon.transfer.trunk import PREFIX
+
+
+def make_run(folder, arch="resnet18"):
+    """A run folder whose two encoders differ in every weight and statistic."""
+    config = resolve(
+        Config(
+            views=ViewConfig(view_size=64),
+            model=ModelConfig(arch=arch, queue_size=16, cell_queue_size=144),
+            optim=OptimConfig(batch_size=8),
+            run=RunConfig(run_dir=folder),
+        ),
+        1,
+    )
+    torch.manual_seed(0)
+    model = InsCon(config.model, config.views, 8)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("running_mean"):
+                value.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif name.endswith("num_batches_tracked"):
+                value.fill_(7)
+        for parameter in model.key_encoder.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    contents = {"step": 7, "model": model.state_dict(), "config": config.to_dict(), "data": "a set"}
+    checkpoint.save(folder, contents, keep=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def run50(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run50"), "resnet50")
+
+
+@pytest.fixture(scope="module")
+def jpeg():
+    """A real JPEG's pixels: a smooth picture, compressed and read again."""
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.rand(3, 12, 12, generator=generator)
+    levels = nn.functional.interpolate(coarse[None], size=(224, 224), mode="bicubic")[0].clamp(0, 1).mul(255).byte()
+    decoded = torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(levels, quality=90)).float() / 255
+    return torchvision.transforms.functional.normalize(decoded, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]
+
+
+def tensors_of(run, prefix=PREFIX):
+    contents = checkpoint.load(checkpoint.latest(run))
+    return {name[len(prefix) :]: v for name, v in contents["model"].items() if name.startswith(prefix)}, contents
+
+
+def hooked_stages(network, names, pixels):
+    """What comes out of four modules of any network."""
+    found, hooks = {}, []
+    for stage, name in names.items():
+        module = network.get_submodule(name)
+        hooks.append(module.register_forward_hook(lambda _m, _i, out, stage=stage: found.update({stage: out})))
+    with torch.inference_mode():
+        network.eval()(pixels)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+LAYERS = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_library_loads_an_export_strictly_and_computes_what_we_compute(run50, jpeg, tmp_path, library, suffix):
+    if suffix == ".safetensors":
+        safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    file = tmp_path / f"r50{suffix}"
+    export.export(run50, library, file)
+    held = torch.load(file, weights_only=True) if suffix == ".pth" else safetensors.load_file(file)
+    assert len(held) == 318 and set(held) == set(tensors_of(run50)[0])
+    if library == "torchvision":
+        network = torchvision.models.resnet50(weights=None)
+        network.fc = nn.Identity()
+    else:
+        timm = pytest.importorskip("timm", reason="timm is not installed")
+        network = timm.create_model("resnet50", pretrained=False, num_classes=0)
+    network.load_state_dict(held, strict=True)
+    trunk = Trunk("resnet50")
+    trunk.load_state_dict(tensors_of(run50)[0])
+    ours, theirs = hooked_stages(trunk, LAYERS, jpeg), hooked_stages(network, LAYERS, jpeg)
+    for stage, value in ours.items():
+        assert value.abs().max() > 1e-3
+        torch.testing.assert_close(theirs[stage], value, rtol=1e-5, atol=1e-5)
+
+
+# The map of TRANSFER's table, written again from it and by other means than the exporter's: rules in order, first to last.
+RULES = [(r"^(conv1|bn1)\b", r"stem.\1")] + [(rf"^layer{n}\.", f"res{n + 1}.") for n in (1, 2, 3, 4)]
+RULES += [(r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut.norm"), (r"\bbn1", "conv1.norm"),
+          (r"\bbn2", "conv2.norm"), (r"\bbn3", "conv3.norm")]  # fmt: skip
+
+
+def test_the_file_for_detectron2_holds_every_tensor_under_its_name(run50, tmp_path):
+    file = tmp_path / "r50.pkl"
+    export.export(run50, "detectron2", file)
+    held = pickle.loads(file.read_bytes())
+    assert held["__author__"] and held["matching_heuristics"] is True
+    expected, _ = tensors_of(run50)
+    assert len(expected) == len(held["model"]) == 318
+    for name, value in expected.items():
+        for pattern, replacement in RULES:
+            name = re.sub(pattern, replacement, name)
+        assert (held["model"].pop(name) == value.numpy()).all()
+    assert not held["model"]
+    assert {"stem.conv1.norm.running_var", "res2.0.shortcut.norm.bias", "res5.2.conv3.weight"} <= {
+        export.to_detectron2(name) for name in expected
+    }
+    assert all(export.from_detectron2(export.to_detectron2(name)) == name for name in expected)
+    assert b"numpy._core" not in file.read_bytes()[:4096]  # where NumPy 1 couldn't read it
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
+def test_what_made_it_travels_in_the_file(run, tmp_path, name):
+    facts = export.export(run, "detectron2" if name.endswith("pkl") else "mmdet", tmp_path / name)
+    tensors, held = export.read(tmp_path / name)
+    assert held == facts and held["step"] == 7 and held["encoder"] == "query" and held["norm_batches"] == 0
+    assert held["config"]["model"]["arch"] == "resnet18" and held["inscon"]
+    assert all(torch.equal(tensors[n], v) for n, v in tensors_of(run)[0].items())
+    assert export.check(tmp_path / name, tensors_of(run)[1]) == facts
+
+
+def spoiled(file, change):
+    """The file again, after `change` of its dictionary."""
+    held = torch.load(file, weights_only=True)
+    made = OrderedDict(change(copy.copy(dict(held))) or {})
+    made.inscon = held.inscon
+    torch.save(made, file)
+    return file
+
+
+def test_reading_back_catches_what_is_wrong(run, tmp_path):
+    file, (_, contents) = tmp_path / "a.pth", tensors_of(run)
+
+    def check_after(change):
+        export.export(run, "torchvision", file)
+        export.check(spoiled(file, change), contents)
+
+    check_after(lambda held: held)
+    name = "layer3.0.conv2.weight"
+    with pytest.raises(
+        export.ExportError, match=f"differs from its checkpoint in 1 of 120 tensors, the first is {name}; export"
+    ):
+        check_after(lambda held: held | {name: held[name] + 1e-7})
+    with pytest.raises(
+        export.ExportError, match="holds 60 tensors where the trunk has 120.*BatchNorm's statistics are left out"
+    ):
+        check_after(lambda held: {n: v for n, v in held.items() if "running" not in n and "tracked" not in n})
+    key, _ = tensors_of(run, "key_encoder.trunk.")
+    with pytest.raises(export.ExportError, match="holds the key encoder's trunk, a slow copy"):
+        check_after(lambda held: {n: key[n] for n in held})
+    with pytest.raises(export.ExportError, match="unknown is fc.weight"):
+        check_after(lambda held: held | {"fc.weight": torch.zeros(2)})
+    with pytest.raises(
+        export.ExportError, match="differs from its checkpoint in 1 of 120 tensors, the first is bn1.running_mean"
+    ):
+        check_after(lambda held: held | {"bn1.running_mean": held["bn1.running_mean"] + 1})
+
+
+def test_an_export_that_is_wrong_never_gets_its_name(run, tmp_path, monkeypatch):
+    file = tmp_path / "a.pth"
+    file.write_bytes(b"an older file")
+    write = export._write
+
+    def careless(tensors, facts, path):
+        write({n: torch.zeros_like(v) for n, v in tensors.items()}, facts, path)
+
+    monkeypatch.setattr(export, "_write", careless)
+    with pytest.raises(export.ExportError, match="differs from its checkpoint"):
+        export.export(run, "torchvision", file)
+    assert file.read_bytes() == b"an older file" and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_features_that_a_library_computes_otherwise_are_caught(run, tmp_path, monkeypatch):
+    networks = export._networks
+
+    def with_another_stride(*arguments):
+        for library, network in networks(*arguments):
+            network.layer4[0].conv1.stride, network.layer4[0].conv2.stride = (1, 1), (2, 2)
+            yield library, network
+
+    monkeypatch.setattr(export, "_networks", with_another_stride)
+    with pytest.raises(
+        export.ExportError, match="makes torchvision compute other features at res5, .* apart; export again"
+    ):
+        export.export(run, "torchvision", tmp_path / "a.pth")
+
+
+def test_wrong_use_is_one_sentence(run, tmp_path):
+    with pytest.raises(
+        export.ExportError, match=r"a file for detectron2 must end in .pkl.*Found: a.pth; set --out a.pkl"
+    ):
+        export.export(run, "detectron2", tmp_path / "a.pth")
+    with pytest.raises(export.ExportError, match=r"a file for mmdet must end in .pth.*Found: a.pkl"):
+        export.export(run, "mmdet", tmp_path / "a.pkl")
+    with pytest.raises(
+        export.ExportError, match='there is no format "caffe"; set --format to one of: torchvision, timm'
+    ):
+        export.export(run, "caffe", tmp_path / "a.pth")
+    export.export(run, "detectron2", tmp_path / "a.pkl")
+    with pytest.raises(
+        export.ExportError, match="a.pkl is written for detectron2.*export the same run with --format torchvision"
+    ):
+        export.load_for_torchvision(tmp_path / "a.pkl")
+    (tmp_path / "b.pth").write_bytes(b"no such thing")
+    with pytest.raises(export.ExportError, match="b.pth is no export of this program"):
+        export.read(tmp_path / "b.pth")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "c.pth")
+    with pytest.raises(export.ExportError, match="c.pth is no export of this program"):
+        export.read(tmp_path / "c.pth")
+    with pytest.raises(export.ExportError, match="there is no file .*d.pth; write one with scripts/export.py"):
+        export.read(tmp_path / "d.pth")
+    contents = checkpoint.load(checkpoint.latest(run))
+    torch.save(contents | {"version": 99}, tmp_path / "old.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads 1"):
+        export.export(tmp_path / "old.pt", "torchvision", tmp_path / "e.pth")
+    assert not (tmp_path / "e.pth").exists()
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("run by a pickle",)
+
+
+def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path, capsys):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {}, "inscon": Bomb()}))
+    with pytest.raises(export.ExportError, match=r"a.pkl is no export of this program \(UnpicklingError\)"):
+        export.read(tmp_path / "a.pkl")
+    assert "run by a pickle" not in capsys.readouterr().out
+
+
+def test_statistics_of_one_batch_are_its_own(run, tmp_path):
+    """Closed form at the first layer: mean and unbiased variance of what the convolution gives, over all batches' means."""
+    trunk = Trunk("resnet18", num_groups=2)
+    trunk.load_state_dict(tensors_of(run)[0])
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(6, 3, 64, 64, generator=generator) * (1 + i) for i in range(3)]
+    made, count = estimate(trunk, batches)
+    assert count == 3 and not trunk.training and trunk.bn1.num_groups == 2 and trunk.bn1.momentum == 0.1
+    maps = [trunk.conv1(batch).detach() for batch in batches]
+    mean = sum(m.mean((0, 2, 3)) for m in maps) / 3
+    variance = sum(m.var((0, 2, 3), unbiased=True) for m in maps) / 3
+    torch.testing.assert_close(made["bn1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made["bn1.running_var"], variance, rtol=1e-4, atol=1e-5)
+    assert len(made) == 60
+    export.export(run, "torchvision", tmp_path / "a.pth", made, count)
+    tensors, facts = export.read(tmp_path / "a.pth")
+    assert facts["norm_batches"] == 3 and torch.equal(tensors["bn1.running_mean"], made["bn1.running_mean"])
+    held = torch.load(tmp_path / "a.pth", weights_only=True)
+    changed = OrderedDict(dict(held) | {"bn1.running_mean": held["bn1.running_mean"] + 1})
+    changed.inscon = held.inscon
+    torch.save(changed, tmp_path / "a.pth")
+    with pytest.raises(export.ExportError, match="is not as it was written, its checksum differs"):
+        export.check(tmp_path / "a.pth", tensors_of(run)[1])
+    with pytest.raises(ValueError, match="need at least 1 batch. Found: 0; set --norm-batches 1"):
+        estimate(trunk, [])
+    assert json.loads(held.inscon)["digest"] == facts["digest"]

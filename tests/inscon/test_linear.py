@@ -1,0 +1,177 @@
+"""The linear probe: learns what is there to be learned, leaves the trunk alone, goes on where it stopped, keeps the protocol."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inscon.encoder import Trunk
+from inscon.transfer import knn
+from inscon.transfer.export import digest
+from inscon.transfer.linear import Probe, Protocol
+
+CPU, STEPS = torch.device("cpu"), 3
+
+
+def batches(start, stop):
+    """Pictures of three colours, which are their classes."""
+    for step in range(start, stop):
+        generator = torch.Generator().manual_seed(step)
+        labels = torch.randint(3, (8,), generator=generator)
+        yield (
+            F.one_hot(labels, 3).float()[:, :, None, None] + 0.1 * torch.randn(8, 3, 64, 64, generator=generator),
+            labels,
+        )
+
+
+@contextlib.contextmanager
+def crops(start, stop):
+    yield batches(start, stop)
+
+
+def make_probe(folder, trunk=None, data="data", **protocol):
+    torch.manual_seed(0)
+    protocol = Protocol(num_classes=3, **{"epochs": 4, "batch_size": 8, "base_lr": 30.0, **protocol})
+    return Probe(trunk or Trunk("resnet18"), protocol, folder, CPU, data)
+
+
+def train(probe, epochs=None, said=None):
+    def say(epoch, figures):
+        if said is not None:
+            said.append((epoch, figures))
+        if epoch == epochs:
+            raise KeyboardInterrupt
+
+    return probe.train(crops, STEPS, lambda: probe.evaluate(batches(100, 104)), say, evaluate_every=2)
+
+
+def test_a_probe_equals_the_protocol_written_out(tmp_path):
+    """Against a loop with the features taken once: N(0, 0.01), momentum 0.9, no decay, lr / 10 at 60 % and 80 %, lr by batch."""
+    probe = make_probe(tmp_path, base_lr=1.0)
+    weight, bias = probe.layer.weight.detach().clone().requires_grad_(), torch.zeros(3, requires_grad=True)
+    assert weight.std().item() == pytest.approx(0.01, rel=0.1) and not probe.layer.bias.any()
+    said = []
+    found = train(probe, said=said)
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for step, (pixels, labels) in enumerate(batches(0, 4 * STEPS)):
+        lr = 1 * 8 / 256 * (1 if step // STEPS < 2 else 0.1 if step // STEPS < 3 else 0.01)
+        with torch.no_grad():
+            pooled = probe.trunk(pixels)["res5"].mean((2, 3))
+        loss = F.cross_entropy(pooled @ weight.T + bias, labels)
+        for i, (parameter, gradient) in enumerate(zip((weight, bias), torch.autograd.grad(loss, (weight, bias)))):
+            velocity[i] = 0.9 * velocity[i] + gradient
+            parameter.data -= lr * velocity[i]
+    torch.testing.assert_close(probe.layer.weight, weight, rtol=1e-3, atol=1e-5)
+    assert found["top1"] > 0.9 and [epoch for epoch, _ in said] == [1, 2, 3, 4] and set(found) == {"top1"}
+    assert ["top1" in figures for _, figures in said] == [False, True, False, True]
+    assert [round(figures["lr"], 6) for _, figures in said] == [0.03125, 0.03125, 0.003125, 0.000313]
+
+
+def test_the_trunk_is_untouched_and_a_touched_one_is_noticed(tmp_path):
+    trunk = Trunk("resnet18")
+    trunk.bn1.running_mean.fill_(0.1)
+    before = digest(trunk.state_dict())
+    probe = make_probe(tmp_path, trunk)
+    train(probe)
+    assert digest(probe.trunk.state_dict()) == before == probe.before
+    assert not any(p.requires_grad or p.grad is not None for p in probe.trunk.parameters())
+    with torch.no_grad():
+        probe.trunk.layer4[1].bn2.running_var[3] += 1e-6
+    with pytest.raises(AssertionError, match="the frozen trunk has changed"):
+        probe.check_trunk()
+
+
+def test_a_stopped_probe_goes_on(tmp_path):
+    whole = make_probe(tmp_path / "whole")
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_probe(tmp_path / "stopped"), epochs=2)
+    again = make_probe(tmp_path / "stopped")
+    assert again.step == 2 * STEPS
+    train(again)
+    assert torch.equal(again.layer.weight, whole.layer.weight)
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="is a probe with another data; set another --out, or delete it"):
+        make_probe(tmp_path / "stopped", data="other data")
+    with pytest.raises(ValueError, match="is a probe with another epochs and base_lr;"):
+        make_probe(tmp_path / "stopped", epochs=5, base_lr=3.0)
+
+
+def test_the_learning_rate_fits_the_batch():
+    assert Protocol(num_classes=9, batch_size=2048).lr == 240 and Protocol(num_classes=9).lr == 30
+    assert [Protocol(num_classes=9).lr_at(epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx(
+        [30, 30, 3, 3, 0.3, 0.3]
+    )
+    with pytest.raises(ValueError, match="base_lr must be greater than 0. Found: 0"):
+        Protocol(num_classes=9, base_lr=0.0)
+
+
+def test_a_rate_that_explodes_is_one_sentence(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"the probe's loss is not finite any more. Found: .*; set a smaller --base-lr than"
+    ):
+        train(make_probe(tmp_path, base_lr=1e38))
+
+
+# ------------------------------------------------------------------------------------------------------------ neighbours
+
+
+def rows_of(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, 8, generator=generator), dim=1), torch.randint(
+        4, (count,), generator=generator
+    )
+
+
+def test_leaving_one_out_equals_a_bank_without_it():
+    rows, labels = rows_of(30, 0)
+    alone = [knn.accuracy(rows[i : i + 1], labels[i : i + 1], torch.cat([rows[:i], rows[i + 1 :]]),
+                          torch.cat([labels[:i], labels[i + 1 :]]), k=5) for i in range(30)]  # fmt: skip
+    assert knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True) == pytest.approx(sum(alone) / 30)
+    assert 0 < sum(alone) < 30
+    with pytest.raises(ValueError, match=r"k must lie in 1..29, the size of the bank. Found: 30"):
+        knn.accuracy(rows, labels, rows, labels, k=30, leave_one_out=True)
+
+
+def test_accuracy_in_pieces_is_the_same(monkeypatch):
+    rows, labels = rows_of(50, 1)
+    whole = knn.accuracy(rows[:20], labels[:20], rows[20:], labels[20:], k=5)
+    monkeypatch.setattr(knn, "SIMILARITIES", 100)
+    assert knn.accuracy(rows[:20], labels[:20], rows[20:], labels[20:], k=5) == whole
+    alone = knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True)
+    monkeypatch.undo()
+    assert knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True) == alone
+
+
+def test_the_monitor_leaves_the_trunk_in_training():
+    trunk = Trunk("resnet18").train()
+    before = digest(trunk.state_dict())
+    share = knn.monitor(trunk, batches(0, 3), k=3)
+    assert trunk.training and digest(trunk.state_dict()) == before and 0 <= share <= 1
+
+
+def test_kept_features_go_on(tmp_path):
+    trunk = Trunk("resnet18").eval()
+    held = list(batches(0, 3))
+    expected, labels = knn.features(trunk, held)
+    asked = []
+
+    def batches_from(done, stop=None):
+        asked.append(done)
+        for number, batch in enumerate(held[done // 8 :], done // 8):
+            if number == stop:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        knn.kept_features(tmp_path, "bank", trunk, lambda done: batches_from(done, stop=2), 24, "this trunk")
+    rows, same = knn.kept_features(tmp_path, "bank", trunk, batches_from, 24, "this trunk")
+    assert asked == [0, 16] and torch.equal(same, labels)
+    assert (rows - expected).abs().max() < 1e-3 and (rows.norm(dim=1) - 1).abs().max() < 1e-5
+    knn.kept_features(tmp_path, "bank", trunk, batches_from, 24, "this trunk")
+    assert asked == [0, 16]  # all there
+    knn.kept_features(tmp_path, "bank", trunk, batches_from, 24, "another trunk")
+    assert asked == [0, 16, 0]

@@ -1,0 +1,118 @@
+"""Labelled views, one of each sample: against torchvision's own transforms, by every engine, over ranks, from the middle."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from data_prep.index import NO_LABEL
+from pipelines.colour import MEAN, STD
+from pipelines.evaluation import LabelledViews
+from pipelines.reference import picture_of
+from tests.packed import Sample, write_set
+from tests.pipelines.conftest import as_jpeg, beton_beside, data_for, draw_picture
+
+SIDE, COUNT, CLASSES = 64, 23, 3
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """23 pictures of three classes, larger than the crops."""
+    folder = tmp_path_factory.mktemp("labelled") / "set"
+    samples = []
+    for i in range(COUNT):
+        height, width = 80 + 9 * i, 210 - 5 * i
+        samples.append(
+            Sample(as_jpeg(draw_picture(i, height, width)), height, width, i % CLASSES, f"{i % CLASSES}/{i}.jpg")
+        )
+    names = ["a", "b", "c"]
+    write_set(folder, samples, per_shard=6, class_names=names, seed=0)
+    write_set(beton_beside(folder), samples, per_shard=6, class_names=names, seed=0, container="beton")
+    return folder
+
+
+@pytest.fixture(params=["reference", "dali", "ffcv"])
+def views(request, labelled):
+    """Makes LabelledViews of one engine; skips where it is not installed."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    if request.param == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed", exc_type=ImportError)
+
+    def make(**settings):
+        return LabelledViews(
+            data_for(request.param, labelled),
+            SIDE,
+            pipeline=request.param,
+            **{"batch_size": 5, "threads": 1, **settings},
+        )
+
+    return make
+
+
+def joined(batches):
+    pixels, labels = zip(*((pixels.clone(), labels) for pixels, labels in batches))
+    return torch.cat(pixels), torch.cat(labels)
+
+
+def test_centre_crops_are_imagenets(views):
+    """torchvision resizes the whole picture and cuts; here the cut is resized. Edges are rounded to whole px before, not after."""
+    one = views()
+    pixels, labels = joined(one.centre_crops())
+    assert pixels.shape == (COUNT, 3, SIDE, SIDE) and labels.tolist() == [i % CLASSES for i in range(COUNT)]
+    theirs = v2.Compose([v2.Resize(SIDE * 256 // 224), v2.CenterCrop(SIDE), v2.ToImage(),
+                         v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])  # fmt: skip
+    expected = torch.stack([theirs(picture_of(one.index, i)) for i in range(COUNT)])
+    assert (pixels - expected).abs().mean() < 0.15  # of a standard deviation; fine noise moves with half a pixel
+    shifted = torch.stack([theirs(picture_of(one.index, (i + 1) % COUNT)) for i in range(COUNT)])
+    assert (pixels - shifted).abs().mean() > 1
+    smooth = torch.nn.functional.avg_pool2d
+    assert (smooth(pixels, 8) - smooth(expected, 8)).abs().max() < 0.35
+
+
+def test_engines_see_the_same(labelled, views):
+    exact = LabelledViews(labelled, SIDE, 5, "reference", threads=0)
+    made, expected = joined(views().centre_crops()), joined(exact.centre_crops())
+    assert (made[0] - expected[0]).abs().max() < 0.05 and torch.equal(made[1], expected[1])
+    with views().random_crops(0, 6) as ours, exact.random_crops(0, 6) as theirs:
+        (one, labels), (other, same) = joined(ours), joined(theirs)
+    assert len(one) == 30 and (one - other).abs().max() < 0.05 and torch.equal(labels, same)
+
+
+def test_centre_crops_go_on_from_the_middle(views):
+    whole, rest = joined(views().centre_crops()), joined(views().centre_crops(done=13))
+    assert torch.equal(whole[0][13:], rest[0]) and torch.equal(whole[1][13:], rest[1])
+    assert list(views().centre_crops(done=COUNT)) == []
+    assert len(joined(views(limit=7).centre_crops())[0]) == 7
+
+
+def test_ranks_share_the_centre_crops(views):
+    """Every sample once, though 23 aren't divided by 2 ranks of 2."""
+    whole, _ = joined(views().centre_crops())
+    parts = [joined(views(batch_size=4, rank=rank, world_size=2).centre_crops())[0] for rank in range(2)]
+    assert sum(map(len, parts)) == COUNT
+    numbers = [int((whole - row).abs().amax((1, 2, 3)).argmin()) for part in parts for row in part]
+    assert sorted(numbers) == list(range(COUNT))
+
+
+def test_random_crops_resume_and_differ_between_epochs(views):
+    one = views()
+    assert one.steps_per_epoch == 4
+    with one.random_crops(0, 8) as batches:
+        pixels, labels = joined(batches)
+    with one.random_crops(3, 8) as batches:
+        later, _ = joined(batches)
+    assert torch.equal(pixels[15:], later)
+    assert not torch.equal(pixels[:20], pixels[20:])
+    assert sorted(np.bincount(labels[:20])) != [0, 0, 20] and len(labels) == 40
+
+
+def test_a_set_without_labels_is_refused(tmp_path):
+    samples = [Sample(as_jpeg(Image.new("RGB", (70, 70), (9 * i,) * 3)), 70, 70, NO_LABEL, f"{i}.jpg") for i in range(8)]
+    write_set(tmp_path / "flat", samples, per_shard=8, class_names=[], seed=0)
+    with pytest.raises(
+        ValueError, match="frozen evaluation needs labels. Found: none in .*flat; pack a folder of class folders"
+    ):
+        LabelledViews(tmp_path / "flat", SIDE)
+    assert LabelledViews(tmp_path / "flat", SIDE, labels_needed=False).num_classes == 0  # none are known
