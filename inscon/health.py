@@ -1,13 +1,19 @@
 """Is the run normal? What shows, between two log lines, the faults that raise no exception (docs/healthy-run.md).
 
 A key encoder that stands still, a queue that isn't renewed, embeddings that fall into one point, BatchNorm that gives the
-answer away: losses go on and look like losses. Looking costs some small kernels and one wait for the device per log line.
+answer away: losses go on and look like losses. Looking costs some small kernels and one wait for the device per log line; who
+is normalised with whom is tried out once, on the first batch, for about what a step costs.
 """
+
+import copy
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inscon import distributed
+from inscon.batch import Batch, View
 from inscon.key_queue import KeyQueue
 from inscon.model import InsCon
 
@@ -17,12 +23,60 @@ LEAK_LOOKS = 3
 """In so many log lines one after the other."""
 LEAST_KEYS = 4096
 """Keys that a positive must beat for its share to tell anything: among a few hundred, a good run finds its own nearly always."""
+SHARED = 0.6
+"""Share of its query's BatchNorm group that an image's key may meet again; shuffling leaves half of them where there are two
+groups, and fewer else (`inscon.norm.shuffle_order`)."""
+CHANGED = 1e-4
+"""How far a unit embedding moves at least, in some component, when another image of its BatchNorm group becomes another one."""
 CONCENTRATED = 0.98
 """Length of the mean key, 0..1; with it, the keys of all images are one point within some 10 degrees."""
 TURNS = 2
 """How often a queue must have been filled before its keys are judged: an untrained network's all look alike."""
 RENEWED = 0.5
 """Least share of the keys that should have been replaced which must have been."""
+
+
+@torch.no_grad()
+def shared_statistics(model: InsCon, batch: Batch) -> float | None:
+    """Share, 0..1, of the images that the first image's query is normalised among, which its key is normalised among, too.
+
+    Found from outside: the first image becomes another one, and whose embeddings change is counted, over all ranks. Works on
+    a copy of the model. None where the queries are mosaics only. All ranks must call it.
+    """
+    if not {"single", "cell"} & set(model.config.heads):
+        return None
+    probe = copy.deepcopy(model).train()
+    overlap = probe._find_overlap(batch)
+    met = {}
+    for name, view, boxes in (("query", batch.query, overlap.query_box), ("key", batch.key, overlap.key_box)):
+        pixels = view.pixels.float()
+        other = pixels.clone()
+        if distributed.rank() == 0:
+            other[0] = 1 - 2 * other[0]
+        views = [dataclasses.replace(view, pixels=made) for made in (pixels, other)]
+        encode = _queries if name == "query" else lambda probe, view, _boxes: probe.encode_keys(view, overlap)
+        one, another = (next(iter(encode(probe, made, boxes).values())).flatten(1) for made in views)
+        met[name] = distributed.gather((one - another).abs().amax(1)) > CHANGED
+        met[name][0] = False
+    among = int(met["query"].sum())
+    return float((met["query"] & met["key"]).sum()) / among if among else 0.0
+
+
+def _queries(probe: InsCon, view: View, boxes: Tensor) -> dict[str, Tensor]:
+    """Queries of single views, as the pieces of a step make them."""
+    made = []
+    for piece in (piece for piece in probe.pieces if piece.query):
+        taken = probe._images(piece, len(view.flipped))
+        made.append(probe.query_encoder(*(tensor[taken] for tensor in (view.pixels, boxes, view.flipped))))
+    return {name: torch.cat([part[name] for part in made]) for name in made[0]}
+
+
+def leaking(share: float, norm: str) -> str:
+    """The sentence about what `shared_statistics` found."""
+    return (
+        f"BatchNorm leaks: the key of an image is normalised among {100 * share:.0f} % of the images that its query was, so the "
+        f"batch can give the answer away, and does so late and silently (is norm, {norm}, without a shuffle?)"
+    )
 
 
 class Health:
@@ -83,6 +137,13 @@ class Health:
         new = [sentence for cause, sentence in found.items() if cause not in self._warned]
         self._warned |= set(found)
         return figures, new
+
+    def look_at_norm(self, batch: Batch) -> list[str]:
+        """The warning, if there is one, about who is normalised with whom in `batch`; none where norm = sync was asked for."""
+        if self._model.config.norm == "sync":
+            return []
+        share = shared_statistics(self._model, batch)
+        return [leaking(share, self._model.config.norm)] if share is not None and share > SHARED else []
 
     def _leaking(self, top1: dict[str, float]) -> bool:
         queue = self._queues().get("single")

@@ -35,6 +35,10 @@ class Stopwatch:
             self.steps += 1
             yield batch
 
+    def restart(self) -> None:
+        """The time since the last reading never was."""
+        self._start = time.perf_counter() - self.wait_s
+
     def read(self) -> dict[str, float]:
         """`step_s` (mean) and `data_wait_percent` since the last reading, which this one resets."""
         elapsed, steps = time.perf_counter() - self._start, max(self.steps, 1)

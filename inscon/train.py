@@ -144,8 +144,14 @@ def train(
     health = Health(training.model, config.optim.batch_size, training.step)
     with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, _stop_requests() as stop:
         log.say(describe(training))
+        first = True
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step
+            if first:
+                first = False
+                for sentence in health.look_at_norm(batch):
+                    log.warn(training.step, sentence)
+                watch.restart()
             lr = take_step(training, model, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
@@ -157,7 +163,7 @@ def train(
                 log.write(training.step, found | seen | (monitor() if evaluating else {}))
                 for sentence in warnings:
                     log.warn(training.step, sentence)
-                watch.read()  # looking and evaluating belong to no window
+                watch.restart()  # looking and evaluating belong to no window
             if training.step % config.run.checkpoint_every == 0 or finished or stopping:
                 if telemetry:
                     training.bad_samples = distributed.union(telemetry.bad_samples())

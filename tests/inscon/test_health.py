@@ -9,8 +9,9 @@ import torch
 from benchmarks import health as planted
 from inscon import model as model_module
 from inscon import train
+from inscon.batch import Batch, View
 from inscon.config import resolve, smoke
-from inscon.health import Health
+from inscon.health import SHARED, Health, shared_statistics
 from inscon.model import InsCon
 from tests.inscon.test_train import BATCH, CPU, PER_EPOCH, batch_of, make_config
 
@@ -20,7 +21,12 @@ def plant(monkeypatch):
     """Plants one of the faults that docs/healthy-run.md shows, for the length of a test."""
 
     def plant(fault):
-        replaced = (InsCon, "__init__"), (InsCon, "update_key_encoder"), (InsCon, "enqueue"), (model_module, "row_logits")
+        replaced = (
+            (InsCon, "__init__"),
+            (InsCon, "update_key_encoder"),
+            (InsCon, "enqueue"),
+            (model_module, "row_logits"),
+        )
         for owner, name in replaced:
             monkeypatch.setattr(owner, name, getattr(owner, name))  # which puts it back afterwards
         planted.FAULTS[fault]()
@@ -126,9 +132,46 @@ def test_answers_that_are_always_right_are_noticed():
     assert not any("find their key" in s for step in range(1, 9) for s in few.look(step, {"single": 1.0})[1])
 
 
+def test_statistics_that_leak_are_noticed_on_the_first_batch(tmp_path, plant):
+    plant("leak")
+    _, warnings = run(tmp_path)
+    assert [w["step"] for w in warnings] == [0]
+    assert warnings[0]["warning"].startswith(
+        "BatchNorm leaks: the key of an image is normalised among 100 % of the images that its query was"
+    )
+
+
+@pytest.mark.parametrize("cut", ["joint", "passes", "groups"])
+@pytest.mark.parametrize(("batch_size", "split_size"), [(8, 4), (16, 4), (24, 8)])
+def test_who_is_normalised_with_whom_is_found_from_outside(cut, batch_size, split_size):
+    """Against the groups written out: query i is in group i // size, the key in slot s in group s // size."""
+    settings = dataclasses.replace(
+        smoke().model, norm="split", split_size=split_size, queue_size=48, cell_queue_size=432
+    )
+    torch.manual_seed(0)
+    model = InsCon(settings, smoke().views, batch_size, cut)
+    with_query, slot = set(range(1, split_size)), model.key_order.tolist().index(0)
+    with_key = {model.key_order[s].item() for s in range(batch_size) if s // split_size == slot // split_size} - {0}
+    expected = len(with_query & with_key) / len(with_query)
+    parts = [batch_of(step) for step in range(batch_size // BATCH)]
+
+    def joined(name):
+        return View(
+            **{f: torch.cat([getattr(getattr(b, name), f) for b in parts]) for f in ("pixels", "crop_box", "flipped")}
+        )
+
+    batch = Batch(query=joined("query"), key=joined("key"), mosaic=None, sample_ids=torch.arange(batch_size))
+    before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    assert shared_statistics(model, batch) == pytest.approx(expected) and expected <= SHARED
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    model.key_order = model.key_order_back = torch.arange(batch_size)
+    assert shared_statistics(model, batch) == 1
+
+
 def test_figures_do_not_disturb_the_run(tmp_path, monkeypatch):
     """The same losses with and without anybody looking."""
     looked, _ = run(tmp_path / "looked")
     monkeypatch.setattr(Health, "look", lambda self, step, top1: ({}, []))
+    monkeypatch.setattr(Health, "look_at_norm", lambda self, batch: [])
     alone, _ = run(tmp_path / "alone")
     assert [line["loss"] for line in looked] == [line["loss"] for line in alone] and BATCH == 8

@@ -109,7 +109,9 @@ def test_random_crops_resume_and_differ_between_epochs(views):
 
 
 def test_a_set_without_labels_is_refused(tmp_path):
-    samples = [Sample(as_jpeg(Image.new("RGB", (70, 70), (9 * i,) * 3)), 70, 70, NO_LABEL, f"{i}.jpg") for i in range(8)]
+    samples = [
+        Sample(as_jpeg(Image.new("RGB", (70, 70), (9 * i,) * 3)), 70, 70, NO_LABEL, f"{i}.jpg") for i in range(8)
+    ]
     write_set(tmp_path / "flat", samples, per_shard=8, class_names=[], seed=0)
     with pytest.raises(
         ValueError, match="frozen evaluation needs labels. Found: none in .*flat; pack a folder of class folders"
