@@ -1,7 +1,7 @@
 """The linear probe on the frozen features of a run, or of an exported file (MoCo's protocol; Table 6 of the paper).
 
-    python scripts/linear.py --run RUN_DIR --train SHARDS --val SHARDS --out probe
-    torchrun --nproc_per_node=8 scripts/linear.py --run RUN_DIR --train SHARDS --val SHARDS --out probe
+    python scripts/linear.py --checkpoint RUN_DIR --train SHARDS --val SHARDS --out probe
+    torchrun --nproc_per_node=8 scripts/linear.py --checkpoint RUN_DIR --train SHARDS --val SHARDS --out probe
 
 The same command goes on after a stop. The learning rate is that for 256 images and is rescaled to the batch.
 """
@@ -9,7 +9,7 @@ The same command goes on after a stop. The learning rate is that for 256 images 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,8 +30,9 @@ from pipelines.evaluation import Engine, LabelledViews
 class LinearConfig:
     """A linear probe."""
 
-    run: Path
-    """A run folder, whose newest checkpoint is taken, a checkpoint, or a file of scripts/export.py."""
+    checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--run",))]
+    """A run folder, whose newest checkpoint is taken, a checkpoint, or a file of scripts/export.py. (torchrun takes --run for an
+    option of its own.)"""
     train: Path
     """Labelled shards to learn from."""
     val: Path
@@ -75,7 +76,7 @@ def probe(config: LinearConfig, device) -> dict:
             f"batch_size must be a multiple of the {world} ranks. Found: {config.batch_size}; set --batch-size "
             f"{max(config.batch_size // world, 1) * world}"
         )
-    trunk, facts = any_trunk(config.run, config.untrained)
+    trunk, facts = any_trunk(config.checkpoint, config.untrained)
     side = config.view_size or facts["config"]["views"]["view_size"]
     precision = choose_precision(config.precision, device)
     train, val = (

@@ -295,7 +295,7 @@ def test_the_monitor_writes_into_the_metrics(trained, shards, tmp_path):
 
 
 @pytest.mark.parametrize(("form", "name"), [
-    ("torchvision", "a.pth"), ("timm", "a.safetensors"), ("mmdet", "b.pth"), ("detectron2", "a.pkl"),
+    ("timm", "a.safetensors"), ("detectron2", "a.pkl"),
 ])  # fmt: skip
 def test_a_run_is_exported_and_its_file_is_known_again(trained, tmp_path, form, name):
     if name.endswith("safetensors"):
@@ -329,7 +329,7 @@ def test_an_export_with_statistics_of_its_own(trained, shards, tmp_path):
 
 def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
     probe = [
-        "--run",
+        "--checkpoint",
         trained,
         "--train",
         shards,
@@ -361,6 +361,7 @@ def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
 
 
 def test_features_are_kept(trained, shards, tmp_path):
-    arguments = ["--run", trained, "--train", shards, "--val", shards, "--k", "3", "--keep", tmp_path / "features"]
+    arguments = ["--run", trained, "--train", shards, "--val", shards, "--k", "3", "--no-untrained"]
+    arguments += ["--keep", tmp_path / "features"]
     first, second = (run(*arguments, script="knn.py").stdout for _ in range(2))
     assert first == second and (tmp_path / "features/trained-val.npy").exists()
