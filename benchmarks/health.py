@@ -102,7 +102,7 @@ def draw(result: dict, path: Path) -> None:
                       linewidth=2.2 if fault == "healthy" else 1.3, marker="." if name == "knn" else None)  # fmt: skip
             first = min((w["step"] for w in run["warnings"]), default=None)
             near = [value for step, value in points if first is not None and step >= first]
-            if near and fault != "healthy":
+            if near and fault != "healthy" and name != "knn":
                 axis.plot(first, near[0], "v", color=axis.lines[-1].get_color(), markersize=7)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
