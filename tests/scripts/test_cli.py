@@ -61,3 +61,43 @@ def test_recipes_can_be_chosen_and_overridden():
         parse(["--recipe", "imagenet"])
     with pytest.raises(SystemExit):
         parse(["--tempratur", "1"])
+
+
+PRETRAININGS = {  # heads, cell temperature and stage of the runs behind the paper's Tables 2 to 9
+    "r1": (("single",), None, None),
+    "r2": (("single", "multi"), None, None),
+    "r3": (("single", "cell"), 0.2, "res5"),
+    "r4": (("single", "cell"), 0.1, "res5"),
+    "r5": (("single", "cell"), 0.3, "res5"),
+    "r6": (("single", "cell"), 0.4, "res5"),
+    "r7": (("single", "multi", "cell"), 0.2, "res5"),
+    "r8": (("single", "multi", "cell"), 0.2, "res4"),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAININGS)
+def test_the_eight_pretrainings_are_recipes_of_table_1(name):
+    heads, temperature, stage = PRETRAININGS[name]
+    config = parse(["--recipe", name])
+    assert config.model.heads == heads
+    if temperature is not None:
+        assert (config.model.cell_temperature, config.model.cell_stage) == (temperature, stage)
+    assert (config.optim.batch_size, config.optim.epochs, config.optim.lr, config.optim.schedule) == (
+        256,
+        200,
+        0.03,
+        "cosine-epoch",
+    )
+    assert config.model.arch == "resnet50" and config.views.view_size == 224 and config.model.temperature == 0.2
+    page = (Path(__file__).resolve().parents[2] / "docs/reproduce.md").read_text()
+    assert f"| `{name}` | {', '.join(heads)} |" in page
+
+
+def test_every_command_of_the_reproduction_page_exists():
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs/reproduce.md").read_text()
+    named = set(re.findall(r"(?:scripts|inscon/transfer/\w+)/\w+\.py", page))
+    assert len(named) >= 6 and all((root / path).exists() for path in named)
+    configs = set(re.findall(r"`(\w+\.yaml)", page))
+    assert len(configs) == 4
+    assert all((root / "inscon/transfer/detectron2/configs" / name).exists() for name in configs)
