@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 scripts/train.py --pipeline dali --data SHARDS       # eight GPUs
     python scripts/train.py --recipe smoke --data SHARDS --epochs 5                  # any field of a recipe is a flag
 
-`--recipe` is imagenet_r50 (the default), moco_v2, moco_v1 or smoke; `--help` lists every setting with its reason.
+`--recipe` is imagenet_r50 (the default), moco_v2, moco_v1, smoke, or r1 to r8 (docs/reproduce.md); `--help` lists every
+setting with its reason.
 """
 
 import argparse
