@@ -22,12 +22,14 @@ sys.path.insert(0, str(ROOT))
 from inscon.profiling.rates import machine, versions
 
 SCENES = ["--num-images", 1024, "--num-val", 256, "--size", 128]
-PROBE = ["--epochs", 15, "--batch-size", 64, "--evaluate-every", 5]
+EPOCHS = 6
+"""Of pre-training."""
+PROBE = ["--epochs", 10, "--batch-size", 64, "--evaluate-every", 5]
 DETECTION = ["--arch", "maskrcnn-fpn", "--min-size", 128, "--test-size", 128, "--batch-size", 4,
              "--rois", 32, "--proposals", 40, "--base-lr", 0.08]  # fmt: skip
 
 
-JUDGED = 96
+JUDGED = 64
 """Pictures of the validation set that detectors are judged on."""
 
 
@@ -67,7 +69,7 @@ def measure(out: Path, iterations: int) -> dict:
     sets = {name: out / f"shards_{name}" for name in ("train", "val")}
     for name, shards in sets.items():
         step(f"packing {name}", "data_prep/make_dali.py", "--data", out / "scenes" / name, "--out", shards)
-    step("pre-training", "scripts/train.py", "--recipe", "smoke", "--data", sets["train"], "--run-dir", run,
+    step("pre-training", "scripts/train.py", "--recipe", "smoke", "--epochs", EPOCHS, "--data", sets["train"], "--run-dir", run,
          "--eval-data", sets["val"], "--eval-every", 40)  # fmt: skip
     sides = ["--train", sets["train"], "--val", sets["val"]]
     said = step("kNN", "scripts/knn.py", "--run", run, *sides, "--k", 20)
@@ -104,7 +106,7 @@ def measure(out: Path, iterations: int) -> dict:
         }
     result |= {
         "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "seconds": step.seconds,
-        "scenes": SCENES, "probe": PROBE, "detection_flags": [*DETECTION, "--iterations", iterations],
+        "scenes": SCENES, "epochs": EPOCHS, "probe": PROBE, "detection_flags": [*DETECTION, "--iterations", iterations],
         "pretraining": lines_of(run / "metrics.jsonl"),
     }  # fmt: skip
     return result
@@ -162,7 +164,7 @@ def draw(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("transfer"))
-    parser.add_argument("--iterations", type=int, default=45, help="of each fine-tuning")
+    parser.add_argument("--iterations", type=int, default=20, help="of each fine-tuning")
     parser.add_argument("--result", type=Path, help="a second place for the JSON")
     arguments = parser.parse_args()
     if arguments.out.exists():
