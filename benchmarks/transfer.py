@@ -101,9 +101,9 @@ def measure(out: Path, iterations: int) -> dict:
         folder = out / f"detection_{name}"
         step(f"fine-tuning, {name}", "scripts/finetune_detection.py", "--weights", *weights, *annotated, "--out", folder,
              "--iterations", iterations, *DETECTION)  # fmt: skip
-        result["detection"][name] = json.loads((folder / "results.json").read_text()) | {
-            "curve": lines_of(folder / "metrics.jsonl")
-        }
+        found = json.loads((folder / "results.json").read_text())
+        found["val"]["json"] = Path(found["val"]["json"]).name  # no machine's paths
+        result["detection"][name] = found | {"curve": lines_of(folder / "metrics.jsonl")}
     result |= {
         "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "seconds": step.seconds,
         "scenes": SCENES, "epochs": EPOCHS, "probe": PROBE, "detection_flags": [*DETECTION, "--iterations", iterations],
@@ -117,7 +117,7 @@ def page(result: dict) -> str:
     knn, linear, found = result["knn"], result["linear"], result["detection"]
     lines = [
         "# Pre-trained for a few minutes, and used", "",
-        f"{result['date']}, {result['machine']}; {sum(result['seconds'].values()) / 60:.1f} minutes in all. One run of each: so "
+        f"{result['date']}, {result['machine']['cores']} cores of {result['machine']['cpu']}; {sum(result['seconds'].values()) / 60:.1f} minutes in all. One run of each: so "
         "short a training says that the parts fit together, not how good the method is.", "",
         "| | before training | pre-trained |", "|---|---|---|",
         f"| kNN, k = 20 | {100 * knn['untrained']:.1f} % | {100 * knn['trained']:.1f} % |",
