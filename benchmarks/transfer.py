@@ -115,9 +115,10 @@ def measure(out: Path, iterations: int) -> dict:
 def page(result: dict) -> str:
     """report.md."""
     knn, linear, found = result["knn"], result["linear"], result["detection"]
+    minutes, here = sum(result["seconds"].values()) / 60, result["machine"]
     lines = [
         "# Pre-trained for a few minutes, and used", "",
-        f"{result['date']}, {result['machine']['cores']} cores of {result['machine']['cpu']}; {sum(result['seconds'].values()) / 60:.1f} minutes in all. One run of each: so "
+        f"{result['date']}, {here['cores']} cores of {here['cpu']}; {minutes:.1f} minutes in all. One run of each: so "
         "short a training says that the parts fit together, not how good the method is.", "",
         "| | before training | pre-trained |", "|---|---|---|",
         f"| kNN, k = 20 | {100 * knn['untrained']:.1f} % | {100 * knn['trained']:.1f} % |",
