@@ -171,26 +171,37 @@ def test_killed_at_ten_random_steps_and_started_again(tmp_path, data, undisturbe
         assert contents(out) == undisturbed[container], f"killed at step {at} of {steps}"
 
 
+COUNTED = """
+    import os, time
+    from data_prep import job
+    inner, parent = job.prepare_picture, os.getppid()
+    def prepare_picture(*arguments):
+        with open({tally!r}, "ab") as tally:  # a byte for each picture, of whichever worker
+            tally.write(b".")
+        time.sleep(0.05)
+        while os.path.getsize({tally!r}) >= {most} and os.getppid() == parent:
+            time.sleep(0.005)
+        return inner(*arguments)
+    job.prepare_picture = prepare_picture
+"""
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_killed_ten_times_in_one_run(tmp_path, data, undisturbed, container, script):
-    """Two workers; the first process is killed at random times, its workers end by themselves."""
+    """Two workers; the first process is killed after so many pictures, its workers end by themselves."""
     out, rng = tmp_path / "out", np.random.default_rng(1)
-    slowly = """
-        import time
-        from data_prep import job
-        inner = job.prepare_picture
-        def prepare_picture(*arguments):
-            time.sleep(0.12)
-            return inner(*arguments)
-        job.prepare_picture = prepare_picture
-    """
-    for _ in range(10):
-        running = script(data, out, container, workers=2, prelude=slowly)
-        with pytest.raises(subprocess.TimeoutExpired):
-            running.communicate(timeout=rng.uniform(0.6, 1.4))
+    for number, pictures in enumerate((4, 19, 8, 14, 19, 6, 11, 19, 5, 9)):  # a shard holds about eight
+        tally = tmp_path / f"tally_{number}"
+        tally.touch()
+        running = script(data, out, container, workers=2, prelude=COUNTED.format(tally=str(tally), most=pictures + 3))
+        while tally.stat().st_size < pictures:
+            assert running.poll() is None, running.communicate()[1]
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
         running.kill()
         running.communicate()
-    assert list(out.glob("packing/shard-*.npz")) and not (out / "manifest.json").exists()  # it came some way, not all
+        assert not (out / "manifest.json").exists()
+    assert list(out.glob("packing/shard-*.npz"))
     again = script(data, out, container, workers=2)
     assert again.wait() == 0, again.communicate()[1]
     assert contents(out) == undisturbed[container]

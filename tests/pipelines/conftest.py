@@ -1,6 +1,11 @@
 """Pictures and shards for the tests of the engines."""
 
+import gc
 import io
+import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +95,29 @@ def real_pictures():
         pytest.skip(f"no pictures in {REAL}")
     widest = max(paths, key=lambda path: Image.open(path).width)
     return [Image.open(path).convert("RGB") for path in [*paths[::8], widest]]
+
+
+def held() -> dict[str, int]:
+    """What this process holds of what a pipeline may leave behind, but for garbage that only refers to itself."""
+    gc.collect()
+    threads = {"threads": threading.active_count(), "native threads": len(os.listdir("/proc/self/task"))}
+    return threads | {"open files": len(os.listdir("/proc/self/fd"))}
+
+
+def assert_rounds_leave_nothing(run: Callable[[int], None], rounds: int) -> None:
+    """`run(i)` for each round: what is held afterwards must not grow with their number.
+
+    Two rounds go before, in which pools that stay may be started (OpenMP's, numba's, DALI's own); one that comes later is
+    forgiven. A thread that was joined may stay in the kernel's list for a moment: what is too many is looked at again.
+    """
+    for i in range(2):
+        run(i)
+    before = held()
+    for i in range(2, rounds + 2):
+        run(i)
+    allowed = {name: count + rounds // 3 for name, count in before.items()}
+    deadline = time.monotonic() + 20
+    while any(count > allowed[name] for name, count in held().items()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    after = held()
+    assert all(after[name] <= allowed[name] for name in before), f"before {before}, after {rounds} rounds {after}"

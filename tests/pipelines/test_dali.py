@@ -1,8 +1,6 @@
 """What only DALI has: its threads, its own resize, its flavours. What all engines share is in test_engines.py."""
 
 import dataclasses
-import os
-import threading
 
 import numpy as np
 import pytest
@@ -18,20 +16,15 @@ from nvidia.dali import fn, types
 from inscon.plan import ViewPlan
 from pipelines import dali, open_pipeline, reference
 from pipelines.feed import open_feed
-
-
-def native_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+from tests.pipelines.conftest import assert_rounds_leave_nothing
 
 
 def test_leaving_early_leaves_no_thread(make_config):
-    counts = []
-    for _ in range(4):
+    def leave(_):
         with open_pipeline("dali", config=make_config(), total_steps=100) as pipeline:
             next(iter(pipeline))
-        counts.append((native_threads(), threading.active_count()))
-    # The first round may start pools that stay for the process (OpenMP's, DALI's own).
-    assert counts[1] == counts[2] == counts[3]
+
+    assert_rounds_leave_nothing(leave, 6)
 
 
 def test_two_pipelines_at_once(make_config):

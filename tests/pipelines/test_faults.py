@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -229,26 +229,26 @@ def test_an_error_of_dali_that_no_picture_is_to_blame_for_stays_what_it_is(make_
 @pytest.mark.parametrize("name", ["dali", "ffcv"])
 def test_a_disk_that_hangs_is_told(name, make_config, monkeypatch):
     config = make_config()
-    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, stall_timeout=0.5))
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, stall_timeout=1.4))
     # Of the last step, so that no sample of it is asked for by a step before it.
     order = open_feed(config, 0, 1).order
     hangs = set(order.global_batch(3).tolist()) - set(order.global_batch(2).tolist())
-    read, asked = DatasetIndex.read, []
+    read, asked, over = DatasetIndex.read, [], threading.Event()
 
     def slow(self, sample_id, *arguments, **settings):
         asked.append(sample_id)
-        time.sleep(3 if sample_id in hangs and len(asked) > 24 else 0)
+        if sample_id in hangs and len(asked) > 24:
+            over.wait(60)
         return read(self, sample_id, *arguments, **settings)
 
     monkeypatch.setattr(DatasetIndex, "read", slow)
-    with (
-        opened(name, config=config, total_steps=4) as pipeline,
-        pytest.raises(
+    with opened(name, config=config, total_steps=4) as pipeline:
+        with pytest.raises(
             TimeoutError,
-            match="no batch came for 0 s; the pipeline hangs at: reading (or decoding )?the samples of step 3",
-        ),
-    ):
-        list(pipeline)
+            match="no batch came for 1 s; the pipeline hangs at: reading (or decoding )?the samples of step 3",
+        ):
+            list(pipeline)
+        over.set()
 
 
 SCRIPT = """

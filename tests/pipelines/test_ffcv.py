@@ -1,14 +1,12 @@
 """What only FFCV has: pixels and JPEGs in one file, threads of our own around its graph, its bugs kept away from everybody else."""
 
 import dataclasses
-import gc
 import io
 import os
 import re
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +25,11 @@ from data_prep.make_ffcv import pack_beton
 from pipelines import ffcv, open_pipeline
 from pipelines.feed import open_feed
 from tests.packed import Sample, write_set
-from tests.pipelines.conftest import REAL, as_jpeg, beton_beside, draw_picture
+from tests.pipelines.conftest import REAL, as_jpeg, assert_rounds_leave_nothing, beton_beside, draw_picture
 from tests.pipelines.test_engines import assert_same, batches, opened
 from tests.pipelines.test_faults import ids_of, substituting
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def native_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 @pytest.fixture
@@ -326,25 +320,23 @@ def test_stages_are_timed(make_config):
 
 
 def test_leaving_early_leaves_no_thread(make_config):
-    counts = []
-    for _ in range(4):
+    def leave(_):
         with opened("ffcv", config=make_config(), total_steps=100) as pipeline:
             next(iter(pipeline))
-        counts.append((native_threads(), threading.active_count()))
-    assert counts[0] == counts[1] == counts[2] == counts[3]
+
+    assert_rounds_leave_nothing(leave, 6)
 
 
 def test_twenty_runs_in_one_process_leave_nothing(make_config):
-    """An epoch each, every other one left in the middle or by an exception."""
-    counts = []
-    for run in range(20):
+    """An epoch each, every one left in the middle by an exception."""
+
+    def leave(run):
         with pytest.raises(ZeroDivisionError), opened("ffcv", config=make_config(), total_steps=50) as pipeline:
             for step, _ in enumerate(pipeline):
                 if step == run:
                     raise ZeroDivisionError
-        gc.collect()
-        counts.append((threading.active_count(), native_threads(), len(os.listdir("/proc/self/fd"))))
-    assert len(set(counts[2:])) == 1
+
+    assert_rounds_leave_nothing(leave, 18)
 
 
 def test_two_pipelines_at_once(make_config):

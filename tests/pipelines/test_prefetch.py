@@ -26,6 +26,12 @@ def test_everything_comes_in_order_and_then_it_ends():
     assert loader_threads() == 0
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def iter_of(items):
     yield from items
 
@@ -40,9 +46,7 @@ def test_no_more_is_made_ahead_than_the_depth():
 
     batches = ahead(make(), depth=3)
     assert next(batches) == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(made) == 5)
     time.sleep(0.2)
     assert len(made) == 5  # one handed out, three waiting, one that found no room
     batches.close()
@@ -95,9 +99,9 @@ def test_a_stage_that_hangs_is_named():
             over.wait(30)
         yield 1
 
-    batches = ahead(make(), timeout_s=0.2, clock=clock)
+    batches = ahead(make(), timeout_s=1.0, clock=clock)
     with pytest.raises(
-        TimeoutError, match=r"no batch came for 0 s; the pipeline hangs at: reading the samples of step 7\."
+        TimeoutError, match=r"no batch came for 1 s; the pipeline hangs at: reading the samples of step 7\."
     ):
         next(batches)
     over.set()
@@ -116,7 +120,7 @@ def test_an_end_that_does_not_come_is_told(monkeypatch):
 
     batches = ahead(make(), clock=clock)
     next(batches)
-    time.sleep(0.1)
+    wait_for(lambda: clock.doing == "reading the samples of step 8")
     with pytest.raises(RuntimeError, match="does not stop, it hangs at: reading the samples of step 8"):
         batches.close()
     over.set()
@@ -126,11 +130,12 @@ def test_starvation_is_counted():
     slow = ahead(time.sleep(0.05) or i for i in range(6))
     list(slow)
     assert slow.read()["loader_starved_percent"] > 60
-    fast = ahead(iter_of(range(20)), depth=4)
+    made = []
+    fast = ahead((made.append(i) or i for i in range(20)), depth=4)
     next(fast)
     fast.read()
-    for _ in range(10):
-        time.sleep(0.02)
+    for i in range(1, 11):
+        wait_for(lambda until=i + 2: len(made) >= until)  # the one after it is begun: it is there
         next(fast)
     assert fast.read() == {"loader_starved_percent": 0}
     fast.close()
