@@ -69,20 +69,18 @@ def main(config: LinearConfig) -> dict:
         distributed.stop()
 
 
-def probe(config: LinearConfig, device) -> dict:
-    console, rank, world = Console(), distributed.rank(), distributed.world_size()
+def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledViews, LabelledViews]:
+    """Training and validation set, fit for each other and for the batch; otherwise ValueError."""
+    rank, world = distributed.rank(), distributed.world_size()
     if config.batch_size % world:
         raise ValueError(
             f"batch_size must be a multiple of the {world} ranks. Found: {config.batch_size}; set --batch-size "
             f"{max(config.batch_size // world, 1) * world}"
         )
-    trunk, facts = any_trunk(config.checkpoint, config.untrained)
-    side = config.view_size or facts["config"]["views"]["view_size"]
-    precision = choose_precision(config.precision, device)
     train, val = (
         LabelledViews(
             data, side, config.batch_size, config.pipeline, threads=config.threads, device=device,
-            dtype=precision.pixel_dtype, seed=config.seed, rank=rank, world_size=world,
+            dtype=dtype, seed=config.seed, rank=rank, world_size=world,
         )
         for data in (config.train, config.val)
     )  # fmt: skip
@@ -96,6 +94,15 @@ def probe(config: LinearConfig, device) -> dict:
             f"the classes must be those of the training set. Found: {val.num_classes} in {config.val}, {train.num_classes} in "
             f"{config.train}; pack both with the same class folders"
         )
+    return train, val
+
+
+def probe(config: LinearConfig, device) -> dict:
+    console, rank = Console(), distributed.rank()
+    trunk, facts = any_trunk(config.checkpoint, config.untrained)
+    side = config.view_size or facts["config"]["views"]["view_size"]
+    precision = choose_precision(config.precision, device)
+    train, val = open_sets(config, side, device, precision.pixel_dtype)
     protocol = Protocol(
         num_classes=train.num_classes, epochs=config.epochs, batch_size=config.batch_size, base_lr=config.base_lr,
         seed=config.seed,

@@ -31,7 +31,7 @@ def features(
 ) -> tuple[Float[Tensor, "N F"], Int[Tensor, "N"]]:
     """Unit features and labels of all `batches` of (pixels [B 3 S S], labels [B]), on the CPU; the trunk isn't changed.
 
-    `amp_dtype`: what convolutions are computed in; None: as the trunk is.
+    No batches, as for a rank without pictures, make N = 0. `amp_dtype`: what convolutions are computed in; None: as the trunk is.
     """
     if trunk.training:
         raise ValueError(
@@ -39,7 +39,7 @@ def features(
         )
     device = torch.device(device)
     trunk = trunk.to(device=device, memory_format=torch.channels_last)
-    rows = []
+    rows = [(torch.zeros(0, trunk.channels["res5"]), torch.zeros(0, dtype=torch.int64))]
     for pixels, labels in batches:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             res5 = trunk(pixels.to(device))["res5"]

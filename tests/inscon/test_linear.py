@@ -153,6 +153,22 @@ def test_the_monitor_leaves_the_trunk_in_training():
     assert trunk.training and digest(trunk.state_dict()) == before and 0 <= share <= 1
 
 
+def test_a_rank_without_pictures_changes_no_answer(monkeypatch):
+    trunk = Trunk("resnet18").eval()
+    rows, labels = knn.features(trunk, [])
+    assert rows.shape == (0, 512) and labels.shape == (0,)
+    alone = knn.monitor(trunk, batches(0, 3), k=3)
+    # Two ranks, this one without pictures: what the other one sends is put before what this one does.
+    theirs = knn.features(trunk, batches(0, 3))
+    monkeypatch.setattr("inscon.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("inscon.distributed.worst", lambda values: {"rows": float(len(theirs[0]))})
+    monkeypatch.setattr(
+        "inscon.distributed.gather",
+        lambda mine: torch.cat([theirs[0] if mine.is_floating_point() else theirs[1], mine]),
+    )
+    assert knn.monitor(trunk, [], k=3) == alone
+
+
 def test_kept_features_go_on(tmp_path):
     trunk = Trunk("resnet18").eval()
     held = list(batches(0, 3))

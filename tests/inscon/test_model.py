@@ -328,16 +328,21 @@ def in_type(batch, dtype):
     return dataclasses.replace(batch, query=query, key=key, mosaic=batch.mosaic.to(dtype))
 
 
-@pytest.mark.parametrize("cut", ["passes", "groups"])
+@cache
+def three_joint_steps(tile="full", **settings):
+    return run_steps("joint", 3, views=dataclasses.replace(VIEWS, tile=tile), **settings)
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"tile": "half"}, {"aggregate": "literal", "mosaic_updates_norm": True}, {"heads": ("single",)},
     {"heads": ("multi", "cell")},
 ])  # fmt: skip
+@pytest.mark.parametrize("cut", ["passes", "groups"])
 def test_pieces_of_a_step_add_up_to_it(cut, settings):
     """Losses, top-1, weights, statistics and queues after three steps, in float64."""
+    wanted, plain = three_joint_steps(**settings)
     views = dataclasses.replace(VIEWS, tile=settings.get("tile", "full"))
     settings = {name: value for name, value in settings.items() if name != "tile"}
-    wanted, plain = run_steps("joint", 3, views=views, **settings)
     made, model = run_steps(cut, 3, views=views, **settings)
     passes = 1 if settings.get("heads") == ("single",) else 2
     assert len(plain.pieces) == 1 and len(model.pieces) == passes * (2 if cut == "groups" else 1)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,27 +11,28 @@ import torch
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-def run(out, mode, ranks):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        str(WORKER),
-        str(out),
-        mode,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(mode, ranks): what came out, once for each."""
+
+    @cache
+    def run(mode, ranks):
+        out = tmp_path_factory.mktemp("ranks") / "out"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launcher, str(WORKER), str(out), mode], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(out, weights_only=True)
+
+    return run
 
 
 @pytest.mark.parametrize("mode", ["frozen", "live"])
-def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
+def test_two_ranks_equal_one_process_on_the_joined_batch(run, mode):
     """frozen: BatchNorm in eval mode. live: two ranks shuffle, one process splits into the same groups of images; and the two
     cut their steps into passes, the one into groups."""
-    one, two = run(tmp_path / "one", mode, 1), run(tmp_path / "two", mode, 2)
+    one, two = run(mode, 1), run(mode, 2)
     assert one["stop"] is two["stop"] is True and two["worst"] == {"rank": 1.0}
     assert two["total"] == {"rank": 3.0} and two["union"] == [2, 7] and one["union"] == []
     for a, b in zip(one["losses"], two["losses"]):
@@ -43,18 +45,18 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, mode):
             )
 
 
-def test_four_ranks_send_each_other_what_one_process_deals_its_groups(tmp_path):
+def test_four_ranks_send_each_other_what_one_process_deals_its_groups(run):
     """With four of them every rank sends to three, and images, boxes and keys must find their way back."""
-    one, four = run(tmp_path / "one", "four", 1), run(tmp_path / "four", "four", 4)
+    one, four = run("four", 1), run("four", 4)
     for a, b in zip(one["losses"], four["losses"]):
         assert a == pytest.approx(b, rel=1e-9)
     for name in one["queues"]:
         torch.testing.assert_close(one["queues"][name], four["queues"][name], rtol=1e-7, atol=1e-9)
 
 
-def test_gradients_may_travel_in_half_precision(tmp_path):
+def test_gradients_may_travel_in_half_precision(run):
     """Three digits of them arrive, and not more: otherwise the switch would do nothing."""
-    one, two = run(tmp_path / "one", "live", 1), run(tmp_path / "two", "fp16", 2)
+    one, two = run("live", 1), run("fp16", 2)
     for name, gradient in one["gradients"].items():
         apart = (two["gradients"][name] - gradient).abs().max()
         assert apart <= 2e-3 * gradient.abs().max() + 1e-6, name

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node=2 tests/scripts/planted.py OUT none|delay
 """
 
+import functools
 import json
 import os
 import sys
@@ -19,19 +20,20 @@ from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunCon
 from scripts.throughput_report import Measurement
 
 
-def _seconds_of_a_pass() -> float:
-    """Forward and backward pass of what `small_run` trains, now and here: machines differ, and the same one from day to day."""
+@functools.cache
+def delay_s() -> float:
+    """Of each planted fault, about as long as a step here and now: machines differ, and the same one from day to day.
+
+    1.3 forward and backward passes of what `small_run` trains. The ranks of a test are told the test's own in PLANTED_DELAY_S.
+    """
+    if "PLANTED_DELAY_S" in os.environ:
+        return float(os.environ["PLANTED_DELAY_S"])
     trunk, pixels, seconds = resnet18(), torch.randn(64, 3, 32, 32), []
     for _ in range(3):
         start = time.perf_counter()
         trunk(pixels).sum().backward()
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-DELAY_S = float(os.environ.setdefault("PLANTED_DELAY_S", "") or max(0.15, 1.3 * _seconds_of_a_pass()))
-"""Of each planted fault, about as long as a step; the ranks of a test take over the test's."""
-os.environ["PLANTED_DELAY_S"] = str(DELAY_S)
+    return max(0.15, 1.3 * min(seconds))
 
 
 def small_run(data: Path | None, *, batch_size: int = 64, pipeline: str = "synthetic", threads: int = 2) -> Config:
@@ -50,7 +52,7 @@ def delayed(hook):
 
     def slow(group, bucket):
         def late(future):
-            time.sleep(DELAY_S)
+            time.sleep(delay_s())
             return future.value()
 
         return hook(group, bucket).then(late)

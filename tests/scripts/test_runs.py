@@ -1,9 +1,11 @@
 """Whole runs through the user's own commands: killed and resumed, on two ranks, refused, drawn, evaluated."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -67,8 +69,30 @@ def command(*arguments, script="train.py", ranks=0):
     return [sys.executable, *launcher, str(ROOT / "scripts" / script), *map(str, arguments)]
 
 
-def run(*arguments, script="train.py", ranks=0, ok=True):
+def run(*arguments, script="train.py", ok=True):
+    """The script as its command runs it, in this process, which has imported and compiled already what it needs."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=err)
+    done = subprocess.CompletedProcess(
+        script, 1 if isinstance(code, str) else code or 0, out.getvalue(), err.getvalue()
+    )
+    return checked(done, ok)
+
+
+def run_ranks(*arguments, script="train.py", ranks=2):
+    """By torchrun."""
     done = subprocess.run(command(*arguments, script=script, ranks=ranks), capture_output=True, text=True, timeout=400)
+    return checked(done, True)
+
+
+def checked(done, ok):
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -116,7 +140,7 @@ def test_a_killed_run_resumes_bit_for_bit(data_of, tmp_path, pipeline):
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
-def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(data_of, tmp_path, pipeline):
+def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(data_of, tmp_path, pipeline, caplog):
     """One sample is damaged behind the run's back. The checkpoint remembers which, so that the same ones stand in for it."""
     data = damage(data_of(pipeline), tmp_path, flip_a_bit)
     base = [*SMALL, "--pipeline", pipeline, "--data", data, "--checkpoint-every", "3", "--max-steps", "8"]
@@ -127,7 +151,7 @@ def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(data_of, tmp_path, pi
     )
     base += ["--on-bad-sample", "substitute"]
     done = run(*base, "--run-dir", tmp_path / "whole")
-    assert done.stderr.count("sample 12 (") == 1 and "Another sample stands in for it" in done.stderr
+    assert caplog.text.count("sample 12 (") == 1 and "Another sample stands in for it" in caplog.text
     assert "samples substituted" in done.stdout
     kill_once([*base, "--run-dir", tmp_path / "killed"], tmp_path / "killed", at_step=5)
     assert "from step 3" in run(*base, "--run-dir", tmp_path / "killed").stdout
@@ -278,18 +302,9 @@ def test_the_monitor_writes_into_the_metrics(trained, shards, tmp_path):
     arguments = [*SMALL, "--pipeline", "reference", "--data", shards, "--max-steps", "5"]
     run(*arguments, "--run-dir", tmp_path / "alone")
     assert losses_of(tmp_path / "alone") == losses_of(trained)  # looking changes nothing
-    run(
-        *arguments,
-        "--run-dir",
-        tmp_path / "two",
-        "--eval-data",
-        shards,
-        "--eval-every",
-        "2",
-        "--max-steps",
-        "2",
-        ranks=2,
-    )
+    run_ranks(
+        *arguments, "--run-dir", tmp_path / "two", "--eval-data", shards, "--eval-every", "2", "--max-steps", "2",
+    )  # fmt: skip
     [line] = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines() if "knn" in line]
     assert line["step"] == 2
 
@@ -348,7 +363,7 @@ def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
     assert 0 <= result["top1"] <= 1 and result["protocol"]["num_classes"] == 2 and "top5" not in result
     assert "from epoch 3" in run(*probe, script="linear.py").stdout  # nothing is left to do
     two = [*probe[:-1], tmp_path / "two"]
-    run(*two, script="linear.py", ranks=2)
+    run_ranks(*two, script="linear.py")
     assert json.loads((tmp_path / "two/result.json").read_text())["pictures"] == {"train": 20, "val": 20}
     done = run(*probe, "--batch-size", "50", script="linear.py", ok=False)
     assert "batch_size must be at most the 20 pictures of" in done.stderr and "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pipelines import reference
 from scripts.throughput_report import Measurement, main, publish
 from tests.packed import Sample, write_set
 from tests.pipelines.conftest import as_jpeg, draw_picture
-from tests.scripts.planted import DELAY_S, small_run
+from tests.scripts.planted import delay_s, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -32,6 +33,12 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "shards"
     write_set(folder, samples, per_shard=150, left_out=[("b/broken.jpg", "broken", "no picture")])
     return folder
+
+
+@pytest.fixture(scope="module")
+def delay():
+    """Seconds, of each planted fault."""
+    return delay_s()
 
 
 def report_of(config, out, steps=10, engines=None):
@@ -75,11 +82,11 @@ def test_data_health_is_looked_at(healthy):
     assert healthy["engines"]["dali"]["loader"]["seams"] >= 4
 
 
-def test_a_slow_disk_is_named(data, tmp_path, monkeypatch):
+def test_a_slow_disk_is_named(data, tmp_path, monkeypatch, delay):
     read = DatasetIndex.read
 
     def slowly(self, *arguments, **options):
-        time.sleep(3 * DELAY_S / 64)
+        time.sleep(3 * delay / 64)
         return read(self, *arguments, **options)
 
     monkeypatch.setattr(DatasetIndex, "read", slowly)
@@ -92,11 +99,11 @@ def test_a_slow_disk_is_named(data, tmp_path, monkeypatch):
     assert "First starved: decoded batches; the stage in front of it that takes longest: read." in text
 
 
-def test_a_slow_loader_is_named(data, tmp_path, monkeypatch):
+def test_a_slow_loader_is_named(data, tmp_path, monkeypatch, delay):
     decode = reference.decode
 
     def slowly(*arguments):
-        time.sleep(3 * DELAY_S / 64)
+        time.sleep(3 * delay / 64)
         return decode(*arguments)
 
     monkeypatch.setattr(reference, "decode", slowly)
@@ -113,11 +120,11 @@ def test_a_tiny_batch_is_named(tmp_path):
     assert "--batch-size 16" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
 
 
-def test_a_sleep_in_the_step_is_named(tmp_path, monkeypatch):
+def test_a_sleep_in_the_step_is_named(tmp_path, monkeypatch, delay):
     find = InsCon._find_overlap
 
     def slowly(self, batch):
-        time.sleep(DELAY_S)
+        time.sleep(delay)
         return find(self, batch)
 
     monkeypatch.setattr(InsCon, "_find_overlap", slowly)
@@ -127,17 +134,18 @@ def test_a_sleep_in_the_step_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["delay", "none"])
-def test_a_slow_all_reduce_is_named(tmp_path, fault):
+def test_a_slow_all_reduce_is_named(tmp_path, fault, delay):
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/scripts/planted.py"), str(out), fault], capture_output=True, text=True, timeout=300
-    )
+        [*command, str(ROOT / "tests/scripts/planted.py"), str(out), fault],
+        env=os.environ | {"PLANTED_DELAY_S": str(delay)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["ranks"] == 2 and report["sum_of_shares"] == pytest.approx(100, abs=2)
     delayed = report["steps"][sections.END_TO_END]["parts_ms"]["exposed all-reduce and gathers"]
-    assert (delayed >= 1e3 * DELAY_S) == (fault == "delay")
+    assert (delayed >= 1e3 * delay) == (fault == "delay")
     if fault == "delay":
         assert report["verdict"]["kind"] == "communication-bound", report["verdict"]
         assert "--gradient-wire" in report["verdict"]["advice"]
