@@ -43,11 +43,50 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"Found: {x.shape[0]}"
             )
         self.num_batches_tracked.add_(1)
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
+            return _BatchNormOfGroups.apply(x, self.weight, self.bias, *running, self.num_groups, momentum, self.eps)
         groups = [
             F.batch_norm(group, *running, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps)
             for group in x.chunk(self.num_groups)
         ]
         return torch.cat(groups)
+
+
+class _BatchNormOfGroups(torch.autograd.Function):
+    """BatchNorm of equal parts of a batch, written straight into one result: putting parts together costs a CPU a tenth of a step.
+
+    The same kernels as `F.batch_norm` of each part, to the last bit.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, num_groups, momentum, eps):
+        result, statistics = torch.empty_like(x), []
+        for part, place in zip(x.chunk(num_groups), result.chunk(num_groups)):
+            mean, inverse_std = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+            torch.ops.aten.native_batch_norm.out(
+                part, weight, bias, running_mean, running_var, True, momentum, eps,
+                out=place, save_mean=mean, save_invstd=inverse_std,
+            )  # fmt: skip
+            statistics += [mean, inverse_std]
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.eps = eps
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, weight, *statistics = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        num_groups = len(statistics) // 2
+        parts = (tensor.chunk(num_groups) for tensor in (x, gradient, of_x))
+        for part, part_gradient, place, mean, inverse_std in zip(*parts, statistics[::2], statistics[1::2]):
+            of_part, more_weight, more_bias = torch.ops.aten.native_batch_norm_backward(
+                part_gradient, part, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+            )
+            place.copy_(of_part)
+            of_weight += more_weight
+            of_bias += more_bias
+        return of_x, of_weight, of_bias, None, None, None, None, None
 
 
 def take_groups_one_by_one(module: nn.Module) -> None:

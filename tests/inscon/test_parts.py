@@ -108,6 +108,26 @@ def test_split_norm_is_plain_norm_on_each_part():
         split.train()(x[:8])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gradients_of_split_norm_are_those_of_each_part(dtype, layout):
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(12, 5, 4, 4).to(dtype=dtype, memory_format=layout) for _ in range(2))
+    split, plain = SplitBatchNorm2d(5, num_groups=3).to(dtype), nn.BatchNorm2d(5).to(dtype)
+    for norm in (split, plain):
+        norm.weight.data = torch.rand(5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = split(ours), torch.cat([plain(part) for part in theirs.chunk(3)])
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=layout)
+    y.backward(gradient), expected.backward(gradient)
+    assert torch.equal(ours.grad, theirs.grad) and ours.grad.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(split.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(split.bias.grad, plain.bias.grad)
+    if dtype == torch.float64:
+        small = torch.randn(4, 5, 2, 2, dtype=dtype).requires_grad_()
+        assert torch.autograd.gradcheck(SplitBatchNorm2d(5, num_groups=2).double(), small)
+
+
 def test_frozen_statistics_leave_running_values_alone():
     trunk = Trunk("resnet18", num_groups=2).train()
     trunk(torch.randn(4, 3, 32, 32))
