@@ -70,7 +70,7 @@ def main(config: LinearConfig) -> dict:
 
 
 def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledViews, LabelledViews]:
-    """Training and validation set, fit for each other and for the batch; otherwise ValueError."""
+    """Training and validation set, fit for each other and for the batch; otherwise ValueError. `side`: of the views, px."""
     rank, world = distributed.rank(), distributed.world_size()
     if config.batch_size % world:
         raise ValueError(
