@@ -8,9 +8,11 @@ Contenders, each in a process of its own, so that its peak memory is its own; bo
             put together and given to cross_entropy; pointers in buffers, read with int(); accuracy and losses read with
             .item() every step, as MoCo's training loop does; split BatchNorm and shuffled keys as in MoCo's demo for one GPU
     ours    inscon/train.py's step with its defaults
+    naive, memory kept    (on a CPU) the naive port in a process that keeps freed memory, as ours does by `keep_freed_memory`:
+            what is left of the difference is the step's own
 
 Same architecture, views, queues (full ones), batch and arithmetic type. Rounds alternate: each contender makes a few steps while
-the other waits. A step is timed alone: batches are ready. Medians are reported.
+the others wait. A step is timed alone: batches are ready. Medians are reported, of wall-clock time and of processor time.
 """
 
 import argparse
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inscon import train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, resolve
 from inscon.geometry import find_overlap
+from inscon.host_memory import keep_freed_memory
 from inscon.pooling import precise_roi_pool
 from inscon.precision import choose_precision
 from inscon.profiling.rates import machine, versions
@@ -170,11 +173,17 @@ class Ours:
         train.run_step(self.training, self.training.model, batch)
 
 
-CONTENDERS = {"naive": Naive, "ours": Ours}
+class NaiveWithMemoryKept(Naive):
+    def __init__(self, config: Config, device: torch.device):
+        keep_freed_memory()
+        super().__init__(config, device)
+
+
+CONTENDERS = {"naive": Naive, "naive, memory kept": NaiveWithMemoryKept, "ours": Ours}
 
 
 def work(name: str, config: Config, threads: int, device_name: str, commands, answers) -> None:
-    """A contender's process: answers each number of steps with their times, and 0 with its peak memory."""
+    """A contender's process: answers each number of steps with their times (wall-clock and processor), 0 with its peak memory."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     if device.type == "cuda":
@@ -189,11 +198,11 @@ def work(name: str, config: Config, threads: int, device_name: str, commands, an
     while steps := commands.get():
         times = []
         for _ in range(steps):
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start, time.process_time() - processor_start))
         answers.put(times)
     on_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     answers.put(
@@ -210,6 +219,11 @@ def in_layout(batch, layout):
 
     mosaic = batch.mosaic.contiguous(memory_format=layout)
     return dataclasses.replace(batch, query=view(batch.query), key=view(batch.key), mosaic=mosaic)
+
+
+def ratio(rounds: list[list[float]], ours: list[list[float]]) -> float:
+    """Median over rounds of how many times longer a step took than ours."""
+    return statistics.median(statistics.median(own) / statistics.median(our) for own, our in zip(rounds, ours))
 
 
 def main() -> None:
@@ -234,11 +248,12 @@ def main() -> None:
         ),
         1,
     )
+    names = [name for name in CONTENDERS if arguments.device == "cpu" or name != "naive, memory kept"]
     context = multiprocessing.get_context("spawn")
-    pipes = {name: (context.Queue(), context.Queue()) for name in CONTENDERS}
+    pipes = {name: (context.Queue(), context.Queue()) for name in names}
     processes = [
         context.Process(target=work, args=(name, config, arguments.threads, arguments.device, *pipes[name]))
-        for name in CONTENDERS
+        for name in names
     ]
     for process in processes:
         process.start()
@@ -248,20 +263,29 @@ def main() -> None:
         commands.put(steps)
         return answers.get()
 
-    rounds = {name: [] for name in CONTENDERS}
-    for name in CONTENDERS:
+    rounds = {name: [] for name in names}
+    for name in names:
         ask(name, arguments.warm_up)
     for number in range(arguments.rounds):
         for name, own in rounds.items():
             own.append(ask(name, arguments.steps))
-        print(f"round {number + 1}:", {name: round(min(own[-1]), 3) for name, own in rounds.items()}, flush=True)
-    memory = {name: ask(name, 0) for name in CONTENDERS}
+        print(f"round {number + 1}:", {name: round(min(own[-1])[0], 3) for name, own in rounds.items()}, flush=True)
+    memory = {name: ask(name, 0) for name in names}
     for process in processes:
         process.join()
-    medians = {name: statistics.median(t for own in of for t in own) for name, of in rounds.items()}
-    ratio = statistics.median(
-        statistics.median(naive) / statistics.median(ours) for naive, ours in zip(rounds["naive"], rounds["ours"])
+
+    wall, processor = (
+        {name: [[t[which] for t in own] for own in of] for name, of in rounds.items()} for which in (0, 1)
     )
+    medians = {name: statistics.median(t for own in of for t in own) for name, of in wall.items()}
+    ratios = {
+        f"{name} / ours": {
+            "wall": ratio(wall[name], wall["ours"]),
+            "processor": ratio(processor[name], processor["ours"]),
+        }
+        for name in names
+        if name != "ours"
+    }
     table = Table(title=f"a step of {arguments.arch}, batch {arguments.batch_size}, on {arguments.device}")
     for column in ("contender", "step, s", "images/s", "peak memory, MB"):
         table.add_column(column, justify="left" if column == "contender" else "right")
@@ -269,11 +293,12 @@ def main() -> None:
         peak = memory[name]["device_mb"] or memory[name]["host_mb"]
         table.add_row(name, f"{median:.3f}", f"{arguments.batch_size / median:.2f}", f"{peak:.0f}")
     Console().print(table)
-    print(f"naive / ours, median of rounds: {ratio:.3f}")
+    for name, of in ratios.items():
+        print(f"{name}, medians of rounds: {of['wall']:.3f} by the clock, {of['processor']:.3f} by processor time")
     settings = {key: value for key, value in vars(arguments).items() if key != "out"}
     report = {
         "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "settings": settings,
-        "step_s": medians, "naive_over_ours": ratio, "memory": memory, "rounds": rounds,
+        "step_s": medians, "ratios": ratios, "memory": memory, "rounds": wall, "processor_rounds": processor,
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -19,6 +19,7 @@ from inscon.batch import Batch
 from inscon.clock import BACKWARD, OPTIMIZER, gradients_handed_over, part
 from inscon.config import Config
 from inscon.health import Health
+from inscon.host_memory import keep_freed_memory
 from inscon.meters import LossMeter, MetricsLog, Stopwatch, top1_of, window
 from inscon.model import InsCon, Losses
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
@@ -77,6 +78,8 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
+    else:
+        keep_freed_memory()  # PyTorch does so itself on a GPU
     torch.manual_seed(config.run.seed)
     model = InsCon(config.model, config.views, config.optim.batch_size // distributed.world_size(), config.optim.cut)
     if config.model.norm == "sync" and distributed.world_size() > 1:
