@@ -30,11 +30,11 @@ READY_S = 1e-3
 """A batch that comes within this time was ready."""
 
 
-def check_steps(steps: int, warm_up: int) -> None:
+def check_steps(steps: int, warm_up: int, fewest: int = FEWEST_STEPS) -> None:
     """ValueError where so many steps would give no rate worth printing."""
-    if steps < FEWEST_STEPS:
+    if steps < fewest:
         raise ValueError(
-            f"a rate needs at least {FEWEST_STEPS} steps after the warm-up. Found: {steps}; set --steps {FEWEST_STEPS} or more"
+            f"a rate needs at least {fewest} steps after the warm-up. Found: {steps}; set --steps {fewest} or more"
         )
     if warm_up < 2:
         raise ValueError(f"the first 2 steps at least are warm-up. Found: {warm_up}; set --warm-up 2 or more")
@@ -74,9 +74,11 @@ def run_steps(
     warm_up: int,
     steps_per_epoch: int,
     after_warm_up: Callable[[], object] = lambda: None,
+    fewest: int = FEWEST_STEPS,
 ) -> StepFigures:
-    """The trainer's own loop over `batches`, timed. Raises ValueError where the batches end before the steps do."""
-    check_steps(steps, warm_up)
+    """The trainer's own loop over `batches`, timed. Raises ValueError where the batches end before the steps do, and for less than
+    `fewest` steps: smaller only where several runs make one figure."""
+    check_steps(steps, warm_up, fewest)
     model = over_ranks(training.model, training.config.optim.gradient_wire, timed=True).train()
     meter, watch, clock = LossMeter(), Stopwatch(), StepClock(training.device)
     coming = iter(watch.waits(batches))

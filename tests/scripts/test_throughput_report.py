@@ -114,6 +114,23 @@ def test_a_slow_loader_is_named(data, tmp_path, monkeypatch, delay):
     assert rates[sections.LOADER] < rates[sections.SYNTHETIC]
 
 
+def test_batch_sizes_are_compared_by_turns(tmp_path, monkeypatch):
+    """A machine that slows down for a while, in the middle of the comparison, doesn't change what is found."""
+    measurement = Measurement(small_run(None, batch_size=8), CPU, tmp_path, steps=10, warm_up=2)
+    times, sizes = iter([100.0, 300.0, 250.0, 120.0, 90.0, 130.0]), []
+
+    def short_run(training, config):
+        sizes.append((training.config.optim.batch_size, config.optim.batch_size))
+        return next(times)
+
+    monkeypatch.setattr(measurement, "short_run", short_run)
+    monkeypatch.setattr("scripts.throughput_report.computing", lambda ms: ms)
+    found = measurement.scaling()
+    assert sizes == 3 * [(8, 8), (16, 16)]
+    assert (found.compute_ms, found.other_compute_ms) == (90.0, 120.0)
+    assert found.fixed_percent == pytest.approx(100 * 60 / 90)  # 60 ms at no images, 30 for each 8
+
+
 def test_a_tiny_batch_is_named(tmp_path):
     report = report_of(small_run(None, batch_size=8), tmp_path)
     assert report["verdict"]["kind"] == "launch-bound", report["verdict"]
