@@ -226,29 +226,8 @@ def ratio(rounds: list[list[float]], ours: list[list[float]]) -> float:
     return statistics.median(statistics.median(own) / statistics.median(our) for own, our in zip(rounds, ours))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="per round and contender")
-    parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--cut", default="passes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cpu.json"))
-    arguments = parser.parse_args()
-    config = resolve(
-        Config(
-            loader=LoaderConfig(pipeline="synthetic"),
-            model=ModelConfig(arch=arguments.arch, norm="split"),
-            optim=OptimConfig(batch_size=arguments.batch_size, precision=arguments.precision, cut=arguments.cut),
-            run=RunConfig(run_dir=Path("runs/benchmark")),
-        ),
-        1,
-    )
-    names = [name for name in CONTENDERS if arguments.device == "cpu" or name != "naive, memory kept"]
+def contend(names: list[str], config: Config, arguments: argparse.Namespace) -> tuple[dict, dict]:
+    """Each contender's rounds of (wall-clock, processor) seconds a step, and its peak memory."""
     context = multiprocessing.get_context("spawn")
     pipes = {name: (context.Queue(), context.Queue()) for name in names}
     processes = [
@@ -273,7 +252,33 @@ def main() -> None:
     memory = {name: ask(name, 0) for name in names}
     for process in processes:
         process.join()
+    return rounds, memory
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="per round and contender")
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--cut", default="passes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cpu.json"))
+    arguments = parser.parse_args()
+    config = resolve(
+        Config(
+            loader=LoaderConfig(pipeline="synthetic"),
+            model=ModelConfig(arch=arguments.arch, norm="split"),
+            optim=OptimConfig(batch_size=arguments.batch_size, precision=arguments.precision, cut=arguments.cut),
+            run=RunConfig(run_dir=Path("runs/benchmark")),
+        ),
+        1,
+    )
+    names = [name for name in CONTENDERS if arguments.device == "cpu" or name != "naive, memory kept"]
+    rounds, memory = contend(names, config, arguments)
     wall, processor = (
         {name: [[t[which] for t in own] for own in of] for name, of in rounds.items()} for which in (0, 1)
     )
