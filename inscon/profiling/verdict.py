@@ -12,7 +12,7 @@ NOTICED = 5.0
 """Percent of a step from which on waiting for data, for other ranks or for nothing is what to mend first."""
 OVERHEAD = 10.0
 """Percent of a step that its own overhead should stay under."""
-FIXED = 45.0
+FIXED = 35.0
 """Percent of the computing that does not shrink with the batch, from which on the batch is too small."""
 FED = 1.05
 """A loader that is no faster than so many times the step has nothing in hand."""
