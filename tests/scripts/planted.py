@@ -39,7 +39,7 @@ def delay_s() -> float:
 def small_run(
     data: Path | None, *, batch_size: int = 64, view_size: int = 32, pipeline: str = "synthetic", threads: int = 2
 ) -> Config:
-    """A step of some tenths of a second, most of it in the trunk. `view_size`, px: at 32 a third of it is the same for any batch."""
+    """A step of some tenths of a second, most in the trunk. `view_size`, px: at 32 a third of it is the same for any batch."""
     return Config(
         loader=LoaderConfig(data=data, pipeline=pipeline, threads=threads),
         views=ViewConfig(view_size=view_size, overlap_min_side=8.0),
