@@ -2,13 +2,11 @@
 
 import contextlib
 import fcntl
-import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.index import ShardError
+from inscon.guard import take_lock
 
 _WAIT_S = 10.0
 """Long enough for the last processes of a killed run to end."""
@@ -25,29 +23,10 @@ def only_writer(state: Path, rank: int, world_size: int) -> Iterator[None]:
 
 
 def _lock(locks: contextlib.ExitStack, path: Path, kind: int, out: Path) -> None:
-    deadline = time.monotonic() + _WAIT_S
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            if time.monotonic() > deadline:
-                raise ShardError(
-                    f"Another process is packing into {out} ({holder}): wait until it ends, or give another --out."
-                ) from None
-            time.sleep(0.1)
-            continue
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            locks.callback(file.close)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            return
-        file.close()  # the former holder removed it with everything else
-        path.parent.mkdir(parents=True, exist_ok=True)
+    file = take_lock(path, kind, _WAIT_S)
+    if isinstance(file, str):
+        raise ShardError(f"Another process is packing into {out} ({file}): wait until it ends, or give another --out.")
+    locks.callback(file.close)
 
 
 def is_held(path: Path) -> bool:

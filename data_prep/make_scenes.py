@@ -14,6 +14,7 @@ Image k of a split depends on the seed, the split and k alone, not on how many a
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,11 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 from PIL import Image
+
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon import guard
 
 JPEG_QUALITY = 90
 SPLITS = {"train": "annotations.json", "val": "annotations_val.json"}
@@ -239,14 +245,9 @@ def _check_settings(*, num_images: int, num_val: int, num_classes: int, size: in
 
 def main() -> None:
     config = tyro.cli(ScenesConfig)
-    try:
-        make_scenes(**vars(config))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    except OSError as error:
-        raise SystemExit(f"Drawing into {config.out} stopped ({error}): check free space and permissions.") from None
+    make_scenes(**vars(config))
     print(f"Drew {config.num_images} train and {config.num_val} val scenes of {config.num_classes} classes.")
 
 
 if __name__ == "__main__":
-    main()
+    guard.run_script("make_scenes.py", main)

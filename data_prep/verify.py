@@ -52,6 +52,7 @@ from data_prep.index import (
     ShardError,
 )
 from data_prep.plain_reading import Finding, PlainSet, capped, folder_of
+from inscon.guard import end_with_parent
 
 _DECODED_PER_JOB = 64
 
@@ -176,7 +177,7 @@ def _begin(folder: Path, counts, stopped) -> None:
     """Make a thread or a process ready for `_run`; `counts` are bytes read and pictures decoded."""
     if threading.current_thread() is threading.main_thread():  # a process of its own
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
 
     def tell(byte_count: int, decoded: int = 0) -> None:
         if stopped.is_set():
@@ -186,11 +187,6 @@ def _begin(folder: Path, counts, stopped) -> None:
             counts[1] += decoded
 
     _worker.set = PlainSet(folder, tell)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _work(here: PlainSet, jobs: list[_Job], workers: int, show_progress: bool) -> tuple[list[list[Finding]], int]:

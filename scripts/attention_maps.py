@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from inscon import guard
 from inscon.encoder import Trunk
 from inscon.transfer.attention import attention, heat
 from inscon.transfer.export import any_trunk
@@ -109,7 +110,4 @@ def draw(cells: list[list[np.ndarray]], titles: list[str]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(AttentionConfig, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"attention_maps.py: {error}") from None
+    guard.run_script("attention_maps.py", lambda: main(tyro.cli(AttentionConfig, description=__doc__)))

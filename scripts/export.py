@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from inscon import guard
 from inscon.transfer import export
 from inscon.transfer.statistics import estimate
 from inscon.transfer.trunk import load_contents, load_trunk
@@ -82,7 +83,4 @@ def estimate_statistics(config: ExportConfig) -> tuple[dict[str, torch.Tensor], 
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(ExportConfig, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"export.py: {error}") from None
+    guard.run_script("export.py", lambda: main(tyro.cli(ExportConfig, description=__doc__)))

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from inscon import guard
 from inscon.precision import Precision, check_device, choose_precision
 from inscon.transfer.detection import loop
 from inscon.transfer.detection.coco import CocoSet, check_same_categories, mask_tools, read_coco
@@ -188,7 +189,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DetectionConfig, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"finetune_detection.py: {error}") from None
+    guard.run_script("finetune_detection.py", lambda: main(tyro.cli(DetectionConfig, description=__doc__)))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from rich.progress import Progress
 
+from inscon import guard
 from inscon.precision import choose_precision
 from inscon.transfer import knn
 from inscon.transfer.export import any_trunk, digest
@@ -92,7 +93,4 @@ def features_of(trunk, views: LabelledViews, name: str, config: KnnConfig, devic
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(KnnConfig, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"knn.py: {error}") from None
+    guard.run_script("knn.py", lambda: main(tyro.cli(KnnConfig, description=__doc__)))

@@ -19,7 +19,7 @@ import json
 
 from rich.console import Console
 
-from inscon import distributed
+from inscon import distributed, guard
 from inscon.precision import choose_precision
 from inscon.transfer.export import any_trunk
 from inscon.transfer.linear import Probe, Protocol
@@ -142,7 +142,4 @@ def probe(config: LinearConfig, device) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(LinearConfig, description=__doc__))
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"linear.py: {error}") from None
+    guard.run_script("linear.py", lambda: main(tyro.cli(LinearConfig, description=__doc__)))

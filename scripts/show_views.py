@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
+from inscon import guard
 from inscon.batch import Batch, View
 from inscon.config import Config, resolve
 from inscon.geometry import find_overlap
@@ -121,7 +122,4 @@ def with_cells(view: View, row: int, box, grid: int, frame: str, zoom: int) -> I
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        raise SystemExit(f"show_views.py: {error}") from None
+    guard.run_script("show_views.py", lambda: main(sys.argv[1:]))

@@ -11,12 +11,10 @@ Every flag of scripts/train.py is taken too (--recipe, --batch-size, ...): measu
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inscon import clock, distributed, train
+from inscon import clock, distributed, guard, train
 from inscon.clock import REST, WAIT, WIRE
 from inscon.config import Config, resolve
 from inscon.profiling import comparison, measure, page, prediction, sections, verdict
@@ -359,10 +357,4 @@ def report_on_run(run: Path, out: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            sys.exit(main(sys.argv[1:]))
-    except (ValueError, FloatingPointError, ChildProcessError, MemoryError, TimeoutError) as error:
-        if os.environ.get("INSCON_TRACEBACK"):
-            raise
-        raise SystemExit(f"throughput_report.py: {error}") from None
+    guard.run_script("throughput_report.py", lambda: main(sys.argv[1:]))

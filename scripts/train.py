@@ -9,7 +9,6 @@ setting with its reason.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inscon import distributed, train
+from inscon import distributed, guard, train
 from inscon.config import RECIPES, Config, resolve
 from inscon.transfer import knn
 from pipelines import open_pipeline
@@ -85,9 +84,4 @@ def knn_monitor(training: train.Training) -> Callable[[], dict[str, float]] | No
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FloatingPointError, ChildProcessError, MemoryError, TimeoutError) as error:
-        if os.environ.get("INSCON_TRACEBACK"):
-            raise
-        raise SystemExit(f"train.py: {error}") from None
+    guard.run_script("train.py", lambda: main(sys.argv[1:]))

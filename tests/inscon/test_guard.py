@@ -1,0 +1,154 @@
+"""One sentence instead of a traceback, files that are whole or absent, one process per folder, workers without a parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from inscon import guard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(error: BaseException, capsys) -> tuple[int, str]:
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        guard.run_script("some.py", main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (ValueError("lr must be positive.\nFound: -1"), 1, "some.py: lr must be positive. Found: -1\n"),
+        (OSError(28, "No space left on device", "/gone/file"), 1, "some.py: /gone/file: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "x.pth"), 1, "some.py: x.pth: Permission denied\n"),
+        (MemoryError(), 1, "some.py: memory ran out\n"),
+        (TimeoutError("no batch came"), 1, "some.py: no batch came\n"),
+        (KeyboardInterrupt(), 130, "some.py: stopped by Ctrl-C\n"),
+        (KeyboardInterrupt("stopped; run again"), 130, "some.py: stopped; run again\n"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(error, status, sentence, capsys):
+    assert refused(error, capsys) == (status, sentence)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(AssertionError):
+        guard.run_script("some.py", lambda: (_ for _ in ()).throw(AssertionError("ours")))
+
+
+def test_ranks_of_one_machine_say_the_same_once(tmp_path, monkeypatch, capsys):
+    said = []
+    for rank, sentence in (("0", "lr is wrong"), ("1", "lr is wrong"), ("1", "rank 1 has no disk")):
+        (tmp_path / rank).mkdir(exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        said.append(refused(ValueError(sentence), capsys))
+    assert said == [(1, "some.py: lr is wrong\n"), (1, ""), (1, "some.py: rank 1 has no disk\n")]
+
+
+@pytest.mark.parametrize("check", [guard.check_output_file, guard.check_output_folder])
+def test_an_output_is_tried_before_the_work(check, tmp_path):
+    check(tmp_path / "new/out.json")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"file/sub/out cannot be written \(.*(Not a directory|File exists)\); set another --to"
+    ):
+        check(tmp_path / "file/sub/out", "--to")
+    if Path("/proc/self").is_dir():
+        with pytest.raises(ValueError, match="/proc/out/file cannot be written"):
+            check(Path("/proc/out/file"))
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(ValueError, match="is a folder where a file is to be written; set --out to a file name"):
+        guard.check_output_file(tmp_path)
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "deep/file"
+    with guard.whole_file(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError), guard.whole_file(path) as file:
+        file.write(b"half of the new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_called_so_though_the_library_hides_it(tmp_path):
+    program = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from inscon import guard
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    with guard.whole_file({str(tmp_path / "big.pt")!r}) as file:
+        torch.save(torch.zeros(1 << 20), file)
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+guard.run_script("save.py", main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"save.py: {tmp_path}/big.pt: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from inscon import guard
+with guard.only_process({folder!r}, "--out"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_works_in_a_folder_and_a_killed_one_frees_it(tmp_path):
+    program = HOLDER.format(root=str(ROOT), folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"process {holder.pid} on .*set another --out"):
+            guard.only_process(tmp_path, "--out").__enter__()
+        holder.kill()
+    with guard.only_process(tmp_path, "--out", wait_s=10):
+        pass
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+sys.path.insert(0, {root!r})
+from inscon import guard
+def work(pids):
+    guard.end_with_parent()
+    pids.put(os.getpid())
+    time.sleep(120)
+if __name__ == "__main__":
+    context = multiprocessing.get_context("{method}")
+    pids = context.Queue()
+    context.Process(target=work, args=(pids,)).start()
+    print(pids.get(), flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_worker_ends_with_its_parent(tmp_path, method):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN.format(root=str(ROOT), method=method))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        os.kill(parent.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and Path(f"/proc/{worker}").exists():
+        if Path(f"/proc/{worker}/stat").read_text().split(") ")[1].startswith("Z"):
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
