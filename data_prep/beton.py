@@ -97,7 +97,7 @@ class Layout:
         header["version"], header["num_fields"], header["page_size"] = FFCV_VERSION, 2, self.page_size
         header["num_samples"], header["alloc_table_ptr"] = num_samples, self.end
         fields = np.zeros(2, FIELD_DTYPE)
-        for field, name, type_id in zip(fields, (b"image", b"label"), (_IMAGE_FIELD, _INT_FIELD)):
+        for field, name, type_id in zip(fields, (b"image", b"label"), (_IMAGE_FIELD, _INT_FIELD), strict=True):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name, np.uint8)
         return header.tobytes() + fields.tobytes()

@@ -7,12 +7,14 @@ import tyro
 
 from data_prep.forecast import forecast, show
 from data_prep.index import CHANGED_NAME, REJECTED_NAME, DatasetIndex
+from data_prep.listing import kinds_in_words
 from data_prep.packing import BYTES_PER_MB, PackConfig, Ranks, pack
 
 
 def run(config_type: type[PackConfig]) -> None:
     """Parse the command line and pack, or say what packing would be (--plan)."""
     config = tyro.cli(config_type)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names may be no UTF-8
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are closed and taken away
     try:
         config.check()
@@ -46,7 +48,8 @@ def _summary(index: DatasetIndex) -> str:
     what = manifest.shards[0].name if manifest.container == "beton" else _counted(len(manifest.shards), "shard")
     return (
         f"Packed {_counted(len(index), 'picture')}{classes} into {what}, {megabytes:.1f} MB.\n"
-        f"Left out: {_kinds(manifest.rejected, REJECTED_NAME)}\nChanged: {_kinds(manifest.changed, CHANGED_NAME)}"
+        f"Left out: {_kinds(manifest.rejected, REJECTED_NAME)}\nChanged: {_kinds(manifest.changed, CHANGED_NAME)}\n"
+        f"Ignored, as no pictures: {kinds_in_words(manifest.ignored) or 'none'}."
     )
 
 

@@ -4,15 +4,18 @@ import contextlib
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data_prep.job import Job, Target
-from data_prep.packing import BYTES_PER_MB, PackConfig, check_places, default_workers
+from data_prep.listing import kinds_in_words
+from data_prep.packing import BYTES_PER_MB, PackConfig, about, check_places, default_workers
 from data_prep.pictures import BadPicture, prepare_picture
 from data_prep.reading import Reader, Unreadable
 from data_prep.sources import list_source
@@ -34,6 +37,10 @@ class Forecast:
     num_shards: int
     trial_pictures: int
     trial_left_out: int
+    example_left_out: str
+    """Name and reason of the first of these; empty where there is none."""
+    ignored: Mapping[str, int]
+    """How many files are passed over as no pictures, by kind."""
     pictures_per_s: float
     """Of one process: read, decode and, where needed, encode; without writing."""
     workers: int
@@ -55,15 +62,14 @@ def forecast(config: PackConfig, target: Target) -> Forecast:
         listing = list_source(config.data, Path(folder))
         job = Job(config.out, target, 0, listing)
         order = permute(np.arange(min(_TRIAL_PICTURES, len(listing))), len(listing), 0, 0)
-        sizes, left_out, start = [], 0, time.perf_counter()
+        sizes, left_out, example, start = [], 0, "", time.perf_counter()
         with contextlib.closing(Reader(listing)) as reader:
             for position in order:
+                entry = listing.entry(int(position))
                 try:
-                    sizes.append(
-                        len(prepare_picture(reader.read(listing.entry(int(position))), target.treatment).content)
-                    )
-                except (BadPicture, Unreadable):
-                    left_out += 1
+                    sizes.append(len(prepare_picture(reader.read(entry), target.treatment).content))
+                except (BadPicture, Unreadable) as bad:
+                    left_out, example = left_out + 1, example or about(listing, entry.name, str(bad))
                 if time.perf_counter() - start > _TRIAL_S:
                     break
         tried = len(sizes) + left_out
@@ -76,6 +82,8 @@ def forecast(config: PackConfig, target: Target) -> Forecast:
             num_shards=job.num_shards if target.container == "tar" else 1,
             trial_pictures=tried,
             trial_left_out=left_out,
+            example_left_out=example,
+            ignored=listing.ignored,
             pictures_per_s=tried / (time.perf_counter() - start),
             workers=config.workers or default_workers(),
             expected_bytes=int(len(listing) * per_picture),
@@ -96,13 +104,15 @@ def show(what: Forecast) -> None:
         "expected size": f"{what.expected_bytes / gigabytes:.3f} GB, from {what.trial_pictures} pictures",
         "free disk": f"{what.free_bytes / gigabytes:.1f} GB"
         + ("" if what.free_bytes > what.expected_bytes else " - NOT ENOUGH: make room, or give another --out"),
-        "rate": f"{what.pictures_per_s:.0f} pictures/s per process, measured on {what.trial_pictures} pictures, without writing",
+        "rate": f"{what.pictures_per_s:.0f} pictures/s per process, tried without writing",
         "time": f"{what.hours:.2f} hours with {what.workers} processes, if the disks keep up",
-        "cannot be packed": f"{what.trial_left_out} of the {what.trial_pictures} that were tried",
+        "cannot be packed": f"{what.trial_left_out} of the {what.trial_pictures} that were tried"
+        + (f", the first one {what.example_left_out}" if what.example_left_out else ""),
+        "ignored": kinds_in_words(what.ignored) or "none",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
-    Console(width=120).print(table)
+        table.add_row(name, escape(value))
+    Console(highlight=False).print(table)
 
 
 def _existing(path: Path) -> Path:

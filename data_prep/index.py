@@ -26,7 +26,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -114,6 +114,8 @@ class Manifest:
     """How many pictures are not as they came, by kind of change; to be stored as pixels is none."""
     changed_names: tuple[str, ...]
     """Which ones: the first MAX_NAMES_IN_MANIFEST. changed.jsonl has all."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """How many files of the source were passed over as no pictures, by kind, such as ".txt"."""
     content: str
     """XXH3-128 over every sample's size, label, encoding and checksum, in order: equal wherever the same samples lie."""
     index: StoredFile

@@ -97,7 +97,7 @@ class Progressed(NamedTuple):
 
     pictures: int
     source_bytes: int
-    left_out: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
     """Name and reason of each picture that was left out."""
 
 
@@ -115,7 +115,7 @@ class ShardPacker:
         for entry, source in _read_ahead(self._reader, self._job.entries(self._number)):
             reason = _add(self._builder, self._shard, self._job, entry, source)
             pictures, source_bytes = pictures + 1, source_bytes + entry.byte_count
-            left_out += [f"{entry.name}: {reason}"] * (reason is not None)
+            left_out += [(entry.name, reason)] * (reason is not None)
             if left_out or time.monotonic() - told > _TELL_EVERY_S:
                 yield Progressed(pictures, source_bytes, tuple(left_out))
                 pictures, source_bytes, left_out, told = 0, 0, [], time.monotonic()

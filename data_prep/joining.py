@@ -5,7 +5,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ class SetFacts:
     class_names: Sequence[str]
     shuffle_seed: int
     settings: Mapping
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
 
 def join(out: Path, num_shards: int, facts: SetFacts, beton_join: "BetonJoin | None" = None) -> DatasetIndex:
@@ -91,6 +92,7 @@ def join(out: Path, num_shards: int, facts: SetFacts, beton_join: "BetonJoin | N
             settings=dict(facts.settings),
             rejected=dict(sorted(rejected_kinds.items())),
             changed=dict(sorted(changed_kinds.items())),
+            ignored=dict(facts.ignored),
             changed_names=tuple(changed_names),
             content=content.hexdigest(),
             index=index.commit(reports.num_samples),
@@ -249,7 +251,7 @@ def _copy(part: Path, file: KeptFile, report: ShardReport, placed: NDArray[np.vo
     if not part.exists():
         raise _damaged(part, report)
     with part.open("rb", buffering=0) as source:
-        for first, stop in zip(starts, ends):  # runs that lie in the beton as they lie in the part
+        for first, stop in zip(starts, ends, strict=True):  # runs that lie in the beton as they lie in the part
             file.write(bytes(int(placed["offset"][first]) - file.byte_count))
             left = (
                 int(records["offset"][stop - 1]) + int(records["byte_count"][stop - 1]) - int(records["offset"][first])

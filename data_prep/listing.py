@@ -15,9 +15,11 @@ To write one:   `ListingWriter`, which is what data_prep/sources.py does.
 import heapq
 import json
 import os
+import re
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -31,7 +33,7 @@ LINE_BREAK = "line break in the name"
 MAX_PICTURE_BYTES = 2**30
 """A picture is in memory whole. The largest one that Pillow consents to decode is as long as this when uncompressed."""
 
-_VERSION = 1
+_VERSION = 2
 _RECORDS_NAME, _NAMES_NAME, _JSON_NAME = "records", "names", "listing.json"
 # Big-endian, so that equal names are sorted by their place in the tars: bytes then compare as the numbers do.
 _PICTURE = struct.Struct(">IQQQiH")  # container, offset, byte_count, checksum, class number, fault number
@@ -41,6 +43,8 @@ _RUN_LENGTH = 20_000  # about 6 MB
 _MAX_RUNS = 64  # 64 * 64 * 20,000 pictures are merged in two steps; each run is an open file
 _SPILL_BUFFER = 1 << 14
 _PROGRESS_EVERY = 1000
+_EXTENSION = re.compile(rb"\.[a-z][a-z0-9_~-]{0,9}")
+_MAX_KINDS, _SHOWN_KINDS = 1000, 8
 
 
 class Entry(NamedTuple):
@@ -80,6 +84,8 @@ class Listing:
     """How long each of them was when it was listed."""
     total_bytes: int
     """Of all pictures."""
+    ignored: Mapping[str, int]
+    """How many files were passed over as no pictures, by kind, such as ".txt"."""
     keep_order: bool
     """True for a packed set: it is shuffled already."""
     source_seed: int | None
@@ -116,6 +122,7 @@ class Listing:
             containers=tuple(facts["containers"]),
             container_bytes=tuple(facts["container_bytes"]),
             total_bytes=facts["total_bytes"],
+            ignored=facts["ignored"],
             keep_order=facts["keep_order"],
             source_seed=facts["source_seed"],
             _count=facts["count"],
@@ -164,6 +171,7 @@ class ListingWriter:
         self._count = self._total_bytes = 0
         self._on_progress = on_progress
         self._faults = {"": 0}
+        self._ignored = Counter()
         self._records = NewFile(self.folder / _RECORDS_NAME)
         self._names = NewFile(self.folder / _NAMES_NAME)
         self._sorter = _Sorter(self.folder)
@@ -208,6 +216,17 @@ class ListingWriter:
         if self._count % _PROGRESS_EVERY == 0:
             self._on_progress(self._count)
 
+    def ignore(self, name: bytes, kind: str = "") -> None:
+        """Count a file that is no picture, as `kind` or by its extension."""
+        extension = os.path.splitext(name)[1].lower()
+        kind = kind or (as_text(extension) if _EXTENSION.fullmatch(extension) else "without extension")
+        self._ignored[kind if kind in self._ignored or len(self._ignored) < _MAX_KINDS else "of other kinds"] += 1
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """By kind, the most frequent first."""
+        return dict(sorted(self._ignored.items(), key=lambda item: (-item[1], item[0])))
+
     def finish(
         self,
         *,
@@ -229,6 +248,7 @@ class ListingWriter:
             "root": as_text(root),
             "count": self._count,
             "total_bytes": self._total_bytes,
+            "ignored": self.ignored,
             "name_bytes": self._names.byte_count,
             "keep_order": keep_order,
             "source_seed": source_seed,
@@ -250,6 +270,13 @@ class ListingWriter:
         start = self._names.byte_count
         self._names.write(name)
         self._records.write(_RECORD.pack(start, len(name), *_PICTURE.unpack(picture)))
+
+
+def kinds_in_words(ignored: Mapping[str, int]) -> str:
+    """ "12 .txt, 3 hidden", the most frequent kinds."""
+    shown = [f"{count} {kind}" for kind, count in list(ignored.items())[:_SHOWN_KINDS]]
+    rest = sum(ignored.values()) - sum(list(ignored.values())[:_SHOWN_KINDS])
+    return ", ".join(shown) + (f" and {rest} others" if rest else "")
 
 
 class _Sorter:

@@ -16,25 +16,29 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.index import MANIFEST_NAME, STATE_NAME, DatasetIndex, Manifest, ShardError, format_files
 from data_prep.job import JOB_NAME, LISTING_NAME, Job, PackingStopped, Progressed, Target
 from data_prep.joining import BetonJoin, SetFacts, join
+from data_prep.listing import Listing
 from data_prep.locks import is_held, only_writer
 from data_prep.new_file import NewFile
+from data_prep.reading import UNREADABLE
 from data_prep.shards import ShardReport
 from data_prep.sources import list_source
 from data_prep.workers import work_here, work_in_processes
 
 BYTES_PER_MB = 1_000_000
+_LEAST_LOOKED_AT = 1000
+"""Pictures, before their share of bad ones stops a run."""
 _RANK_WAIT_S = 120.0
 """How long a rank that isn't running is waited for."""
 
@@ -156,12 +160,12 @@ def _open_job(config: PackConfig, target: Target, ranks: Ranks, console: Console
     if found is not None:
         path.unlink()
     _remove_all_but(path.parent, keep=".lock")
-    with console.status(f"Listing the pictures of {config.data}") as status:
+    with console.status(f"Listing {config.data}") as status:
         (path.parent / LISTING_NAME).mkdir()
         listing = list_source(
             config.data,
             path.parent / LISTING_NAME,
-            on_progress=lambda count: status.update(f"Listing the pictures of {config.data}: {count:,}"),
+            on_progress=lambda count: status.update(f"{count:,} pictures listed of {config.data}"),
         )
     seed = config.seed if listing.keep_order or config.seed is not None else 0
     (config.out / MANIFEST_NAME).unlink(missing_ok=True)  # first: a folder with a manifest is complete, at every moment
@@ -247,13 +251,14 @@ def _write_shards(job: Job, config: PackConfig, ranks: Ranks, console: Console) 
     mine = range(ranks.rank, job.num_shards, ranks.world_size)
     todo = [shard for shard in mine if not job.is_done(shard)]
     done = set(mine).difference(todo)
-    before = sum(len(ShardReport.load(job.state, shard).rejected) for shard in done)
-    watch = _Watch(job, config, before)
+    watch = _Watch(job, config, (ShardReport.load(job.state, shard) for shard in sorted(done)))
     if not todo:
         watch.check()
         return
     share = sum(_pictures_in(job, shard) for shard in todo)
-    with _progress_bar(f"rank {ranks.rank}" if ranks.world_size > 1 else "packing", share, before, console) as advance:
+    with _progress_bar(
+        f"rank {ranks.rank}" if ranks.world_size > 1 else "packing", share, watch.left_out, console
+    ) as advance:
 
         def tell(progressed: Progressed) -> None:
             advance(progressed)
@@ -267,32 +272,53 @@ def _write_shards(job: Job, config: PackConfig, ranks: Ranks, console: Console) 
 
 
 class _Watch:
-    """Counts what is left out, and stops the run when it is too much."""
+    """Counts what is left out, and stops the run when it is too much: beyond the limit, and no chance among the first few."""
 
-    def __init__(self, job: Job, config: PackConfig, before: int) -> None:
-        self._config, self._total = config, len(job.listing)
-        self._left_out, self._last = before, ""
+    def __init__(self, job: Job, config: PackConfig, reports: Iterable[ShardReport]) -> None:
+        """`reports`: of what was packed before."""
+        self._config, self._listing = config, job.listing
+        self._looked_at, self.left_out, self._example = 0, 0, ""
+        for report in reports:
+            self._count(len(report.records) + len(report.rejected), [(r["name"], r["reason"]) for r in report.rejected])
 
     def __call__(self, progressed: Progressed) -> None:
-        if not progressed.left_out:
-            return
-        if self._config.on_bad == "fail":
+        self._count(progressed.pictures, progressed.left_out)
+        if progressed.left_out and self._config.on_bad == "fail":
             raise PackingStopped(
-                f"{self._config.data} holds a picture that cannot be packed ({progressed.left_out[0]}): repair or remove it, or "
-                "pass --on-bad skip; the same command goes on."
+                f"{self._config.data} holds a picture that cannot be packed ({self._example}): repair or remove it and "
+                "pass --overwrite, or pass --on-bad skip, and the same command goes on."
             )
-        self._left_out += len(progressed.left_out)
-        self._last = progressed.left_out[-1]
         self.check()
 
+    def _count(self, looked_at: int, left_out: Sequence[tuple[str, str]]) -> None:
+        self._looked_at += looked_at
+        self.left_out += len(left_out)
+        if left_out and not self._example:
+            self._example = about(self._listing, *left_out[0])
+
     def check(self) -> None:
-        if self._left_out > self._config.bad_limit * self._total:
-            share = self._left_out / self._total
-            last = f", the last one {self._last}" if self._last else ""
-            raise PackingStopped(
-                f"{self._left_out} of {self._total} pictures ({share:.2%}) cannot be packed{last}; that is more than "
-                f"--bad-limit {self._config.bad_limit}: see to the source, or raise the limit; the same command goes on."
-            )
+        total = len(self._listing)
+        if self.left_out <= self._config.bad_limit * total or self._looked_at < min(total, _LEAST_LOOKED_AT):
+            return
+        share = f"{self.left_out / self._looked_at:.2%}"
+        of = (
+            f"{total} pictures ({share})"
+            if self._looked_at == total
+            else f"the {self._looked_at} pictures looked at so far ({share}; there are {total})"
+        )
+        raise PackingStopped(
+            f"{self.left_out} of {of} cannot be packed, the first one {self._example}; that is more than --bad-limit "
+            f"{self._config.bad_limit} of all: mend the source and pass --overwrite, or raise the limit, and the same command "
+            "goes on."
+        )
+
+
+def about(listing: Listing, name: str, reason: str) -> str:
+    """A picture that is left out and why, for people; of a list also where it was looked for."""
+    if listing.kind != "list" or not reason.startswith(UNREADABLE):
+        return f"{name}: {reason}"
+    where = "" if os.path.isabs(name) else ", as a list's paths start at its folder"
+    return f"{name}: {reason}; tried {listing.root / name}{where}"
 
 
 # ---------------------------------------------------------------------------------------------------- joining
@@ -336,18 +362,20 @@ def _beton_joined_meanwhile(job: Job) -> Iterator[Callable[[], BetonJoin | None]
 
 
 def _join(job: Job, config: PackConfig, joined: Callable[[], BetonJoin | None]) -> DatasetIndex:
-    _Watch(job, config, sum(len(report.rejected) for report in _reports(job))).check()  # of all ranks together
+    _Watch(job, config, _reports(job)).check()  # of all ranks together
     if not any(len(report.records) for report in _reports(job)):
         first = next(report.rejected[0] for report in _reports(job) if report.rejected)
         (job.state / JOB_NAME).unlink()  # there is nothing to go on with
         raise ValueError(
-            f"{config.data} holds no picture that can be packed ({first['name']}: {first['reason']}); give another --data."
+            f"{config.data} holds no picture that can be packed ({about(job.listing, first['name'], first['reason'])}); give "
+            "another --data."
         )
     facts = SetFacts(
         container=job.target.container,
         class_names=job.listing.class_names,
         shuffle_seed=(job.listing.source_seed or 0) if job.seed is None else job.seed,
         settings=_settings(job.target),
+        ignored=job.listing.ignored,
     )
     return join(job.out, job.num_shards, facts, joined())
 
@@ -399,15 +427,14 @@ def _progress_bar(title: str, total: int, left_out: int, console: Console) -> It
     """Yields advance(progressed)."""
     columns = (
         TextColumn(title),
-        BarColumn(),
+        BarColumn(bar_width=None),  # what the others leave of the line
         MofNCompleteColumn(),
         TextColumn("{task.fields[rates]}"),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     start, pictures, byte_count = time.perf_counter(), 0, 0
-    with Progress(*columns, console=console, disable=console.quiet) as progress:
+    with Progress(*columns, console=console, disable=console.quiet, expand=True) as progress:
         task = progress.add_task(title, total=total, rates="")
 
         def advance(more: Progressed) -> None:
@@ -415,7 +442,8 @@ def _progress_bar(title: str, total: int, left_out: int, console: Console) -> It
             pictures, byte_count = pictures + more.pictures, byte_count + more.source_bytes
             left_out += len(more.left_out)
             wall_s = time.perf_counter() - start
-            rates = f"{pictures / wall_s:.0f} pictures/s {byte_count / BYTES_PER_MB / wall_s:.1f} MB/s, left out: {left_out}"
+            rates = f"{pictures / wall_s:.0f}/s {byte_count / BYTES_PER_MB / wall_s:.0f} MB/s"
+            rates += f" {left_out} bad" if left_out else ""
             progress.update(task, advance=more.pictures, rates=rates)
 
         yield advance

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from data_prep.index import JPEG, RAW
 
@@ -30,7 +30,27 @@ MAX_SIDE = 65_500
 MAX_SCANS = 256
 """Of a progressive JPEG; DALI decodes no more. Real ones have about ten, and each costs a pass over the picture."""
 
-_OTHER_FORMATS = ("PNG", "WEBP", "BMP", "TIFF", "GIF")  # no more of Pillow's: some of its plugins start programs
+# No more of Pillow's: some of its plugins start programs.
+_OTHER_FORMATS = ("PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM") + ("JPEG2000",) * features.check("jpg_2000")
+_OTHER_FORMATS += ("AVIF",) * ("avif" in features.modules and features.check("avif"))  # since Pillow 11.3
+_BEGINNINGS = {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": rb"\x89PNG\r\n\x1a\n",
+        "WEBP": rb"RIFF.{4}WEBP",
+        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+        "TIFF": rb"II\*\0|MM\0\*",
+        "GIF": rb"GIF8[79]a",
+        "PPM": rb"P[1-6]\s(#|\d+\s+\d+\s)",
+        "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+        "AVIF": rb".{4}ftyp(.{4}){0,8}avi[fs]",
+        "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
+        "JPEG XL": rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a",
+    }.items()
+}
+BEGINNING_BYTES = 64
+"""Of a file, from which `picture_format` knows it."""
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr")
 
@@ -38,6 +58,7 @@ _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # starts of fram
 _COMMON_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # sequential and progressive, also arithmetic-coded
 _PROGRESSIVE_FRAMES = (0xC2, 0xCA)
 _COMMON_LUMA = (0x11, 0x12, 0x14, 0x21, 0x22, 0x41)  # sampling factors, where chroma's are 0x11
+_BITS_PER_SAMPLE = 258  # a TIFF's tag
 _APP0, _APP1, _APP14, _APP15, _COM, _SOS = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
 
 _PADDING = frozenset({0x00, 0x7F, 0xFF})
@@ -147,6 +168,15 @@ def read_picture(source: bytes | Path) -> Image.Image:
     return Image.frombytes("RGB", (prepared.width, prepared.height), prepared.content)
 
 
+def picture_format(beginning: bytes) -> str:
+    """ "JPEG", "HEIC" and so on, by a file's first bytes, whatever its name; also what is not decoded. Empty: no picture."""
+    return next((name for name, pattern in _BEGINNINGS.items() if pattern.match(beginning)), "")
+
+
+def no_decoder(name: str) -> BadPicture:
+    return BadPicture(f"no decoder for {name}", "convert it to JPEG or PNG")
+
+
 def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
     """What to store for the picture file `source`. Raises BadPicture, and nothing else, for what cannot be stored."""
     if not source:
@@ -213,7 +243,9 @@ def _largest_reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
     That is two to three times as fast as decoding the whole, and within 45 dB of it on each of 125 photographs, where
     quality 95 alone costs 39 dB; without the factor of two it would be 32 dB.
     """
-    return max(by for by in (1, 2, 4, 8) if by == 1 or all(2 * by * new <= old for old, new in zip(size, target)))
+    return max(
+        by for by in (1, 2, 4, 8) if by == 1 or all(2 * by * new <= old for old, new in zip(size, target, strict=True))
+    )
 
 
 def _decode_strictly(
@@ -344,11 +376,16 @@ def _segments(jpeg: bytes) -> Iterator[_Segment]:
 
 
 def _prepare_other(source: bytes, treatment: Treatment) -> Prepared:
+    name = picture_format(source[:BEGINNING_BYTES])
+    if name and name not in _OTHER_FORMATS:
+        raise no_decoder(name)
     with Image.open(io.BytesIO(source), formats=_OTHER_FORMATS) as opened:
         opened.load()  # the first frame. TIFF's orientation is applied here, by Pillow
         changes = [opened.format]
-        if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG"):  # "I" in Pillow before 11
-            picture = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))  # Pillow's own conversion clips
+        # "I" in Pillow before 11, and in a PGM.
+        if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
+            bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if opened.format == "TIFF" else 16  # or 12
+            picture = Image.fromarray((np.asarray(opened) >> (bits - 8)).astype(np.uint8))  # Pillow's conversion clips
             changes.append("16 bit")
         elif opened.mode in _GREY_MODES + _COLOUR_MODES:  # alpha is dropped, as torchvision's loader does
             picture = opened.convert("L" if opened.mode in _GREY_MODES else "RGB")

@@ -9,6 +9,7 @@ import threading
 from data_prep.listing import NOT_IN_A_TAR, Entry, Listing, as_bytes, as_text
 
 NOT_REGULAR = "not a regular file"
+UNREADABLE = "unreadable"
 _MAX_OPEN_TARS = 64
 _GONE = {errno.ENOENT, errno.ENOTDIR}
 OUT_OF_REACH = {
@@ -131,7 +132,7 @@ def open_regular(path: bytes) -> io.FileIO:
 def _fault_of_reading(path: bytes, error: OSError, *, stops: set[int]) -> Exception:
     if error.errno in _OUR_OWN_TROUBLE:
         return error  # says nothing about the picture
-    return _vanished(path, error.strerror) if error.errno in stops else Unreadable(f"unreadable: {error.strerror}")
+    return _vanished(path, error.strerror) if error.errno in stops else Unreadable(f"{UNREADABLE}: {error.strerror}")
 
 
 def _vanished(path: bytes, reason: str) -> SourceVanished:

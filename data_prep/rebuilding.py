@@ -47,7 +47,7 @@ class Content(NamedTuple):
 
 def _contents(rows: NDArray[np.void], first: int) -> Iterator[Content]:
     columns = (rows[name].tolist() for name in ("checksum", "byte_count", "offset"))
-    return (Content(*row, sample_id) for sample_id, row in enumerate(zip(*columns), first))
+    return (Content(*row, sample_id) for sample_id, row in enumerate(zip(*columns, strict=True), first))
 
 
 def _zeros(what: str, length: int, sample_id: int | None = None) -> Iterator[Part]:
@@ -60,7 +60,7 @@ def tar_parts(here: PlainSet, number: int) -> Iterator[Part | Content]:
     first, stop = here.firsts[number : number + 2].tolist()
     position = 0
     for start, rows in here.records.slices(first, stop):
-        for content, label in zip(_contents(rows, start), rows["label"].tolist()):
+        for content, label in zip(_contents(rows, start), rows["label"].tolist(), strict=True):
             for part in _tar_sample(shard_number, content.sample_id - first, content, label):
                 position += part.length
                 yield part
@@ -87,7 +87,7 @@ def dali_parts(here: PlainSet, number: int) -> Iterator[Part]:
     position = 0
     for start, rows in here.records.slices(first, stop):
         for sample_id, (byte_count, label) in enumerate(
-            zip(rows["byte_count"].tolist(), rows["label"].tolist()), start
+            zip(rows["byte_count"].tolist(), rows["label"].tolist(), strict=True), start
         ):
             members = []
             for name, text in sample_members(shard_number, sample_id - first, b"", label):
@@ -129,7 +129,7 @@ def beton_parts(here: PlainSet, _: int) -> Iterator[Part | Content]:
     position = layout.data_start
     for first, rows in placed():
         indexed = here.records.read(first, first + len(rows))
-        for content, start in zip(_contents(indexed, first), rows["offset"].tolist()):
+        for content, start in zip(_contents(indexed, first), rows["offset"].tolist(), strict=True):
             yield from _zeros("the padding of the page after", start - position, content.sample_id - 1)
             yield content
             position = start + content.length

@@ -198,9 +198,15 @@ def _work(here: PlainSet, jobs: list[_Job], workers: int, show_progress: bool) -
     pool = ThreadPoolExecutor(1, **begin) if workers == 1 else ProcessPoolExecutor(workers, context, **begin)
     decoded = sum(len(job.arguments[0]) for job in jobs if job.check is check_pixels)
     total = sum(stored.byte_count for stored in here.files) + decoded * sample_bytes(here.manifest)
-    columns = TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("verifying"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True, quiet=not show_progress)
-    with pool, Progress(*columns, console=console, disable=not show_progress) as progress:
+    with pool, Progress(*columns, console=console, disable=not show_progress, expand=True) as progress:
         task = progress.add_task("", total=total)
         try:
             pending = results = [pool.submit(_run, job) for job in jobs]

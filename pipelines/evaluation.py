@@ -154,6 +154,34 @@ class LabelledViews:
         )
 
 
+def joined_classes(train: LabelledViews, val: LabelledViews) -> Tensor:
+    """[labels of `val`] int64: of each the label in `train` of the class of the same name; NO_LABEL where no picture has it.
+
+    Each set numbers its own class folders, so equal labels of two sets need not mean the same class. ValueError, with names,
+    where `val` has pictures of a class that `train` has none of.
+    """
+    (known, wanted), (folder, own) = map(_used_classes, (train, val)), (train.index.path, val.index.path)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        kinds = ("names", "integers")
+        ours, theirs = (kinds[all(name.isdecimal() for name in names_of)] for names_of in (wanted, known))
+        mixed = f"; its classes are {ours}, the others {theirs}" if ours != theirs else ""
+        raise ValueError(
+            f"{own} has pictures of classes of which the training set {folder} has none. Found: {names}{mixed}; pack both from "
+            "class folders of the same names, or with the same labels"
+        )
+    numbers = torch.full((max(wanted.values()) + 1,), NO_LABEL)
+    for name, label in wanted.items():
+        numbers[label] = known[name]
+    return numbers
+
+
+def _used_classes(views: LabelledViews) -> dict[str, int]:
+    """Labels that occur, by name."""
+    return {views.index.class_names[label]: label for label in views.labels.unique().tolist()}
+
+
 def _engine(asked: Engine, index: DatasetIndex) -> str:
     """The engine that `asked` means for this set."""
     if asked != "auto":

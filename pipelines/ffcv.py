@@ -390,7 +390,7 @@ class Engine:
         # Read here, a few at a time, so that they are still in this core's cache when they are decoded.
         sizes, stored = begun.byte_counts[chunk], []
         memory = bench.room("stored", int(sizes.sum()))
-        for place, behind in zip(chunk.tolist(), np.cumsum(sizes).tolist()):
+        for place, behind in zip(chunk.tolist(), np.cumsum(sizes).tolist(), strict=True):
             sample_id = int(begun.work.sample_ids[place])
             try:
                 stored.append(

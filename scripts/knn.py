@@ -20,7 +20,7 @@ from inscon import guard
 from inscon.precision import choose_precision
 from inscon.transfer import knn
 from inscon.transfer.export import any_trunk, digest
-from pipelines.evaluation import Engine, LabelledViews
+from pipelines.evaluation import Engine, LabelledViews, joined_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,12 @@ def main(config: KnnConfig) -> dict[str, float]:
             )
             for data in (config.train, config.val)
         ]  # fmt: skip
+        joined = joined_classes(*sets)
         (bank, bank_labels), (queries, labels) = (
             features_of(trunk, views, f"{name}-{which}", config, device, precision.autocast_dtype)
-            for which, views in zip(("train", "val"), sets)
+            for which, views in zip(("train", "val"), sets, strict=True)
         )
+        labels = joined[labels]
         scores[name] = knn.accuracy(queries, labels, bank, bank_labels, config.k, config.temperature, device=device)
         print(f"kNN (k={config.k}) {name}: {100 * scores[name]:.1f} % of {len(labels)} pictures")
     return scores

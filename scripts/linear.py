@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import json
 
 from rich.console import Console
+from torch import Tensor
 
 from inscon import distributed, guard
 from inscon.precision import choose_precision
 from inscon.transfer.export import any_trunk
 from inscon.transfer.linear import Probe, Protocol
-from pipelines.evaluation import Engine, LabelledViews
+from pipelines.evaluation import Engine, LabelledViews, joined_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,11 @@ def main(config: LinearConfig) -> dict:
         distributed.stop()
 
 
-def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledViews, LabelledViews]:
-    """Training and validation set, fit for each other and for the batch; otherwise ValueError. `side`: of the views, px."""
+def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledViews, LabelledViews, Tensor]:
+    """Training and validation set, and the label in the first of each class of the second; `side`: of the views, px.
+
+    ValueError where they do not fit each other or the batch.
+    """
     rank, world = distributed.rank(), distributed.world_size()
     if config.batch_size % world:
         raise ValueError(
@@ -89,12 +93,7 @@ def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledV
             f"batch_size must be at most the {len(train.index)} pictures of {config.train}. Found: {config.batch_size}; set "
             f"--batch-size {max(len(train.index) // 4, 1)}"
         )
-    if val.num_classes > train.num_classes:
-        raise ValueError(
-            f"the classes must be those of the training set. Found: {val.num_classes} in {config.val}, {train.num_classes} in "
-            f"{config.train}; pack both with the same class folders"
-        )
-    return train, val
+    return train, val, joined_classes(train, val)
 
 
 def probe(config: LinearConfig, device) -> dict:
@@ -102,7 +101,7 @@ def probe(config: LinearConfig, device) -> dict:
     trunk, facts = any_trunk(config.checkpoint, config.untrained)
     side = config.view_size or facts["config"]["views"]["view_size"]
     precision = choose_precision(config.precision, device)
-    train, val = open_sets(config, side, device, precision.pixel_dtype)
+    train, val, joined = open_sets(config, side, device, precision.pixel_dtype)
     protocol = Protocol(
         num_classes=train.num_classes, epochs=config.epochs, batch_size=config.batch_size, base_lr=config.base_lr,
         seed=config.seed,
@@ -127,9 +126,10 @@ def probe(config: LinearConfig, device) -> dict:
                 highlight=False,
             )
 
-    found = run.train(
-        train.random_crops, train.steps_per_epoch, lambda: run.evaluate(val.centre_crops()), say, config.evaluate_every
-    )
+    def evaluate() -> dict[str, float]:
+        return run.evaluate((pixels, joined[labels]) for pixels, labels in val.centre_crops())
+
+    found = run.train(train.random_crops, train.steps_per_epoch, evaluate, say, config.evaluate_every)
     result = {
         "what": facts["what"], "step": facts["step"], "trunk": run.before, "protocol": protocol.__dict__ | {"lr": protocol.lr},
         "view_size": side, "pictures": {"train": len(train.index), "val": len(val.index)}, **found,

@@ -14,10 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torchvision.datasets.folder import default_loader
 
-from data_prep.pictures import JPEG, RAW, BadPicture, Prepared, Treatment, prepare_picture, read_picture
+from data_prep.pictures import (
+    BEGINNING_BYTES,
+    JPEG,
+    RAW,
+    BadPicture,
+    Prepared,
+    Treatment,
+    picture_format,
+    prepare_picture,
+    read_picture,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = sorted((ROOT.parent / "shared/data/imagenet_sample/train").glob("*/*.JPEG"))
@@ -257,7 +267,10 @@ def test_what_libjpeg_warns_of_is_taken_out_where_no_pixel_is_lost(source):
         (encoded(scene(), "BMP")[:-50], "damaged: image file is truncated"),
         (encoded(Image.new("F", (3, 2)), "TIFF"), "unusual pixels: its mode is F; convert it to 8 bit RGB or grey"),
         (encoded(Image.new("I", (3, 2)), "TIFF"), "unusual pixels: its mode is I; convert it to 8 bit RGB or grey"),
-        (encoded(scene(), "PPM"), "not a picture: it begins with b'P6"),
+        (encoded(scene(), "TGA"), "not a picture: it begins with b'"),
+        (encoded(scene(), "PPM")[:-50], "damaged: image file is truncated"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "no decoder for HEIC: convert it to JPEG or PNG"),
+        (b"\xff\x0a" + bytes(99), "no decoder for JPEG XL: convert it to JPEG or PNG"),
         (encoded(Image.new("1", (65_501, 1)), "PNG"), "too large: 65501 x 1 px; JPEG libraries go to 65500 px a side"),
     ],
 )
@@ -294,7 +307,9 @@ for Image.MAX_IMAGE_PIXELS in (None, 1000, 500):
     assert (done.stdout, done.stderr) == ("9\n9\ntoo large\n", "")
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "CMYK"])
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "CMYK", "PPM", "JPEG2000", "AVIF"]
+)
 def test_a_hostile_file_is_refused_or_stored_sound(file_format):
     picture = scene().convert("CMYK") if file_format == "CMYK" else scene()
     options = {"exif": exif_of(6)} if file_format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
@@ -365,7 +380,24 @@ def test_other_kinds_have_the_pixels_of_torchvisions_loader_and_become_jpegs(nam
     assert halved == stored.content if grey else len(halved) < len(stored.content)
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("file_format", ["PPM", "JPEG2000", "AVIF"])
+def test_rarer_formats_are_packed(file_format):
+    if file_format != "PPM" and not features.check({"JPEG2000": "jpg_2000", "AVIF": "avif"}[file_format]):
+        pytest.skip(f"this Pillow has no {file_format}")
+    source = encoded(scene(), file_format)
+    assert picture_format(source[:BEGINNING_BYTES]) == file_format
+    prepared = prepare_picture(source, RAW_MODE)
+    assert prepared.changes == (file_format,)
+    np.testing.assert_array_equal(pixels_of(prepared), rgb(source))
+
+
+def test_a_12_bit_tiff_is_not_black():
+    source = encoded(Image.fromarray(np.full((8, 8), 0xFFFF, np.uint16)), "TIFF")
+    twelve = patched(source, b"\x02\x01\x03\0\x01\0\0\0\x10\0", 8, b"\x0c\0")  # bits per sample: 12 instead of 16
+    assert pixels_of(prepare_picture(twelve, RAW_MODE)).min() > 250
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_of_16_bits_the_upper_8_are_kept(file_format):
     picture = grey_16(scene())
     prepared = prepare_picture(encoded(picture, file_format), RAW_MODE)

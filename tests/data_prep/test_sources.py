@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import os
@@ -261,9 +262,12 @@ def test_folders_that_cannot_be_listed_are_refused(tmp_path, monkeypatch):
     assert refused(data, tmp_path) == f"{data} does not exist; give a folder to --data."
     data.mkdir()
     assert refused(data, tmp_path) == (
-        f"{data} holds no picture named *.jpg, *.jpeg, *.jpe, *.jfif, *.png, *.webp, *.bmp, *.tif, *.tiff, *.gif, neither "
-        "itself nor in class folders, and no *.tar; give another --data."
+        f"{data} holds no picture, neither itself nor in class folders, and no *.tar; give another --data (pictures are *.jpg, "
+        "*.jpeg, *.jpe, *.jfif, *.png, *.webp, *.bmp, *.tif, *.tiff, *.gif, *.avif, *.jp2, *.j2k, *.j2c, *.jpf, *.jpx, *.ppm, "
+        "*.pgm, *.pbm, *.pnm, and whatever begins as they do)."
     )
+    write_files(data, ["clip.mp4", ".hidden", "b/notes.txt", "b/more.TXT"])
+    assert "no *.tar (but 2 .txt, 1 .mp4, 1 hidden); give another --data" in refused(data, tmp_path)
     write_files(data, ["loose_b.jpg", "loose_a.jpg", "b/1.jpg", "b/0.jpg", "c/1.jpg"])
     assert refused(data, tmp_path) == (
         f"{data} holds both class folders (b/0.jpg) and loose pictures (loose_a.jpg): move the loose ones into a class "
@@ -547,10 +551,10 @@ def test_imagenets_tars_unpacked_from_their_tar_are_classes(tmp_path, listed):
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"a.txt": b"1"}, "{} holds no picture, neither itself nor in tars in it; give another --data."),
+        ({"a.txt": b"1"}, "{} holds no picture, neither itself nor in tars in it (but 1 .txt); give another --data."),
         (
             {"a.jpg": b"1", "a.cls": b"1", "b.jpg": b"2"},
-            "{} holds a picture with a .cls beside it (a.jpg) and one without (b.jpg): give every picture a label, or none.",
+            "{} holds a picture with a label beside it (a.jpg) and one without (b.jpg): give every picture a label, or none.",
         ),
         ({"x/a.jpg": b"1", "b.jpg": b"2"}, "{} holds both class folders (x/a.jpg) and loose pictures (b.jpg): move the loose"),
         ({"a.jpg": b"1", "a.cls": b"-1"}, "{}, member a.jpg, has the label -1; integer labels must be from 0 to 999999: "),
@@ -560,6 +564,110 @@ def test_tars_that_do_not_say_what_they_hold_are_refused(tmp_path, members, sent
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes(members))
     assert refused(path, tmp_path).startswith(sentence.format(path))
+
+
+JPEG_BEGINNING, HEIC_BEGINNING = b"\xff\xd8\xff\xe0 and so on", b"\0\0\0\x18ftypheic and so on"
+ODD_NAMES = {
+    **dict.fromkeys(("a/photo", "a/b.jpg_large", "a/c.jpg.1", "a/d.JPG~", "a/e"), JPEG_BEGINNING),
+    **dict.fromkeys(("a/f.avif", "a/g.JP2", "a/h.ppm"), b"known by their names"),
+}
+UNDECODED = {"a/i.HEIC": b"1", "a/j.jxl": b"2", "a/k.nef": b"II*\0, a TIFF", "a/l.heic.1": HEIC_BEGINNING}
+NO_PICTURES = {
+    "a/m.txt": JPEG_BEGINNING,
+    "a/n.json": b"{}",
+    "a/README": b"text",
+    "a/Thumbs.db": b"3",
+    "a/.DS_Store": b"4",
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_nothing_is_passed_over_without_a_word(tmp_path, listed, kind):
+    files = ODD_NAMES | UNDECODED | NO_PICTURES
+    data = tmp_path / "data"
+    if kind == "folder":
+        for name, content in files.items():
+            (data / name).parent.mkdir(parents=True, exist_ok=True)
+            (data / name).write_bytes(content)
+    else:
+        data.write_bytes(tar_bytes(files))
+        data = data.rename(tmp_path / "data.tar")
+    listing = listed(data)
+    assert names(listing) == sorted(ODD_NAMES | UNDECODED) and listing.class_names == ("a",)
+    assert {entry.name: entry.fault for entry in entries(listing) if entry.fault} == {
+        name: f"no decoder for {name[3:].lower()}: convert it to JPEG or PNG" for name in list(UNDECODED)[:3]
+    }  # the last one is found out when it is read
+    assert listing.ignored == {".db": 1, ".json": 1, ".txt": 1, "hidden": 1, "without extension": 1}
+
+
+def test_linked_folders_are_counted(tmp_path, listed):
+    data = write_files(tmp_path / "data", ["a/1.jpg"])
+    (data / "a/back").symlink_to(data)
+    assert listed(data).ignored == {"linked folder": 1}
+
+
+def test_kinds_are_few_for_any_names(tmp_path, listed):
+    data = write_files(tmp_path / "data", ["a.jpg", *(f"{i}.x{i}" for i in range(1100)), "b.0001", "c.d e"])
+    assert len(listed(data).ignored) == 1001 and sum(listed(data).ignored.values()) == 1102
+
+
+SCATTERED = {
+    "pictures first": ["a.jpg", "b.jpg", "a.cls", "b.cls"],
+    "in class folders": ["x/a.jpg", "x/b.jpg", "x/a.cls", "x/b.cls"],
+    "at random": ["a.cls", "b.jpg", "b.cls", "a.jpg"],
+    "json": ["a.jpg", "b.jpg", "a.json", "b.json"],
+}
+
+
+@pytest.mark.parametrize("order", SCATTERED.values(), ids=SCATTERED)
+def test_labels_away_from_their_pictures_are_not_lost(tmp_path, listed, order):
+    """Refused; and the remedy that is named helps."""
+    texts = {
+        name: b'{"cls": "%s"}' % name[-6:-5].encode() if name.endswith("json") else name.encode() for name in order
+    }
+    (tmp_path / "x.tar").write_bytes(tar_bytes(texts))
+    sentence = refused(tmp_path / "x.tar", tmp_path)
+    assert "holds a label without a picture beside it (" in sentence and "tar --sort=name" in sentence
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        tar.extractall(tmp_path / "all", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    command = ["tar", "--sort=name", "-cf", str(tmp_path / "y.tar"), "-C", str(tmp_path / "all"), "."]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this system's tar has no --sort")
+    listing = listed(tmp_path / "y.tar")
+    assert len(listing) == 2 and all(Path(n).stem == Path(label).stem for n, label in labels(listing).items())
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ({"a.jpg": b"1", "a.CLS": b"7", "b.jpg": b"2", "b.Cls": b"5"}, {"a.jpg": "7", "b.jpg": "5"}),
+        ({"a.jpg": b"1", "a.json": b'{"cls": 7}', "b.jpg": b"2", "b.JSON": b'{"cls": 5}'}, {"a.jpg": "7", "b.jpg": "5"}),
+        ({"a.json": b'{"label": "cat"}', "a.jpg": b"1", "b.cls": b"dog", "b.jpg": b"2"}, {"a.jpg": "cat", "b.jpg": "dog"}),
+        ({"a.json": b'{"label": 7}', "a.cls": b"8", "a.jpg": b"1"}, {"a.jpg": "8"}),
+        ({"x/a.json": b'{"label": [7], "cls": true}', "x/a.jpg": b"1"}, {"x/a.jpg": "x"}),
+        ({"x/a.json": b"no json", "x/a.jpg": b"1", "x/b.json": b"[" * 100_000, "x/b.jpg": b"1"}, {"x/a.jpg": "x", "x/b.jpg": "x"}),
+    ],
+)  # fmt: skip
+def test_labels_by_other_names(tmp_path, listed, members, found):
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    listing = listed(tmp_path / "x.tar")
+    assert labels(listing) == found
+    assert sum(listing.ignored.values()) == sum(name.startswith("x/") and name.endswith("json") for name in members)
+
+
+def test_a_folder_of_tars_is_read_whole_or_not_at_all(tmp_path, listed):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.tar").write_bytes(tar_of(["1.jpg"]))
+    (data / "b.tgz").write_bytes(gzip.compress(tar_of(["2.jpg"])))
+    assert refused(data, tmp_path).startswith(f"{data}/b.tgz is compressed") and len(list(data.iterdir())) == 2
+    (data / "b.tar").write_bytes(gzip.decompress((data / "b.tgz").read_bytes()))
+    (data / "b.tgz").rename(data / "c.zip")
+    assert "unpack those, or move them away" in refused(data, tmp_path)
+    (data / "c.zip").unlink()
+    assert names(listed(data)) == ["a/1.jpg", "b/2.jpg"]
+    (tmp_path / "outer.tar").write_bytes(tar_bytes({"a.tar": tar_of(["1.jpg"]), "b.tgz": b"gzip"}))
+    assert f"{tmp_path}/outer.tar, in it b.tgz, is compressed" in refused(tmp_path / "outer.tar", tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])

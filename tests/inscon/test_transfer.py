@@ -3,15 +3,20 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data_prep.make_dali import pack_folder
 from inscon.config import resolve, smoke
 from inscon.encoder import Trunk
 from inscon.model import InsCon
 from inscon.profiling.rates import read_metrics, run_speed
 from inscon.transfer import knn
 from inscon.transfer.trunk import load_trunk, untrained_trunk
+from scripts import knn as knn_script
+from scripts import linear as linear_script
 from tests.inscon.test_train import make_config, run
 
 
@@ -51,6 +56,38 @@ def test_the_trunk_of_a_checkpoint_is_the_query_encoders(tmp_path):
     assert not torch.equal(trunk.conv1.weight, training.model.key_encoder.trunk.conv1.weight)
     with pytest.raises(ValueError, match="there is no checkpoint at"):
         load_trunk(tmp_path / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def classes_apart(tmp_path_factory):
+    """A run, a training set of three classes of plain colours, and copies of those of its last two classes."""
+    folder = tmp_path_factory.mktemp("classes")
+    run(make_config(folder / "run"), total=2)
+    for number, (name, color) in enumerate({"ape": (250, 20, 20), "bee": (20, 250, 20), "cat": (20, 20, 250)}.items()):
+        for split in ("train", "val") if number else ("train",):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(6):
+                noise = np.random.default_rng([number, i]).integers(-9, 9, (70, 80, 3))
+                Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8)).save(
+                    folder / split / name / f"{i}.png"
+                )
+    sets = {split: pack_folder(folder / split, folder / f"{split}_set", workers=1).path for split in ("train", "val")}
+    return {"view_size": 64, "pipeline": "reference", "threads": 0, **sets}, folder / "run"
+
+
+def test_knn_knows_copies_of_training_pictures_though_a_class_is_missing(classes_apart):
+    sets, trained = classes_apart
+    assert knn_script.main(knn_script.KnnConfig(run=trained, k=1, **sets)) == {"untrained": 1.0, "trained": 1.0}
+    with pytest.raises(ValueError, match="Found: ape; pack both from class folders of the same names"):
+        knn_script.main(knn_script.KnnConfig(run=trained, k=1, **sets | {"train": sets["val"], "val": sets["train"]}))
+
+
+def test_a_probe_knows_copies_of_training_pictures_though_a_class_is_missing(classes_apart, tmp_path):
+    sets, trained = classes_apart
+    config = linear_script.LinearConfig(
+        checkpoint=trained, out=tmp_path, epochs=20, batch_size=9, untrained=True, **sets
+    )
+    assert linear_script.main(config)["top1"] > 0.9
 
 
 def test_the_untrained_trunk_is_the_one_the_run_began_with():

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from data_prep.index import NO_LABEL
 from pipelines.colour import MEAN, STD
-from pipelines.evaluation import LabelledViews
+from pipelines.evaluation import LabelledViews, joined_classes
 from pipelines.reference import picture_of
 from tests.packed import Sample, write_set
 from tests.pipelines.conftest import as_jpeg, beton_beside, data_for, draw_picture
@@ -118,3 +118,31 @@ def test_a_set_without_labels_is_refused(tmp_path):
     ):
         LabelledViews(tmp_path / "flat", SIDE)
     assert LabelledViews(tmp_path / "flat", SIDE, labels_needed=False).num_classes == 0  # none are known
+
+
+def views_of(folder, class_names, used):
+    """A set with a picture of each of the labels `used`."""
+    content = as_jpeg(Image.new("RGB", (70, 70)))
+    write_set(folder, [Sample(content, 70, 70, label, f"{label}.jpg") for label in used], class_names=class_names)
+    return LabelledViews(folder, SIDE)
+
+
+def test_sets_are_joined_by_the_names_of_their_classes(tmp_path):
+    train = views_of(tmp_path / "train", ["ape", "bee", "cat", "dog"], [0, 1, 3])
+    val = views_of(tmp_path / "val", ["bee", "cow", "dog"], [0, 2])  # lacks a class, and has a folder without pictures
+    assert joined_classes(train, val).tolist() == [1, NO_LABEL, 3]
+    integers = views_of(tmp_path / "integers", list(map(str, range(12))), [0, 2, 11])
+    assert joined_classes(integers, integers).tolist()[::2] == [0, 2, *[NO_LABEL] * 4]
+    folders = views_of(tmp_path / "folders", ["0", "11", "2"], [0, 1, 2])  # as texts are sorted
+    assert joined_classes(integers, folders).tolist() == [0, 11, 2]
+    for other, found in (
+        (views_of(tmp_path / "unknown", ["ape", "cat", "eel"], [0, 1, 2]), "Found: cat, eel; pack both"),
+        (
+            folders,
+            "Found: 0, 11, 2; its classes are integers, the others names; pack both from class folders of the same",
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{other.index.path} has pictures of classes .*{train.index.path} .*{found}"
+        ):
+            joined_classes(train, other)
