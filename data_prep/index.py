@@ -64,6 +64,8 @@ REJECTED_NAME = "rejected.jsonl"
 CHANGED_NAME = "changed.jsonl"
 BETON_NAME = "samples.beton"
 STATE_NAME = "packing"
+BEGIN_ANEW = f"remove the folder {STATE_NAME} in --out and pass --overwrite"
+"""--overwrite alone goes on with an unfinished packing of the same settings."""
 PARTIAL_SUFFIX = ".partial"
 """What a file is called until it is whole."""
 MAX_NAMES_IN_MANIFEST = 10_000

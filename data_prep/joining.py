@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep import beton
 from data_prep.index import (
+    BEGIN_ANEW,
     BETON_NAME,
     CHANGED_NAME,
     FORMAT,
@@ -175,7 +176,7 @@ class BetonJoin:
         end, found = self._layout.end, partial.stat().st_size if partial.is_file() else 0
         if end > self._layout.data_start and found < end:
             raise ShardError(
-                f"{partial} was removed or cut short, and with it {self._next} finished parts: pass --overwrite to begin anew."
+                f"{partial} was removed or cut short, and with it {self._next} finished parts: to begin anew, {BEGIN_ANEW}."
             )
         self._copied: list[Path] = []
         self._file = KeptFile(path, keep=end)

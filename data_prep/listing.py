@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_prep.index import NO_LABEL
+from data_prep.index import BEGIN_ANEW, NO_LABEL
 from data_prep.new_file import NewFile
 
 NOT_IN_A_TAR = 2**32 - 1
@@ -100,7 +100,7 @@ class Listing:
     def open(cls, folder: str | os.PathLike[str]) -> "Listing":
         """ValueError, with the remedy, for a listing that is not whole or of another version."""
         folder = Path(folder).absolute()
-        path, remedy = folder / _JSON_NAME, "run the command again with --overwrite to list the pictures anew."
+        path, remedy = folder / _JSON_NAME, f"{BEGIN_ANEW} to list the pictures anew."
         try:
             facts = json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError) as error:

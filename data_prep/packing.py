@@ -24,8 +24,9 @@ from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
-from data_prep.index import MANIFEST_NAME, STATE_NAME, DatasetIndex, Manifest, ShardError, format_files
+from data_prep.index import BEGIN_ANEW, MANIFEST_NAME, STATE_NAME, DatasetIndex, Manifest, ShardError, format_files
 from data_prep.job import JOB_NAME, LISTING_NAME, Job, PackingStopped, Progressed, Target
 from data_prep.joining import BetonJoin, SetFacts, join
 from data_prep.listing import Listing
@@ -285,8 +286,8 @@ class _Watch:
         self._count(progressed.pictures, progressed.left_out)
         if progressed.left_out and self._config.on_bad == "fail":
             raise PackingStopped(
-                f"{self._config.data} holds a picture that cannot be packed ({self._example}): repair or remove it and "
-                "pass --overwrite, or pass --on-bad skip, and the same command goes on."
+                f"{self._config.data} holds a picture that cannot be packed ({self._example}): pass --on-bad skip, "
+                f"and the same command goes on, or repair or remove it and, to begin anew, {BEGIN_ANEW}."
             )
         self.check()
 
@@ -308,8 +309,8 @@ class _Watch:
         )
         raise PackingStopped(
             f"{self.left_out} of {of} cannot be packed, the first one {self._example}; that is more than --bad-limit "
-            f"{self._config.bad_limit} of all: mend the source and pass --overwrite, or raise the limit, and the same command "
-            "goes on."
+            f"{self._config.bad_limit} of all: raise the limit, and the same command goes on, or mend the source and, to begin "
+            f"anew, {BEGIN_ANEW}."
         )
 
 
@@ -427,7 +428,7 @@ def _progress_bar(title: str, total: int, left_out: int, console: Console) -> It
     """Yields advance(progressed)."""
     columns = (
         TextColumn(title),
-        BarColumn(bar_width=None),  # what the others leave of the line
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave of the line
         MofNCompleteColumn(),
         TextColumn("{task.fields[rates]}"),
         TextColumn("left"),

@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 
+from data_prep.index import BEGIN_ANEW
 from data_prep.listing import NOT_IN_A_TAR, Entry, Listing, as_bytes, as_text
 
 NOT_REGULAR = "not a regular file"
@@ -138,5 +139,5 @@ def _fault_of_reading(path: bytes, error: OSError, *, stops: set[int]) -> Except
 def _vanished(path: bytes, reason: str) -> SourceVanished:
     return SourceVanished(
         f"{as_text(path)} was there when the pictures were listed and cannot be read now ({reason}): mount or restore the "
-        "source and run the same command again, or pass --overwrite to list anew."
+        f"source and run the same command again, or {BEGIN_ANEW} to list anew."
     )

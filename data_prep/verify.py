@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Column
 
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -200,7 +201,7 @@ def _work(here: PlainSet, jobs: list[_Job], workers: int, show_progress: bool) -
     total = sum(stored.byte_count for stored in here.files) + decoded * sample_bytes(here.manifest)
     columns = (
         TextColumn("verifying"),
-        BarColumn(bar_width=None),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave of the line
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),

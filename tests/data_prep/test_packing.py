@@ -1,8 +1,11 @@
 """The engine: whatever stops it, the same command goes on, and nothing but pictures and settings decides a byte."""
 
+import io
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_prep import job as job_module
 from data_prep import locks, packing
 from data_prep.index import DatasetIndex, ShardError
-from data_prep.job import PackingStopped, Target
+from data_prep.job import PackingStopped, Progressed, Target
 from data_prep.joining import BetonJoin
 from data_prep.locks import only_writer
 from data_prep.new_file import NewFile
@@ -381,14 +385,55 @@ def test_too_many_bad_pictures_stop_the_run_and_a_higher_limit_goes_on(tmp_path)
     good = {f"a/{i}.jpg": jpeg_of(seed=i) for i in range(18)}
     data = write_files(tmp_path / "data", good | {"a/text.jpg": b"text", "a/empty.jpg": b""})
     with pytest.raises(
-        PackingStopped,
-        match=r"[12] of 20 pictures \((5|10)\.00%\) cannot be packed, the last one a/.*--bad-limit 0.001",
+        PackingStopped, match=r"2 of 20 pictures \(10.00%\) cannot be packed, the first one a/.*--bad-limit 0.001"
     ):
         run_pack(data, tmp_path / "out")
     with pytest.raises(PackingStopped, match=r"2 of 20 pictures \(10.00%\) cannot be packed"):
         run_pack(data, tmp_path / "out", bad_limit=0.05)
     index = run_pack(data, tmp_path / "out", bad_limit=0.1)
     assert len(index) == 18 and listed(tmp_path / "out", "rejected.jsonl").keys() == {"a/text.jpg", "a/empty.jpg"}
+
+
+def test_a_list_whose_pictures_are_elsewhere_says_where_they_were_looked_for(tmp_path):
+    """All 20 are counted; and both remedies that are named help."""
+    data = two_classes(tmp_path / "data", 20)
+    names = sorted(str(path.relative_to(data)) for path in data.rglob("*.jpg"))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/list.txt").write_text("\n".join(names))
+    for shard_bytes in (SHARD_BYTES, 10**9):
+        with pytest.raises(
+            PackingStopped, match=r"20 of 20 pictures \(100.00%\) cannot be packed, the first one"
+        ) as caught:
+            run_pack(tmp_path / "lists/list.txt", tmp_path / "out", overwrite=True, shard_bytes=shard_bytes)
+    sentence = str(caught.value)
+    assert f"tried {tmp_path}/lists/" in sentence and "as a list's paths start at its folder" in sentence
+    with pytest.raises(PackingStopped, match=f"tried {tmp_path}/lists/"):
+        run_pack(tmp_path / "lists/list.txt", tmp_path / "failing", on_bad="fail")
+    (tmp_path / "lists/list.txt").write_text("\n".join(str(data / name) for name in names))
+    with pytest.raises(
+        PackingStopped, match=r"20 of 20 .*: raise the limit, .* remove the folder packing in --out and pass"
+    ):
+        run_pack(tmp_path / "lists/list.txt", tmp_path / "out", shard_bytes=10**9)
+    shutil.rmtree(tmp_path / "out/packing")
+    assert len(run_pack(tmp_path / "lists/list.txt", tmp_path / "out", shard_bytes=10**9, overwrite=True)) == 20
+
+
+def test_a_large_source_is_not_looked_through_to_the_end(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(3000)))
+    with pytest.raises(
+        PackingStopped, match=r"(1\d\d\d) of the \1 pictures looked at so far \(100.00%; there are 3000\)"
+    ):
+        run_pack(tmp_path / "list.txt", tmp_path / "out")
+
+
+def test_the_progress_line_fits_80_columns():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, _environ={})
+    with packing._progress_bar("rank 127", 300_000_000, 0, console) as advance:
+        advance(Progressed(4, 440_000, (("a.jpg", "damaged"),) * 300_000))
+    line = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).splitlines()[-1].split("\r")[-1]
+    assert len(line) <= 80 and "…" not in line
+    assert "4/300000000" in line and "300000 bad" in line and re.search(r"left [-\d:]+$", line)
 
 
 def test_the_limit_holds_for_all_ranks_together(tmp_path, monkeypatch):
@@ -405,7 +450,8 @@ def test_the_limit_holds_for_all_ranks_together(tmp_path, monkeypatch):
 def test_on_bad_fail_names_the_picture(tmp_path):
     data = write_files(two_classes(tmp_path / "data"), {"cat/text.jpg": b"text"})
     with pytest.raises(
-        PackingStopped, match=r"holds a picture that cannot be packed \(cat/text.jpg: .*\): repair or remove it"
+        PackingStopped,
+        match=r"holds a picture that cannot be packed \(cat/text.jpg: .*\): pass --on-bad skip, .*repair or remove",
     ):
         run_pack(data, tmp_path / "out", on_bad="fail")
 

@@ -38,7 +38,7 @@ from tests.packed import Sample, write_set
 ROOT = Path(__file__).resolve().parents[2]
 GONE = (
     "{} was there when the pictures were listed and cannot be read now ({}): mount or restore the source and run the "
-    "same command again, or pass --overwrite to list anew."
+    "same command again, or remove the folder packing in --out and pass --overwrite to list anew."
 )
 
 
@@ -955,7 +955,7 @@ def test_progress_is_told(tmp_path):
 
 def test_listings_that_are_not_whole_are_refused(tmp_path):
     folder = tmp_path / "listing"
-    remedy = "run the command again with --overwrite to list the pictures anew."
+    remedy = "remove the folder packing in --out and pass --overwrite to list the pictures anew."
     with pytest.raises(ValueError, match=f"listing.json cannot be read .*; the listing is not whole: {remedy}"):
         Listing.open(folder)
     write_listing(folder, [b"a", b"b"])

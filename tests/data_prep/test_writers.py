@@ -1,6 +1,7 @@
 """Both writers: what is sound is in, what is not is named, and other people's programs read what they wrote."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -358,13 +359,23 @@ def run_command(container, *arguments, cwd=ROOT):
 
 def test_the_command_packs_from_any_directory_and_sums_up(tmp_path, container):
     write_files(two_classes(tmp_path / "data"), {"cat/text.jpg": b"text", "cat/png.jpg": encoded(picture(), "PNG")})
-    arguments = ["--data", "data", "--out", "out", "--workers", "2", "--bad-limit", "0.1"]
+    write_files(
+        tmp_path / "data", {"cat/a.heic": b"1", "cat/notes.txt": b"2", "cat/more.txt": b"3", "cat/README": b"4"}
+    )
+    arguments = ["--data", "data", "--out", "out", "--workers", "2", "--bad-limit", "0.2"]
     done = run_command(container, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     into = {"tar": "1 shard", "beton": "samples.beton"}[container]
     lines = done.stdout.splitlines()
     assert re.fullmatch(rf"Packed 11 pictures of 2 classes into {into}, \d+\.\d MB\.", lines[0])
-    assert lines[1:] == ["Left out: 1 not a picture (see rejected.jsonl).", "Changed: 1 PNG (see changed.jsonl)."]
+    assert lines[1:] == [
+        "Left out: 1 no decoder for .heic, 1 not a picture (see rejected.jsonl).",
+        "Changed: 1 PNG (see changed.jsonl).",
+        "Ignored, as no pictures: 2 .txt, 1 without extension.",
+    ]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["ignored"] == {".txt": 2, "without extension": 1}
+    assert manifest["rejected"] == {"no decoder for .heic": 1, "not a picture": 1}
     again = run_command(container, *arguments, cwd=tmp_path)
     assert again.returncode == 1
     assert again.stderr.strip().endswith("pass --overwrite to replace it, or give another --out.")
@@ -375,7 +386,9 @@ def test_the_plan_says_what_would_be_and_does_nothing(tmp_path, container):
     data = write_files(two_classes(tmp_path / "data"), {"cat/text.jpg": b"text"})
     done = run_command(container, "--data", data, "--out", tmp_path / "out", "--plan", "--workers", "3")
     assert done.returncode == 0, done.stderr
-    assert "11 in 2 classes" in done.stdout and "1 of the 11 that were tried" in done.stdout
+    assert "11 in 2 classes" in done.stdout
+    assert "1 of the 11 that were tried, the first one cat/text.jpg: not a picture" in " ".join(done.stdout.split())
+    assert all(len(line) <= 80 and "…" not in line for line in done.stdout.splitlines())
     assert "with 3 processes" in done.stdout and "free disk" in done.stdout
     assert not (tmp_path / "out").exists()
     expected = float(re.search(r"expected size +([\d.]+) GB", done.stdout)[1]) * 1e9
@@ -390,7 +403,7 @@ def test_the_plan_says_what_would_be_and_does_nothing(tmp_path, container):
     [
         (None, "does not exist; give a folder, a list file or a tar to --data."),
         ({}, "holds no picture"),
-        ({"text.jpg": b"text"}, "1 of 1 pictures (100.00%) cannot be packed, the last one text.jpg: not a picture"),
+        ({"text.jpg": b"text"}, "1 of 1 pictures (100.00%) cannot be packed, the first one text.jpg: not a picture"),
     ],
     ids=["missing", "empty", "text"],
 )
