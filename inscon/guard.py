@@ -7,7 +7,9 @@ are whole, one process per folder, workers that end with their parent.
 import contextlib
 import errno
 import fcntl
+import getpass
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -29,8 +31,8 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     """Run a command and end the process: status 0, or the int that `main` returns; 1 after a refusal, 130 after Ctrl-C.
 
-    A refusal is one line, "`name`: what was found and the remedy". Under torchrun, ranks that would say the same say it once.
-    INSCON_TRACEBACK=1 shows where it came from instead.
+    A refusal is one line, "`name`: what was found and the remedy". Under torchrun, ranks that would say the same say it once, and
+    only the one that says it fails. INSCON_TRACEBACK=1 shows where it came from instead.
     """
     try:
         returned = main()
@@ -42,11 +44,17 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     except REFUSALS as error:
         if os.environ.get("INSCON_TRACEBACK"):
             raise
-        say_once(f"{name}: {sentence_of(error)}")
-        status = 1
+        status = 1 if say_once(f"{name}: {sentence_of(error)}") else 0
+    except RuntimeError as error:
+        if not _is_lost_rank(error) or os.environ.get("INSCON_TRACEBACK"):
+            raise
+        status = 0 if _another_rank_spoke() else 1
+        if status:
+            say_once(
+                f"{name}: another rank is gone, look for its own message; run again to go on from the last checkpoint"
+            )
     except KeyboardInterrupt as stopped:
-        say_once(f"{name}: {stopped.args[0] if stopped.args else 'stopped by Ctrl-C'}")
-        status = 130
+        status = 130 if say_once(f"{name}: {stopped.args[0] if stopped.args else 'stopped by Ctrl-C'}") else 0
     raise SystemExit(status)
 
 
@@ -60,19 +68,44 @@ def sentence_of(error: BaseException) -> str:
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 
-def say_once(sentence: str) -> None:
-    """One line on stderr; of torchrun's ranks on a machine only the first one with the same sentence prints it."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        # torchrun's folder for this attempt, the same for all ranks of the machine; torchrun removes it.
-        said = Path(error_file).parent.parent / hashlib.sha256(sentence.encode()).hexdigest()
+def say_once(sentence: str) -> bool:
+    """One line on stderr; of torchrun's ranks on a machine only the first one with the same sentence prints it, and gets True."""
+    said = _said_by_ranks()
+    if said is not None:
         try:
-            said.touch(exist_ok=False)
+            (said / hashlib.sha256(sentence.encode()).hexdigest()).touch(exist_ok=False)
+            about = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(about))  # for torchrun's table
         except FileExistsError:
-            return
+            return False
         except OSError:
             pass
     print(sentence, file=sys.stderr, flush=True)
+    return True
+
+
+def _said_by_ranks() -> Path | None:
+    """What ranks of this machine have said, a file for each; in torchrun's folder of this attempt, which torchrun removes."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return None
+    said = Path(error_file).parent.parent / "said"
+    with contextlib.suppress(OSError):
+        said.mkdir(exist_ok=True)
+    return said
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Whether this is what a collective says when another rank has ended."""
+    return "gloo" in str(error) or any(base.__name__ == "DistError" for base in type(error).__mro__)
+
+
+def _another_rank_spoke() -> bool:
+    """Looked at for a second: a rank leaves the group before it says why."""
+    said, deadline = _said_by_ranks(), time.monotonic() + 1
+    while said is not None and not (spoke := said.is_dir() and any(said.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return said is not None and spoke
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
@@ -136,7 +169,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         hidden = error if isinstance(error, OSError) else file and file.error
-        if hidden is None:
+        if hidden is None or hidden.errno is None:
             raise
         raise type(hidden)(hidden.errno, hidden.strerror, str(path)) from None
     finally:
@@ -286,3 +319,14 @@ def end_with_parent(*_: object) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _name_the_user() -> None:
+    """Importing torchvision fails for a user without a name, as a container has with `docker run -u 1234`."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+
+
+_name_the_user()

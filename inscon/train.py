@@ -288,4 +288,4 @@ def _save(training: Training) -> None:
 def _write_config(config: Config) -> None:
     if distributed.rank() == 0:
         with guard.whole_file(Path(config.run.run_dir) / "config.json") as file:
-            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+            file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")

@@ -39,7 +39,11 @@ def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Itera
         return
     # A death would be raised between any two lines here (SIGCHLD) if the workers were children of this very process.
     assert loader.multiprocessing_context.get_start_method() != "fork"
-    others, iterator = multiprocessing.active_children(), _start(loader)
+    others = multiprocessing.active_children()
+    try:
+        iterator = _start(loader)
+    except (EOFError, OSError) as error:
+        raise _sentence(error, what, remedy) or error from None
     processes = [process for process in multiprocessing.active_children() if process not in others]
     asked, made = queue.SimpleQueue(), queue.SimpleQueue()
     # In a thread, since a worker that dies or stops while it hands something over keeps the receiver for ever.

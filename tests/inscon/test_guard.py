@@ -50,7 +50,38 @@ def test_ranks_of_one_machine_say_the_same_once(tmp_path, monkeypatch, capsys):
         (tmp_path / rank).mkdir(exist_ok=True)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
         said.append(refused(ValueError(sentence), capsys))
-    assert said == [(1, "some.py: lr is wrong\n"), (1, ""), (1, "some.py: rank 1 has no disk\n")]
+    assert said == [(1, "some.py: lr is wrong\n"), (0, ""), (1, "some.py: rank 1 has no disk\n")]
+
+
+RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+from inscon import distributed, guard
+def main():
+    distributed.start()
+    try:
+        if "all" in sys.argv or distributed.rank() == 1:
+            raise ValueError("no lr of -1; set --lr 0.03")
+        dist.all_reduce(torch.zeros(1))
+    finally:
+        distributed.stop()
+guard.run_script("some.py", main)
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_torchrun_shows_a_refusal_and_no_traceback_of_ranks(tmp_path, who):
+    """In the table at the end too, where people look; the ranks that lose a peer are quiet."""
+    script = tmp_path / "some.py"
+    script.write_text(RANK.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), who]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = done.stderr.splitlines()
+    assert done.returncode == 1 and said.count("some.py: no lr of -1; set --lr 0.03") == 1
+    assert sum(line.endswith(": some.py: no lr of -1; set --lr 0.03") for line in said) == 1  # the table
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
 
 
 @pytest.mark.parametrize("check", [guard.check_output_file, guard.check_output_folder])
