@@ -50,9 +50,7 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
             raise
         status = 0 if _another_rank_spoke() else 1
         if status:
-            say_once(
-                f"{name}: another rank is gone, look for its own message; run again to go on from the last checkpoint"
-            )
+            say_once(f"{name}: another rank is gone, look for its own message, and run again")
     except KeyboardInterrupt as stopped:
         status = 130 if say_once(f"{name}: {stopped.args[0] if stopped.args else 'stopped by Ctrl-C'}") else 0
     raise SystemExit(status)

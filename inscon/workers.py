@@ -139,8 +139,8 @@ def _death(what: str, remedy: str) -> ChildProcessError:
     except OSError:
         scarce = False
     return ChildProcessError(
-        f"a worker process of {what} died (killed, or out of memory): run again to go on from the last checkpoint, with {remedy} "
-        f"if memory was short" + (f"; {_room()}, docker run --shm-size=8g gives more" if scarce else "")
+        f"a worker process of {what} died (killed, or out of memory): run again, with {remedy} if memory was short"
+        + (f"; {_room()}, docker run --shm-size=8g gives more" if scarce else "")
     )
 
 

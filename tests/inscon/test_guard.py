@@ -183,3 +183,73 @@ def test_a_worker_ends_with_its_parent(tmp_path, method):
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{worker}").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.fixture
+def stop():
+    with guard.stop_requests() as stop:
+        yield stop
+
+
+def test_sigterm_asks_and_never_aborts(stop, capfd):
+    for _ in range(3):
+        signal.raise_signal(signal.SIGTERM)
+    assert (stop.requested, stop.name) == (True, "SIGTERM")
+    signal.raise_signal(signal.SIGINT)  # the first Ctrl-C, and nothing was said yet
+    signal.raise_signal(signal.SIGINT)  # torchrun's copy of it
+    assert "Ctrl-C again stops at once and loses the steps since the last checkpoint" in capfd.readouterr().err
+    assert stop.name == "SIGTERM"
+
+
+def test_a_second_ctrl_c_aborts_when_the_first_was_answered(stop, capfd):
+    signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("Ctrl-C again") == 1
+    stop._said_at -= 60  # a minute later
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    stop.final = True  # the checkpoint is being written
+    signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
+def test_only_the_rank_that_answers_can_be_aborted(stop, monkeypatch, capfd):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+    assert stop.requested and capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_named_where_a_write_has_no_name(tmp_path):
+    with pytest.raises(OSError) as full, guard.naming(tmp_path / "log"), open("/dev/full", "w") as file:
+        file.write("x")
+        file.flush()
+    assert guard.sentence_of(full.value).startswith(f"{tmp_path}/log: No space left on device")
+
+
+def test_a_folder_made_for_a_lock_goes_with_it(tmp_path):
+    with pytest.raises(KeyError), guard.only_process(tmp_path / "new", "--out"):
+        raise KeyError
+    with guard.only_process(tmp_path / "kept", "--out"):
+        (tmp_path / "kept/file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+def test_a_user_without_a_name_can_start():
+    """As `docker run -u 1234`."""
+    program = f"""
+import os, pwd, sys
+def nobody(uid):
+    raise KeyError(uid)
+pwd.getpwuid = nobody
+for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+sys.path.insert(0, {str(ROOT)!r})
+from inscon import guard
+import torchvision
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
