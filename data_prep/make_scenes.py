@@ -12,8 +12,10 @@ nothing. An image's class is that of the object of which most is seen.
 Image k of a split depends on the seed, the split and k alone, not on how many are made. About 3 ms per image.
 """
 
+import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,15 +116,26 @@ def make_scenes(
 ) -> Path:
     """Draw the train and val scenes into the folder `out` and return it; see `ScenesConfig` for the arguments.
 
-    Raises ValueError for settings out of range, and for a folder that is not empty.
+    Raises ValueError for settings out of range, and for a folder that is not empty or cannot be written. Stopped early, it leaves
+    nothing.
     """
     out = Path(out)
     _check_settings(num_images=num_images, num_val=num_val, num_classes=num_classes, size=size, seed=seed)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists and is not an empty folder; remove it or give another --out.")
-    for split, count in zip(SPLITS, (num_images, num_val), strict=True):
-        if count:
-            _make_split(out, split, count, num_classes=num_classes, size=size, seed=seed)
+    new = not out.exists()
+    guard.check_output_folder(out)
+    try:
+        for split, count in zip(SPLITS, (num_images, num_val), strict=True):
+            if count:
+                _make_split(out, split, count, num_classes=num_classes, size=size, seed=seed)
+    except BaseException:
+        for split, annotations in SPLITS.items():
+            shutil.rmtree(out / split, ignore_errors=True)
+            (out / annotations).unlink(missing_ok=True)
+        if new:
+            out.rmdir()
+        raise
     return out
 
 
@@ -207,7 +220,9 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
     for number in range(count):
         scene = draw_scene(seed=seed, split=split, number=number, num_classes=num_classes, size=size)
         file_name = f"{names[scene.main_class]}/scene_{number:06d}.jpg"
-        Image.fromarray(scene.pixels).save(out / split / file_name, quality=JPEG_QUALITY)
+        encoded = io.BytesIO()
+        Image.fromarray(scene.pixels).save(encoded, "JPEG", quality=JPEG_QUALITY)
+        _write(out / split / file_name, encoded.getvalue())
         height, width = scene.pixels.shape[:2]
         images.append({"id": number, "file_name": file_name, "height": height, "width": width})
         for mask, label in zip(scene.masks, scene.classes, strict=True):
@@ -215,7 +230,12 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
             annotations.append(about | _annotation(mask))
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    (out / SPLITS[split]).write_text(json.dumps(coco, separators=(",", ":")))
+    _write(out / SPLITS[split], json.dumps(coco, separators=(",", ":")).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with guard.naming(path):
+        path.write_bytes(content)
 
 
 def _annotation(mask: NDArray[np.bool_]) -> dict:

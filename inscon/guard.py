@@ -7,10 +7,13 @@ are whole, one process per folder, workers that end with their parent.
 import contextlib
 import errno
 import fcntl
+import getpass
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -28,8 +31,8 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     """Run a command and end the process: status 0, or the int that `main` returns; 1 after a refusal, 130 after Ctrl-C.
 
-    A refusal is one line, "`name`: what was found and the remedy". Under torchrun, ranks that would say the same say it once.
-    INSCON_TRACEBACK=1 shows where it came from instead.
+    A refusal is one line, "`name`: what was found and the remedy". Under torchrun, ranks that would say the same say it once, and
+    only the one that says it fails. INSCON_TRACEBACK=1 shows where it came from instead.
     """
     try:
         returned = main()
@@ -41,11 +44,15 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     except REFUSALS as error:
         if os.environ.get("INSCON_TRACEBACK"):
             raise
-        say_once(f"{name}: {sentence_of(error)}")
-        status = 1
+        status = 1 if say_once(f"{name}: {sentence_of(error)}") else 0
+    except RuntimeError as error:
+        if not _is_lost_rank(error) or os.environ.get("INSCON_TRACEBACK"):
+            raise
+        status = 0 if _another_rank_spoke() else 1
+        if status:
+            say_once(f"{name}: another rank is gone, look for its own message, and run again")
     except KeyboardInterrupt as stopped:
-        say_once(f"{name}: {stopped.args[0] if stopped.args else 'stopped by Ctrl-C'}")
-        status = 130
+        status = 130 if say_once(f"{name}: {stopped.args[0] if stopped.args else 'stopped by Ctrl-C'}") else 0
     raise SystemExit(status)
 
 
@@ -59,19 +66,44 @@ def sentence_of(error: BaseException) -> str:
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 
-def say_once(sentence: str) -> None:
-    """One line on stderr; of torchrun's ranks on a machine only the first one with the same sentence prints it."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        # torchrun's folder for this attempt, the same for all ranks of the machine; torchrun removes it.
-        said = Path(error_file).parent.parent / hashlib.sha256(sentence.encode()).hexdigest()
+def say_once(sentence: str) -> bool:
+    """One line on stderr; of torchrun's ranks on a machine only the first one with the same sentence prints it, and gets True."""
+    said = _said_by_ranks()
+    if said is not None:
         try:
-            said.touch(exist_ok=False)
+            (said / hashlib.sha256(sentence.encode()).hexdigest()).touch(exist_ok=False)
+            about = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(about))  # for torchrun's table
         except FileExistsError:
-            return
+            return False
         except OSError:
             pass
     print(sentence, file=sys.stderr, flush=True)
+    return True
+
+
+def _said_by_ranks() -> Path | None:
+    """What ranks of this machine have said, a file for each; in torchrun's folder of this attempt, which torchrun removes."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return None
+    said = Path(error_file).parent.parent / "said"
+    with contextlib.suppress(OSError):
+        said.mkdir(exist_ok=True)
+    return said
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Whether this is what a collective says when another rank has ended."""
+    return "gloo" in str(error) or any(base.__name__ == "DistError" for base in type(error).__mro__)
+
+
+def _another_rank_spoke() -> bool:
+    """Looked at for a second: a rank leaves the group before it says why."""
+    said, deadline = _said_by_ranks(), time.monotonic() + 1
+    while said is not None and not (spoke := said.is_dir() and any(said.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return said is not None and spoke
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
@@ -103,6 +135,17 @@ def _try_folder(folder: Path, target: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError, which of a write to an open file has none, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole and on the disk. Left by an error, nothing stays of it.
 
@@ -124,7 +167,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         hidden = error if isinstance(error, OSError) else file and file.error
-        if hidden is None:
+        if hidden is None or hidden.errno is None:
             raise
         raise type(hidden)(hidden.errno, hidden.strerror, str(path)) from None
     finally:
@@ -174,15 +217,24 @@ def _free_space(error: OSError) -> str:
 def only_process(folder: Path, flag: str, wait_s: float = 0.0) -> Iterator[None]:
     """Holds `folder`, which is made, against other processes; ends with the process that holds it.
 
-    ValueError, naming the holder and `flag`, where another one has it. Where the file system knows no locks nothing is held.
+    ValueError, naming `flag`, where another one has it (and which), or nothing can be written there. A folder that was made here
+    and is still empty at the end goes again. Where the file system knows no locks nothing is held.
     """
-    path = Path(folder) / ".lock"
-    with contextlib.ExitStack() as held:
-        file = take_lock(path, fcntl.LOCK_EX, wait_s)
-        if isinstance(file, str):
-            raise ValueError(f"another process works in {folder} ({file}); wait until it ends, or set another {flag}")
-        held.callback(file.close)
+    folder = Path(folder)
+    new = not folder.exists()
+    check_output_folder(folder, flag)
+    path = folder / ".lock"
+    file = take_lock(path, fcntl.LOCK_EX, wait_s)
+    if isinstance(file, str):
+        raise ValueError(f"another process works in {folder} ({file}); wait until it ends, or set another {flag}")
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if new:
+                folder.rmdir()
+        file.close()
 
 
 def take_lock(path: Path, kind: int, wait_s: float = 0.0) -> BinaryIO | str:
@@ -213,8 +265,66 @@ def take_lock(path: Path, kind: int, wait_s: float = 0.0) -> BinaryIO | str:
         file.close()  # the former holder removed it
 
 
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C, read by a loop between two steps. Made by `stop_requests`."""
+
+    requested, name = False, "another rank"
+    final = False
+    """Set by the loop when nothing but the last checkpoint is left to do: nothing interrupts it."""
+    _said_at: float | None = None
+
+    def __call__(self, number: int, _frame: object) -> None:
+        again = number == signal.SIGINT and self._said_at is not None and time.monotonic() - self._said_at > _READ_S
+        if again and not self.final:
+            raise KeyboardInterrupt("stopped by the second Ctrl-C, at once")
+        if not self.requested:
+            self.requested, self.name = True, signal.Signals(number).name
+        if number == signal.SIGINT and self._said_at is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._said_at = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, _ON_CTRL_C)  # not by print, which the signal may have interrupted
+
+
+_READ_S = 3.0
+"""Ctrl-C reaches a rank twice, from the terminal and from torchrun: what follows the sentence sooner is no answer to it."""
+_ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at once and loses the steps since the last checkpoint.\n"
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """While it runs, SIGTERM and Ctrl-C only ask to stop.
+
+    SIGTERM never does more: Slurm and systemd send it to every process of a job, and torchrun once more. A second Ctrl-C raises
+    KeyboardInterrupt, if the first one was answered on the screen.
+    """
+    stop = StopRequest()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_stops() -> None:
+    """For the rest of a process that has stopped as asked: those who ask repeat themselves."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_with_parent(*_: object) -> None:
     """For a worker process, at its start (a DataLoader's worker_init_fn, say): when its parent is gone, however, it ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _name_the_user() -> None:
+    """Importing torchvision fails for a user without a name, as a container has with `docker run -u 1234`."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+
+
+_name_the_user()

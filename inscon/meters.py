@@ -1,5 +1,6 @@
 """Measuring where it happens, writing where it is read: data wait, images/s, losses; to the screen, JSONL and TensorBoard."""
 
+import contextlib
 import json
 import math
 import time
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from inscon import distributed
+from inscon import distributed, guard
 from inscon.clock import WAIT, part
 from inscon.model import Losses
 
@@ -108,8 +109,9 @@ class MetricsLog:
         """Log `values` of the window that ended with `step`, counted from 1."""
         if self._quiet:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with guard.naming(self._run_dir / "metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(_tag(name), value, step)
@@ -121,7 +123,8 @@ class MetricsLog:
         """A sentence about what looks wrong at `step`: on the screen, and a line {"step", "warning"} of `warnings.jsonl`."""
         if self._quiet:
             return
-        with open(self._run_dir / "warnings.jsonl", "a") as file:
+        path = self._run_dir / "warnings.jsonl"
+        with guard.naming(path), open(path, "a") as file:
             file.write(json.dumps({"step": step, "warning": sentence}) + "\n")
         self.say(f"warning at step {step}: {sentence}")
 
@@ -129,7 +132,8 @@ class MetricsLog:
         if self._quiet:
             return
         self._progress.stop()
-        self._file.close()
+        with contextlib.suppress(OSError):  # what cannot be written has been told by `write`
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
 

@@ -325,7 +325,7 @@ class Engine:
             where = f"{self.device}, decode {self._decode.device}" if self.device.type == "cuda" else "the host"
             raise MemoryError(
                 f"the pipeline dali ran out of memory on {where}: set {'--decode cpu, ' * (self._decode.device == 'mixed')}a "
-                "smaller --prefetch or a smaller --batch-size, and run again to go on from the last checkpoint"
+                "smaller --prefetch or a smaller --batch-size, and run again"
             ) from error
         self._graph = None
         for part in self._source.in_flight:

@@ -322,7 +322,7 @@ class Engine:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MemoryError(
                 f"the pipeline ffcv ran out of memory on {self._device if self._device.type == 'cuda' else 'the host'}: set a "
-                "smaller --prefetch or a smaller --batch-size, and run again to go on from the last checkpoint"
+                "smaller --prefetch or a smaller --batch-size, and run again"
             ) from error
 
     def steps(self) -> Iterator[tuple[Work, Slot]]:

@@ -13,10 +13,13 @@ for zero unless `error_model="numpy"`, and the check keeps a loop from being vec
 import ctypes
 import functools
 import math
+import os
+import stat
+import tempfile
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -38,6 +41,24 @@ WORD, BYTE = ir.IntType(32), ir.IntType(8)
 PIXELS, BYTES = ir.VectorType(WORD, ROWS_AT_ONCE), ir.VectorType(BYTE, 4 * ROWS_AT_ONCE)
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def _folder_for_machine_code() -> str:
+    """In the system's temporary folder, of this user alone: what lies in it is executed."""
+    path = os.path.join(tempfile.gettempdir(), f"inscon-numba-{os.getuid()}")
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            return tempfile.mkdtemp(prefix="inscon-numba-")
+    return path
+
+
+try:
+    compiled(_folder_for_machine_code)  # is only looked at
+except RuntimeError:  # neither beside this file nor in the home folder, as in a container run by another user
+    config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = _folder_for_machine_code()  # the latter for workers
 
 
 @compiled

@@ -6,6 +6,7 @@ A column per run (a run folder, a checkpoint or an exported file; "random" is th
 per picture. What is shown is where res5 is strong: the sum of squares over its channels (`inscon.transfer.attention`).
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,17 @@ class AttentionConfig:
 def main(config: AttentionConfig) -> Path:
     if config.side < 64:
         raise ValueError(f"side must be at least 64 px, two features of res5. Found: {config.side}; set --side 448")
+    guard.check_output_file(config.out)
     columns = [(name, trunk_of(name, config.runs)) for name in config.runs]
     rows = [picture_of(path, config.side) for path in config.pictures]
     cells = [
         [np.asarray(picture)] + [overlaid(picture, trunk, config.stage) for _, trunk in columns] for picture in rows
     ]
-    draw(cells, ["picture", *(name for name, _ in columns)]).save(config.out)
+    sheet = draw(cells, ["picture", *(name for name, _ in columns)])
+    encoded = io.BytesIO()
+    sheet.save(encoded, Image.registered_extensions().get(config.out.suffix.lower(), "PNG"))
+    with guard.whole_file(config.out) as file:
+        file.write(encoded.getvalue())
     print(
         f"{config.out}: {len(rows)} pictures, {len(columns)} trunks; bright is where {config.stage} is strong (sum of squares)"
     )

@@ -57,6 +57,8 @@ def main(config: ExportConfig) -> dict:
         return facts
     if config.out is None:
         raise ValueError("out is not set: where to, say --out r50.pth")
+    export.check_name(config.format, config.out)
+    guard.check_output_file(config.out)
     statistics, count = estimate_statistics(config) if config.norm_batches else (None, 0)
     facts = export.export(config.run, config.format, config.out, statistics, count)
     tensors, _ = export.read(config.out)

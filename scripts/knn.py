@@ -4,6 +4,7 @@ python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS
 python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS --keep features   # goes on where it stopped
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,12 @@ class KnnConfig:
     """Folder that keeps the features (float16) while they are made; a second call goes on from there."""
 
 
-def main(config: KnnConfig) -> dict[str, float]:
+def main(config: KnnConfig) -> None:
+    with guard.only_process(config.keep, "--keep") if config.keep else contextlib.nullcontext():
+        evaluate(config)
+
+
+def evaluate(config: KnnConfig) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(config.precision, device)
     scores, sets = {}, None

@@ -62,10 +62,11 @@ class LinearConfig:
     """Of the layer's start, the order and the crops."""
 
 
-def main(config: LinearConfig) -> dict:
+def main(config: LinearConfig) -> None:
     device = distributed.start()
     try:
-        return probe(config, device)
+        with distributed.hold(config.out, "--out"):
+            probe(config, device)
     finally:
         distributed.stop()
 
@@ -96,7 +97,7 @@ def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledV
     return train, val, joined_classes(train, val)
 
 
-def probe(config: LinearConfig, device) -> dict:
+def probe(config: LinearConfig, device) -> None:
     console, rank = Console(), distributed.rank()
     trunk, facts = any_trunk(config.checkpoint, config.untrained)
     side = config.view_size or facts["config"]["views"]["view_size"]
@@ -130,15 +131,21 @@ def probe(config: LinearConfig, device) -> dict:
         return run.evaluate((pixels, joined[labels]) for pixels, labels in val.centre_crops())
 
     found = run.train(train.random_crops, train.steps_per_epoch, evaluate, say, config.evaluate_every)
+    if found is None:
+        guard.ignore_stops()
+        if rank == 0:
+            epoch, step = divmod(run.step, train.steps_per_epoch)
+            where = f"epoch {epoch + 1}, step {step}" if step else f"epoch {epoch}"
+            print(f"Stopped after {where}; {config.out / 'probe.pt'} keeps it. The same command goes on.")
+        return
     result = {
         "what": facts["what"], "step": facts["step"], "trunk": run.before, "protocol": protocol.__dict__ | {"lr": protocol.lr},
         "view_size": side, "pictures": {"train": len(train.index), "val": len(val.index)}, **found,
     }  # fmt: skip
     if rank == 0:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        with guard.whole_file(config.out / "result.json") as file:
+            file.write(json.dumps(result, indent=2).encode() + b"\n")
         print(f"linear probe: {100 * found['top1']:.1f} % of {len(val.index)} pictures; trunk unchanged.")
-    return result
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ with the same number and colour in the two views of a row are positives of each 
 
 import argparse
 import colorsys
+import io
 import sys
 from pathlib import Path
 
@@ -40,12 +41,16 @@ def main(arguments: list[str]) -> Path:
     config = resolve(parse(rest), 1)
     if config.loader.data is None:
         raise ValueError("there is nothing to draw without shards; set --data SHARDS")
+    guard.check_output_file(chosen.out)
     with open_pipeline(
         config.loader.pipeline, config=config, start_step=chosen.step, total_steps=chosen.step + 1
     ) as loader:
         batch = next(iter(loader))
     picture = draw(batch, DatasetIndex.open(config.loader.data), config, min(chosen.images, batch.size))
-    picture.save(chosen.out)
+    encoded = io.BytesIO()
+    picture.save(encoded, Image.registered_extensions().get(chosen.out.suffix.lower(), "PNG"))
+    with guard.whole_file(chosen.out) as file:
+        file.write(encoded.getvalue())
     print(f"{chosen.out}: {min(chosen.images, batch.size)} images of step {chosen.step} and their mosaic")
     return chosen.out
 

@@ -56,6 +56,17 @@ def from_detectron2(name: str) -> str:
     return re.sub(r"\bconv(\d)\.norm\b", r"bn\1", name)
 
 
+def check_name(form: str, out: Path) -> None:
+    """ExportError unless a file for `form` may be called so."""
+    if form not in SUFFIXES:
+        raise ExportError(f'there is no format "{form}"; set --format to one of: {", ".join(SUFFIXES)}')
+    if out.suffix not in SUFFIXES[form]:
+        raise ExportError(
+            f"a file for {form} must end in {' or '.join(SUFFIXES[form])}, by which it is told apart. Found: {out.name}; "
+            f"set --out {out.with_suffix(SUFFIXES[form][0]).name}"
+        )
+
+
 def export(
     run: Path, form: str, out: Path, statistics: Mapping[str, Tensor] | None = None, norm_batches: int = 0
 ) -> dict:
@@ -66,13 +77,7 @@ def export(
     ExportError or CheckpointError, and leaves an older file of that name as it is.
     """
     out = Path(out)
-    if form not in SUFFIXES:
-        raise ExportError(f'there is no format "{form}"; set --format to one of: {", ".join(SUFFIXES)}')
-    if out.suffix not in SUFFIXES[form]:
-        raise ExportError(
-            f"a file for {form} must end in {' or '.join(SUFFIXES[form])}, by which it is told apart. Found: {out.name}; "
-            f"set --out {out.with_suffix(SUFFIXES[form][0]).name}"
-        )
+    check_name(form, out)
     contents, file = load_contents(run)
     tensors = trunk_tensors(contents) | dict(statistics or {})
     facts = {

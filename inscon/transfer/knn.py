@@ -5,6 +5,7 @@ exp(similarity / temperature).
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inscon import distributed
+from inscon import distributed, guard
 from inscon.encoder import Trunk
 
 SIMILARITIES = 1 << 26
@@ -104,6 +105,8 @@ def monitor(
         rows = distributed.gather(F.pad(rows, (0, 0, 0, padding)))
         labels = distributed.gather(F.pad(labels, (0, padding), value=-1))
         rows, labels = rows[labels >= 0], labels[labels >= 0]
+    if len(rows) < 2:  # left off
+        return math.nan
     return accuracy(rows, labels, rows, labels, min(k, len(rows) - 1), leave_one_out=True, device=device)
 
 
@@ -129,15 +132,14 @@ def kept_features(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    guard.remove_unfinished(folder, f"{name}.json.*")
     width, state_file = trunk.channels["res5"], folder / f"{name}.json"
     state = json.loads(state_file.read_text()) if state_file.exists() else {}
     going_on = state.get("identity") == identity and state.get("shape") == [count, width]
-    rows = np.lib.format.open_memmap(
-        folder / f"{name}.npy", "r+" if going_on else "w+", np.float16, None if going_on else (count, width)
-    )
-    labels = np.lib.format.open_memmap(
-        folder / f"{name}_labels.npy", "r+" if going_on else "w+", np.int64, None if going_on else (count,)
-    )
+    if not going_on:
+        state_file.unlink(missing_ok=True)  # before its rows are
+    rows = _kept(folder / f"{name}.npy", going_on, np.float16, (count, width))
+    labels = _kept(folder / f"{name}_labels.npy", going_on, np.int64, (count,))
     done = state["done"] if going_on else 0
     for pixels, of_batch in batches_from(done) if done < count else ():
         made, of_batch = features(trunk, [(pixels, of_batch)], device, amp_dtype)
@@ -145,8 +147,22 @@ def kept_features(
         done += len(made)
         rows.flush()
         labels.flush()
-        unfinished = state_file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"identity": identity, "shape": [count, width], "done": done}))
-        os.replace(unfinished, state_file)
+        with guard.whole_file(state_file) as file:
+            file.write(json.dumps({"identity": identity, "shape": [count, width], "done": done}).encode())
         say(done)
     return F.normalize(torch.from_numpy(np.array(rows, np.float32)), dim=1), torch.from_numpy(np.array(labels))
+
+
+def _kept(path: Path, going_on: bool, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A mapped file of rows. A new one has its room on the disk from the start: writing to a map of a full disk kills (SIGBUS)."""
+    if going_on:
+        return np.lib.format.open_memmap(path, "r+")
+    try:
+        with guard.naming(path):
+            rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return rows

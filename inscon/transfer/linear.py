@@ -5,9 +5,9 @@ bias 0 and is trained by SGD with momentum 0.9 and no weight decay; the learning
 60 % and at 80 % of the epochs.
 """
 
+import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inscon import checkpoint, distributed
+from inscon import checkpoint, distributed, guard
 from inscon.encoder import Trunk
 from inscon.transfer.export import digest
 
@@ -81,7 +81,8 @@ class Probe:
             self.layer.bias.zero_()
         self.layer.to(device)
         self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=protocol.lr, momentum=0.9, weight_decay=0.0)
-        self.step = 0
+        self.step, self._stop = 0, guard.StopRequest()
+        self._sum_loss = torch.zeros((), device=device)  # of the epoch's steps so far
         self._identity = {"trunk": self.before, "data": identity, **asdict(protocol)}
         self._resume()
 
@@ -92,19 +93,20 @@ class Probe:
         evaluate: Callable[[], dict[str, float]],
         say: Callable[[int, dict[str, float]], None],
         evaluate_every: int = 10,
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | None:
         """All epochs that are left; returns the last evaluation. `crops(start, stop)` opens the batches of these steps.
 
         After every epoch `probe.pt` is written and `say(epoch, figures)` is called, with an evaluation every so many epochs.
+        On SIGTERM or Ctrl-C every rank finishes its step, leaves off an evaluation, rank 0 writes `probe.pt`, and None is returned.
         """
         protocol, figures = self.protocol, {}
         model = self.layer
         if distributed.world_size() > 1:
             model = nn.parallel.DistributedDataParallel(self.layer)
-        total, sum_loss = protocol.epochs * steps_per_epoch, torch.zeros((), device=self.device)
+        total, sum_loss = protocol.epochs * steps_per_epoch, self._sum_loss
         if self.step >= total:
             return evaluate()
-        with crops(self.step, total) as batches:
+        with crops(self.step, total) as batches, guard.stop_requests() as self._stop:
             for step, (pixels, labels) in zip(range(self.step, total), batches):
                 epoch, within = divmod(step, steps_per_epoch)
                 for group in self.optimizer.param_groups:
@@ -114,6 +116,7 @@ class Probe:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step, sum_loss = step + 1, sum_loss + loss.detach()
+                stopping = distributed.any_rank(self._stop.requested)
                 if within == steps_per_epoch - 1:
                     figures = {"loss": float(sum_loss) / steps_per_epoch, "lr": protocol.lr_at(epoch)}
                     sum_loss = torch.zeros((), device=self.device)
@@ -122,10 +125,19 @@ class Probe:
                             f"the probe's loss is not finite any more. Found: {figures['loss']}; set a smaller --base-lr than "
                             f"{protocol.base_lr}"
                         )
-                    if (epoch + 1) % evaluate_every == 0 or epoch == protocol.epochs - 1:
-                        figures |= evaluate()
-                    self._save(epoch + 1, figures)
+                    if not stopping and ((epoch + 1) % evaluate_every == 0 or epoch == protocol.epochs - 1):
+                        found = evaluate()
+                        stopping = distributed.any_rank(self._stop.requested)
+                        figures |= {} if stopping else found
+                    self._stop.final = stopping
+                    self._save(sum_loss)
+                    self._log(epoch + 1, figures)
                     say(epoch + 1, figures)
+                elif stopping:
+                    self._stop.final = True
+                    self._save(sum_loss)
+                if stopping:
+                    return None
         self.check_trunk()
         return {name: value for name, value in figures.items() if name.startswith("top")}
 
@@ -133,7 +145,7 @@ class Probe:
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """{"top1", "top5"}: shares of this rank's and all other ranks' batches, 0..1; top5 where there are 5 classes."""
         hits = {"count": 0.0, "top1": 0.0, "top5": 0.0}
-        for pixels, labels in batches:
+        for pixels, labels in itertools.takewhile(lambda _: not self._stop.requested, batches):
             best = self.layer(self.pooled(pixels)).topk(min(5, self.protocol.num_classes), 1).indices.cpu()
             right = best == labels[:, None]
             hits["count"] += len(labels)
@@ -141,7 +153,7 @@ class Probe:
             hits["top5"] += float(right.any(1).sum())
         hits = distributed.total(hits)
         names = ("top1", "top5") if self.protocol.num_classes >= 5 else ("top1",)
-        return {name: hits[name] / hits["count"] for name in names}
+        return {name: hits[name] / max(hits["count"], 1) for name in names}
 
     @torch.no_grad()
     def pooled(self, pixels: Tensor) -> Tensor:
@@ -167,17 +179,21 @@ class Probe:
         self.layer.load_state_dict(held["layer"])
         self.optimizer.load_state_dict(held["optimizer"])
         self.step = held["step"]
+        self._sum_loss = held.get("sum_loss", self._sum_loss)
 
-    def _save(self, epoch: int, figures: dict[str, float]) -> None:
+    def _save(self, sum_loss: Tensor) -> None:
         if distributed.rank() != 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         held = {
-            "version": checkpoint.VERSION, "identity": self._identity, "step": self.step,
+            "version": checkpoint.VERSION, "identity": self._identity, "step": self.step, "sum_loss": sum_loss,
             "layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        unfinished = self.folder / "probe.unfinished"
-        torch.save(held, unfinished)
-        os.replace(unfinished, self.folder / "probe.pt")
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
+        guard.remove_unfinished(self.folder)
+        with guard.whole_file(self.folder / "probe.pt") as file:
+            torch.save(held, file)
+
+    def _log(self, epoch: int, figures: dict[str, float]) -> None:
+        path = self.folder / "metrics.jsonl"
+        if distributed.rank() == 0:
+            with guard.naming(path), open(path, "a") as file:
+                file.write(json.dumps({"epoch": epoch, **figures}) + "\n")

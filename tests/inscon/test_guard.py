@@ -50,7 +50,38 @@ def test_ranks_of_one_machine_say_the_same_once(tmp_path, monkeypatch, capsys):
         (tmp_path / rank).mkdir(exist_ok=True)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
         said.append(refused(ValueError(sentence), capsys))
-    assert said == [(1, "some.py: lr is wrong\n"), (1, ""), (1, "some.py: rank 1 has no disk\n")]
+    assert said == [(1, "some.py: lr is wrong\n"), (0, ""), (1, "some.py: rank 1 has no disk\n")]
+
+
+RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+from inscon import distributed, guard
+def main():
+    distributed.start()
+    try:
+        if "all" in sys.argv or distributed.rank() == 1:
+            raise ValueError("no lr of -1; set --lr 0.03")
+        dist.all_reduce(torch.zeros(1))
+    finally:
+        distributed.stop()
+guard.run_script("some.py", main)
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_torchrun_shows_a_refusal_and_no_traceback_of_ranks(tmp_path, who):
+    """In the table at the end too, where people look; the ranks that lose a peer are quiet."""
+    script = tmp_path / "some.py"
+    script.write_text(RANK.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), who]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = done.stderr.splitlines()
+    assert done.returncode == 1 and said.count("some.py: no lr of -1; set --lr 0.03") == 1
+    assert sum(line.endswith(": some.py: no lr of -1; set --lr 0.03") for line in said) == 1  # the table
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
 
 
 @pytest.mark.parametrize("check", [guard.check_output_file, guard.check_output_folder])
@@ -152,3 +183,73 @@ def test_a_worker_ends_with_its_parent(tmp_path, method):
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{worker}").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.fixture
+def stop():
+    with guard.stop_requests() as stop:
+        yield stop
+
+
+def test_sigterm_asks_and_never_aborts(stop, capfd):
+    for _ in range(3):
+        signal.raise_signal(signal.SIGTERM)
+    assert (stop.requested, stop.name) == (True, "SIGTERM")
+    signal.raise_signal(signal.SIGINT)  # the first Ctrl-C, and nothing was said yet
+    signal.raise_signal(signal.SIGINT)  # torchrun's copy of it
+    assert "Ctrl-C again stops at once and loses the steps since the last checkpoint" in capfd.readouterr().err
+    assert stop.name == "SIGTERM"
+
+
+def test_a_second_ctrl_c_aborts_when_the_first_was_answered(stop, capfd):
+    signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("Ctrl-C again") == 1
+    stop._said_at -= 60  # a minute later
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    stop.final = True  # the checkpoint is being written
+    signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
+def test_only_the_rank_that_answers_can_be_aborted(stop, monkeypatch, capfd):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+    assert stop.requested and capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_named_where_a_write_has_no_name(tmp_path):
+    with pytest.raises(OSError) as full, guard.naming(tmp_path / "log"), open("/dev/full", "w") as file:
+        file.write("x")
+        file.flush()
+    assert guard.sentence_of(full.value).startswith(f"{tmp_path}/log: No space left on device")
+
+
+def test_a_folder_made_for_a_lock_goes_with_it(tmp_path):
+    with pytest.raises(KeyError), guard.only_process(tmp_path / "new", "--out"):
+        raise KeyError
+    with guard.only_process(tmp_path / "kept", "--out"):
+        (tmp_path / "kept/file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+def test_a_user_without_a_name_can_start():
+    """As `docker run -u 1234`."""
+    program = f"""
+import os, pwd, sys
+def nobody(uid):
+    raise KeyError(uid)
+pwd.getpwuid = nobody
+for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+sys.path.insert(0, {str(ROOT)!r})
+from inscon import guard
+import torchvision
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,10 @@
 """The linear probe: learns what is there to be learned, leaves the trunk alone, goes on where it stopped, keeps the protocol."""
 
 import contextlib
+import errno
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -98,6 +101,61 @@ def test_a_stopped_probe_goes_on(tmp_path):
         make_probe(tmp_path / "stopped", data="other data")
     with pytest.raises(ValueError, match="is a probe with another epochs and base_lr;"):
         make_probe(tmp_path / "stopped", epochs=5, base_lr=3.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [4, 5, "evaluation"])
+def test_a_probe_that_is_asked_to_stop_goes_on_within_the_epoch(tmp_path, number, at):
+    """Steps 4 and 5 are within the second epoch and its last; it is evaluated after the second epoch. Signals come in numbers."""
+
+    def ask_at(step, batches):
+        for place, batch in enumerate(batches):
+            for _ in range(3 * (place == step)):
+                signal.raise_signal(number)
+            yield batch
+
+    @contextlib.contextmanager
+    def crops_of(start, stop):
+        yield ask_at(at, batches(start, stop))
+
+    whole, stopped = make_probe(tmp_path / "whole"), make_probe(tmp_path / "stopped")
+    train(whole)
+    last = ask_at(1 if at == "evaluation" else None, batches(100, 104))
+    assert stopped.train(crops_of, STEPS, lambda: stopped.evaluate(last), lambda *_: None, evaluate_every=2) is None
+    again = make_probe(tmp_path / "stopped")
+    assert again.step == (6 if at == "evaluation" else at + 1)
+    assert train(again) == train(whole)
+    assert torch.equal(again.layer.weight, whole.layer.weight)
+    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in
+             ("whole", "stopped")]  # fmt: skip
+    assert [(line["epoch"], line["loss"]) for line in lines[0]] == [(line["epoch"], line["loss"]) for line in lines[1]]
+
+
+def test_kept_features_that_find_no_room_leave_nothing(tmp_path):
+    """Before a picture is looked at; a mapped file that grows on a full disk would kill the process."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(OSError, match="val.npy") as full:
+            knn.kept_features(tmp_path, "val", Trunk("resnet18").eval(), lambda done: [], 10_000, "id")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert full.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == []
+
+
+def test_kept_features_of_another_trunk_are_forgotten_before_they_are_overwritten(tmp_path):
+    def features(identity, made):
+        return knn.kept_features(tmp_path, "val", trunk, lambda done: made, 8, identity)[0]
+
+    def killed():
+        yield from ()
+        raise KeyboardInterrupt
+
+    trunk = Trunk("resnet18").eval()
+    first = features("one", batches(0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        features("other", killed())
+    assert torch.equal(features("one", batches(0, 1)), first)
 
 
 def test_the_learning_rate_fits_the_batch():

@@ -123,6 +123,36 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_repeats_a_signal_does_not_lose_the_checkpoint(tmp_path, monkeypatch):
+    """Slurm signals every process of a job and torchrun once more: during the step, and while the checkpoint is written."""
+    save = checkpoint.save
+
+    def save_under_fire(*arguments):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", save_under_fire)
+    training = run(
+        make_config(tmp_path), spoil=lambda step: step == 2 and [signal.raise_signal(signal.SIGTERM) for _ in range(3)]
+    )
+    assert training.step == 3 and checkpoint.latest(tmp_path).name == "step-00000003.pt"
+
+
+def test_an_evaluation_is_left_off_for_a_stop(tmp_path):
+    training = train.set_up(make_config(tmp_path, eval_every=2), CPU, "set A")
+
+    def monitor(leave_off):
+        assert not leave_off()
+        signal.raise_signal(signal.SIGTERM)
+        assert leave_off()
+        return {"knn": 0.1}
+
+    assert train.train(training, (batch_of(step) for step in range(6)), PER_EPOCH, 6, monitor=monitor)
+    assert checkpoint.latest(tmp_path).name == "step-00000002.pt"
+    assert ["knn" in line for line in lines(tmp_path)] == [False, False]
+
+
 class LoaderOfThree:
     """A loader that met two bad samples and says so."""
 
