@@ -1,6 +1,7 @@
 """What happens to one picture's bytes when a data set is packed: checked, perhaps shrunk, stored as JPEG or as pixels.
 
     prepared = prepare_picture(path.read_bytes(), Treatment(short_side=256))
+    picture = read_picture(path)        the same pixels, for who wants no packed set: detection, attention maps
 
 A sound JPEG that needs nothing is stored byte for byte. What some reader of the shards could not decode, or would
 decode differently, is encoded once as a plain JPEG; what is damaged, or no picture, is a `BadPicture`. Each picture is
@@ -15,6 +16,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -116,14 +118,33 @@ class Prepared(NamedTuple):
 
 
 class BadPicture(ValueError):
-    """A picture that is left out: `kind` is counted in the manifest, the message is for rejected.jsonl."""
+    """A picture that is left out: `kind` is counted in the manifest, the message is for rejected.jsonl.
 
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(kind, detail)  # both, or it could not be pickled
-        self.kind, self.detail = kind, detail
+    The message begins with the `file`, where that is given.
+    """
+
+    def __init__(self, kind: str, detail: str = "", file: str = "") -> None:
+        super().__init__(kind, detail, file)  # all, or it could not be pickled
+        self.kind, self.detail, self.file = kind, detail, file
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+        return ": ".join(filter(None, (self.file, self.kind, self.detail)))
+
+
+def read_picture(source: bytes | Path) -> Image.Image:
+    """The picture in a file, or in a file's bytes, as a packed set would have it: RGB, turned as EXIF says.
+
+    BadPicture, naming the file where one is given, for what cannot be packed or read.
+    """
+    if not isinstance(source, bytes):
+        try:
+            return read_picture(Path(source).read_bytes())
+        except OSError as error:
+            raise BadPicture("unreadable", error.strerror, file=str(source)) from None
+        except BadPicture as bad:
+            raise BadPicture(bad.kind, bad.detail, file=str(source)) from None
+    prepared = prepare_picture(source, Treatment(write_mode="raw"))
+    return Image.frombytes("RGB", (prepared.width, prepared.height), prepared.content)
 
 
 def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:

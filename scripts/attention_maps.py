@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
+from data_prep.pictures import BadPicture, read_picture
 from inscon import guard
 from inscon.encoder import Trunk
 from inscon.transfer.attention import attention, heat
@@ -71,14 +72,12 @@ def trunk_of(name: str, runs: tuple[str, ...]) -> Trunk:
 
 def picture_of(path: Path, side: int) -> Image.Image:
     """A picture in RGB, resized so that the network can see it."""
+    if not path.exists():
+        raise ValueError(f"there is no picture {path}; give image files to --pictures")
     try:
-        picture = Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture {path}; give image files to --pictures") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(
-            f"{path} is no picture that PIL reads ({type(error).__name__}); give image files to --pictures"
-        ) from None
+        picture = read_picture(path)
+    except BadPicture as bad:
+        raise ValueError(f"{bad}; give image files to --pictures") from None
     scale = side / min(picture.size)
     size = [max(round(length * scale / 32), 2) * 32 for length in picture.size]
     return picture.resize(size, Image.BILINEAR)

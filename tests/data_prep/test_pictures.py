@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import default_loader
 
-from data_prep.pictures import JPEG, RAW, BadPicture, Prepared, Treatment, prepare_picture
+from data_prep.pictures import JPEG, RAW, BadPicture, Prepared, Treatment, prepare_picture, read_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = sorted((ROOT.parent / "shared/data/imagenet_sample/train").glob("*/*.JPEG"))
@@ -509,3 +509,42 @@ def test_real_pictures_shrink_as_pillow_shrinks_them():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         Treatment(**settings)
+
+
+# ------------------------------------------------------------------------------------------------- without packing
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_whoever_reads_a_picture_sees_what_packing_sees(orientation, tmp_path):
+    source = encoded(scene(), exif=exif_of(orientation))
+    (tmp_path / "turned.jpg").write_bytes(source)
+    seen = read_picture(tmp_path / "turned.jpg")
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(source))))
+    np.testing.assert_array_equal(np.asarray(seen), expected)
+    for content in (encoded(grey_16(scene()), "PNG"), encoded(scene(mode="CMYK")), *OTHERS.values()):
+        content = content if isinstance(content, bytes) else content[0]
+        seen = read_picture(content)
+        assert seen.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(seen), pixels_of(prepare_picture(content, RAW_MODE)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"words", "not a picture: it begins with b'words'"),
+        (SOUND["4:2:0"][:-300], "damaged: Premature end of JPEG file"),
+        (encoded(scene(), "PNG")[:-50], "damaged: image file is truncated"),
+        (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "too large: .*decompression bomb"),
+        (None, "unreadable: No such file or directory"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_named(content, reason, tmp_path):
+    path = tmp_path / "a.jpg"
+    if content is not None:
+        path.write_bytes(content)
+        with pytest.raises(BadPicture, match="^" + reason):
+            read_picture(content)
+    with pytest.raises(BadPicture, match=f"^{re.escape(str(path))}: {reason}") as caught:
+        read_picture(path)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -1,11 +1,14 @@
 """Attention maps: strong where the trunk's map is, whatever the channel."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from inscon.encoder import Trunk
 from inscon.transfer.attention import attention, heat
+from scripts.attention_maps import picture_of
 
 
 class Fixed(nn.Module):
@@ -42,3 +45,19 @@ def test_colours_run_from_black_to_white():
     assert heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]])).tolist()[0] == [
         [0, 0, 0], pytest.approx([1, 0, 0]), pytest.approx([1, 1, 0]), pytest.approx([1, 1, 1])
     ]  # fmt: skip
+
+
+def test_pictures_are_read_as_packing_reads_them(tmp_path):
+    """16 bits scaled, not clipped to white; turned as EXIF says; a decompression bomb is a sentence."""
+    levels = np.linspace(0, 65_535, 128 * 64).reshape(64, 128).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    deep = np.asarray(picture_of(tmp_path / "deep.png", 64))
+    assert deep.shape == (64, 128, 3) and deep[0].max() < 8 and deep[-1].min() > 247
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (128, 64)).save(tmp_path / "turned.jpg", exif=exif)
+    assert picture_of(tmp_path / "turned.jpg", 64).size == (64, 128)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    for name, reason in (("bomb.png", "too large"), ("missing.png", "there is no picture")):
+        with pytest.raises(ValueError, match=f"{reason}.*give image files to --pictures"):
+            picture_of(tmp_path / name, 64)
