@@ -43,7 +43,7 @@ class LoaderConfig:
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one of the samples that the epoch leaves over."""
     stall_timeout: float = 600.0
-    """Seconds without a batch after which the pipeline (dali, ffcv) is given up, with the name of the stage that hangs."""
+    """Seconds without a batch after which the pipeline is given up, with the name of the stage that hangs."""
 
     def __post_init__(self):
         if self.prefetch < 1:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.index import RAW, DatasetIndex
 from inscon.config import Config
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan
+from inscon.workers import alive, shared, worker_init
 from pipelines.colour import colour_views, normalise
 from pipelines.feed import (
     Feed,
@@ -142,19 +143,6 @@ class _Steps(Dataset):
             return error
 
 
-def _alive(loader: DataLoader):
-    """What the workers made; whatever the death of one of them looks like from here becomes one sentence."""
-    try:
-        yield from loader
-    except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise ChildProcessError(
-            "a worker process of the pipeline reference died (killed, or out of memory): run again to go on from the last "
-            "checkpoint, with fewer --threads if memory was short"
-        ) from error
-
-
 def open_reference(
     *,
     config: Config,
@@ -179,13 +167,15 @@ def open_reference(
         # The DataLoader counts per worker; at least one batch each, or the worker idles.
         prefetch_factor=max(config.loader.prefetch // workers, 1) if workers else None,
         # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads can hang.
-        # No timeout: PyTorch looks for dead workers every 5 s by itself, and with one it would look at its end only.
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=worker_init,
+        collate_fn=shared,
         pin_memory=device.type == "cuda",
     )
 
     def batches():
-        for step, made in zip(range(start_step, total_steps), _alive(loader)):
+        waited = alive(loader, "the pipeline reference", config.loader.stall_timeout, "fewer --threads (0: no workers)")
+        for step, made in zip(range(start_step, total_steps), waited):
             if isinstance(made, ValueError) and config.loader.on_bad_sample == "fail":
                 raise made
             if isinstance(made, ValueError) or (feed.bad and feed.work(step).substituted):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: {"inscon.geometry", "inscon.batch", "inscon.philox", "inscon.clock", "inscon.guard"},
+    0: {"inscon.geometry", "inscon.batch", "inscon.philox", "inscon.clock", "inscon.guard", "inscon.workers"},
     1: {"inscon.config", "inscon.plan", "inscon.sampling", "inscon.mosaic", "data_prep.index"},
     2: {
         "inscon.model", "inscon.encoder", "inscon.heads", "inscon.pooling", "inscon.norm", "inscon.key_queue", "inscon.loss",

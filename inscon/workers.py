@@ -1,0 +1,144 @@
+"""A DataLoader's worker processes: waited for with a limit, told of in one sentence when they die, gone with their parent."""
+
+import atexit
+import functools
+import multiprocessing
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+from inscon import guard
+
+SHARED_MEMORY = "/dev/shm"
+_POLL_S = 1.0
+_PLENTY_MB = 1000
+"""Free shared memory that the death of a worker is not blamed on."""
+
+
+def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Iterator:
+    """What the workers of `loader` made, in order; the workers end with this generator.
+
+    Args:
+        loader: with `worker_init` and a `multiprocessing_context` other than fork, or without workers.
+        what: names it in sentences, "the pipeline reference".
+        timeout_s: for an item, before it is given up.
+        remedy: what takes less memory, "fewer --threads".
+
+    Raises ChildProcessError where a worker died, TimeoutError where no item comes, MemoryError where shared memory has no room.
+    """
+    if not loader.num_workers:
+        yield from loader
+        return
+    # A death would be raised between any two lines here (SIGCHLD) if the workers were children of this very process.
+    assert loader.multiprocessing_context.get_start_method() != "fork"
+    others, iterator = multiprocessing.active_children(), iter(loader)
+    processes = [process for process in multiprocessing.active_children() if process not in others]
+    asked, made = queue.SimpleQueue(), queue.SimpleQueue()
+    # In a thread, since a worker that dies or stops while it hands something over keeps the receiver for ever.
+    threading.Thread(target=_fetch, args=(iterator, asked, made), name="inscon-workers", daemon=True).start()
+    del iterator  # the thread ends it, which may hang likewise
+    end = functools.partial(_kill, processes)
+    atexit.register(end)  # before multiprocessing's own, which waits for them
+    try:
+        while True:
+            asked.put(True)
+            item, error = _wait(made, processes, what, timeout_s, remedy)
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise _sentence(error, what, remedy) or error
+            yield item
+            del item  # or its shared memory stays while the next one is waited for
+    finally:
+        end()
+        atexit.unregister(end)
+        asked.put(False)
+
+
+def worker_init(*_: object) -> None:
+    """A DataLoader's `worker_init_fn`: the worker ends with its parent, and only so.
+
+    Ctrl-C in a terminal and Slurm's SIGTERM reach every process of a job, and the parent still wants its last step.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    guard.end_with_parent()
+
+
+def shared(item):
+    """A DataLoader's `collate_fn`: the tensors of `item` in shared memory, moved now, where a lack of it can be told.
+
+    Left to the DataLoader, a thread of the worker drops what finds no room, and the parent waits.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return item
+    return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, item)
+
+
+def _fetch(iterator: Iterator, asked: queue.SimpleQueue, made: queue.SimpleQueue) -> None:
+    while asked.get():
+        try:
+            made.put((next(iterator), None))
+        except BaseException as error:
+            made.put((None, error))
+
+
+def _wait(made: queue.SimpleQueue, processes: list, what: str, timeout_s: float, remedy: str) -> tuple:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return made.get(timeout=max(min(_POLL_S, deadline - time.monotonic()), 0))
+        except queue.Empty:
+            if not all(process.is_alive() for process in processes):
+                raise _death(what, remedy) from None
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"no batch came for {timeout_s:.0f} s from {what}, whose worker processes hang. Look at the disk or network "
+                    f"file system and at shared memory ({_room()}), or set a longer --stall-timeout"
+                ) from None
+
+
+def _sentence(error: BaseException, what: str, remedy: str) -> BaseException | None:
+    """For what the death of a worker, or full shared memory, looks like from here."""
+    told = str(error)
+    if isinstance(error, (RuntimeError, OSError)) and "shared memory" in told:
+        return MemoryError(
+            f"{what} found no room for a batch in shared memory ({_room()}), where worker processes hand it over: make it larger "
+            f"(docker run --shm-size=8g), or set {remedy}"
+        )
+    died = "exited unexpectedly" in told or "DataLoader worker (pid" in told
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) or (isinstance(error, RuntimeError) and died):
+        return _death(what, remedy)
+    return None
+
+
+def _death(what: str, remedy: str) -> ChildProcessError:
+    try:
+        scarce = shutil.disk_usage(SHARED_MEMORY).free < _PLENTY_MB * 1e6
+    except OSError:
+        scarce = False
+    return ChildProcessError(
+        f"a worker process of {what} died (killed, or out of memory): run again to go on from the last checkpoint, with {remedy} "
+        f"if memory was short" + (f"; {_room()}, docker run --shm-size=8g gives more" if scarce else "")
+    )
+
+
+def _room() -> str:
+    """State of the shared memory."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError as error:
+        return f"{SHARED_MEMORY}: {error.strerror}"
+    return f"{SHARED_MEMORY} has {usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB free"
+
+
+def _kill(processes: list) -> None:
+    for process in processes:
+        process.kill()
