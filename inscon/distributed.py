@@ -1,12 +1,19 @@
 """Ranks as torchrun gives them, and the few collectives a step needs. Every function answers on one process too."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inscon import guard
 from inscon.clock import WIRE, part
+
+_WAIT_S = 5.0
+"""Long enough for the last processes of a killed run to end."""
 
 
 def start() -> torch.device:
@@ -73,6 +80,28 @@ def start_gather(tensor: Tensor) -> Gathering | None:
     sent = tensor.contiguous()
     result = sent.new_empty(world_size() * sent.shape[0], *sent.shape[1:])
     return Gathering(result, dist.all_gather_into_tensor(result, sent, async_op=True), sent)
+
+
+def on_rank_0(check: Callable[[], object]) -> None:
+    """Run `check` on rank 0 alone; what it refuses there (ValueError, OSError) is a ValueError on every rank."""
+    refusal: list[str | None] = [None]
+    if rank() == 0:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            refusal = [guard.sentence_of(error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(refusal, device=torch.device("cpu"))
+    if refusal[0] is not None:
+        raise ValueError(refusal[0])
+
+
+@contextlib.contextmanager
+def hold(folder: Path, flag: str) -> Iterator[None]:
+    """`guard.only_process` for all ranks: rank 0 holds `folder` against other runs, and every rank is refused with it."""
+    with contextlib.ExitStack() as held:
+        on_rank_0(lambda: held.enter_context(guard.only_process(folder, flag, _WAIT_S)))
+        yield
 
 
 def any_rank(flag: bool) -> bool:

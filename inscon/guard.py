@@ -11,6 +11,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -103,6 +104,17 @@ def _try_folder(folder: Path, target: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError, which of a write to an open file has none, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole and on the disk. Left by an error, nothing stays of it.
 
@@ -174,15 +186,24 @@ def _free_space(error: OSError) -> str:
 def only_process(folder: Path, flag: str, wait_s: float = 0.0) -> Iterator[None]:
     """Holds `folder`, which is made, against other processes; ends with the process that holds it.
 
-    ValueError, naming the holder and `flag`, where another one has it. Where the file system knows no locks nothing is held.
+    ValueError, naming `flag`, where another one has it (and which), or nothing can be written there. A folder that was made here
+    and is still empty at the end goes again. Where the file system knows no locks nothing is held.
     """
-    path = Path(folder) / ".lock"
-    with contextlib.ExitStack() as held:
-        file = take_lock(path, fcntl.LOCK_EX, wait_s)
-        if isinstance(file, str):
-            raise ValueError(f"another process works in {folder} ({file}); wait until it ends, or set another {flag}")
-        held.callback(file.close)
+    folder = Path(folder)
+    new = not folder.exists()
+    check_output_folder(folder, flag)
+    path = folder / ".lock"
+    file = take_lock(path, fcntl.LOCK_EX, wait_s)
+    if isinstance(file, str):
+        raise ValueError(f"another process works in {folder} ({file}); wait until it ends, or set another {flag}")
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if new:
+                folder.rmdir()
+        file.close()
 
 
 def take_lock(path: Path, kind: int, wait_s: float = 0.0) -> BinaryIO | str:
@@ -211,6 +232,53 @@ def take_lock(path: Path, kind: int, wait_s: float = 0.0) -> BinaryIO | str:
             file.flush()
             return file
         file.close()  # the former holder removed it
+
+
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C, read by a loop between two steps. Made by `stop_requests`."""
+
+    requested, name = False, "another rank"
+    final = False
+    """Set by the loop when nothing but the last checkpoint is left to do: nothing interrupts it."""
+    _said_at: float | None = None
+
+    def __call__(self, number: int, _frame: object) -> None:
+        again = number == signal.SIGINT and self._said_at is not None and time.monotonic() - self._said_at > _READ_S
+        if again and not self.final:
+            raise KeyboardInterrupt("stopped by the second Ctrl-C, at once")
+        if not self.requested:
+            self.requested, self.name = True, signal.Signals(number).name
+        if number == signal.SIGINT and self._said_at is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._said_at = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, _ON_CTRL_C)  # not by print, which the signal may have interrupted
+
+
+_READ_S = 3.0
+"""Ctrl-C reaches a rank twice, from the terminal and from torchrun: what follows the sentence sooner is no answer to it."""
+_ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at once and loses the steps since the last checkpoint.\n"
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """While it runs, SIGTERM and Ctrl-C only ask to stop.
+
+    SIGTERM never does more: Slurm and systemd send it to every process of a job, and torchrun once more. A second Ctrl-C raises
+    KeyboardInterrupt, if the first one was answered on the screen.
+    """
+    stop = StopRequest()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_stops() -> None:
+    """For the rest of a process that has stopped as asked: those who ask repeat themselves."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent(*_: object) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from inscon import checkpoint, distributed
+from inscon import checkpoint, distributed, guard
 from inscon.batch import Batch
 from inscon.clock import BACKWARD, OPTIMIZER, gradients_handed_over, part
 from inscon.config import Config
@@ -114,6 +112,10 @@ def _resume(training: Training) -> None:
     training.load_state_dict(contents)
 
 
+Monitor = Callable[[Callable[[], bool]], dict[str, float]]
+"""(asks whether to leave off) -> figures of the trunk."""
+
+
 class Telemetry(Protocol):
     """What a loader may say of itself."""
 
@@ -130,13 +132,14 @@ def train(
     steps_per_epoch: int,
     total_steps: int,
     telemetry: Telemetry | None = None,
-    monitor: Callable[[], dict[str, float]] | None = None,
-) -> None:
+    monitor: Monitor | None = None,
+) -> bool:
     """Run steps `training.step` .. `total_steps - 1`; `loader` must start with the batch of the first of them.
 
     What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints. `monitor` evaluates the trunk
     every `eval_every` steps and at the end; its figures go into the metrics too, its time into none of them.
-    On SIGTERM or Ctrl-C every rank finishes its step, rank 0 writes a checkpoint, and the function returns.
+    On SIGTERM or Ctrl-C every rank finishes its step, leaves off an evaluation, rank 0 writes a checkpoint, and the function
+    returns True.
     """
     config = training.config
     model = over_ranks(training.model, config.optim.gradient_wire).train()
@@ -145,7 +148,7 @@ def train(
     full_rate = rate_of_full_use(training)
     losses_meter, watch = LossMeter(), Stopwatch()
     health = Health(training.model, config.optim.batch_size, training.step)
-    with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, _stop_requests() as stop:
+    with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, guard.stop_requests() as stop:
         log.say(describe(training))
         first = True
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
@@ -158,24 +161,30 @@ def train(
             lr = take_step(training, model, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
-            evaluating = monitor and (training.step % config.run.eval_every == 0 or finished)
+            evaluating = monitor and not stopping and (training.step % config.run.eval_every == 0 or finished)
             if training.step % config.run.log_every == 0 or finished or stopping or evaluating:
                 figures = telemetry.read() if telemetry else None
                 found = window(losses_meter, watch, config.optim.batch_size, lr, figures, full_rate)
                 seen, warnings = health.look(training.step, top1_of(found))
-                log.write(training.step, found | seen | (monitor() if evaluating else {}))
+                if evaluating:
+                    evaluation = monitor(lambda: stop.requested)
+                    stopping = distributed.any_rank(stop.requested)
+                    seen |= {} if stopping else evaluation
+                log.write(training.step, found | seen)
                 for sentence in warnings:
                     log.warn(training.step, sentence)
                 watch.restart()  # looking and evaluating belong to no window
+            stop.final = stopping or finished
             if training.step % config.run.checkpoint_every == 0 or finished or stopping:
                 if telemetry:
                     training.bad_samples = distributed.union(telemetry.bad_samples())
                 _save(training)
-            if stopping:
+            if stopping and not finished:
                 log.say(
                     f"Stopped by {stop.name}; the checkpoint of step {training.step} is in {run_dir}. Run again to go on."
                 )
-                break
+                return True
+    return False
 
 
 def rate_of_full_use(training: Training) -> float:
@@ -278,30 +287,5 @@ def _save(training: Training) -> None:
 
 def _write_config(config: Config) -> None:
     if distributed.rank() == 0:
-        run_dir = Path(config.run.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = run_dir / "config.json.unfinished"
-        unfinished.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        os.replace(unfinished, run_dir / "config.json")
-
-
-class _Stop:
-    """Set by a signal, read between steps."""
-
-    requested, name = False, "another rank"
-
-    def __call__(self, number, _frame):
-        if self.requested:  # the second Ctrl-C doesn't wait for the step
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
-
-
-@contextlib.contextmanager
-def _stop_requests():
-    stop = _Stop()
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        with guard.whole_file(Path(config.run.run_dir) / "config.json") as file:
+            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -38,7 +39,7 @@ def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Itera
         return
     # A death would be raised between any two lines here (SIGCHLD) if the workers were children of this very process.
     assert loader.multiprocessing_context.get_start_method() != "fork"
-    others, iterator = multiprocessing.active_children(), iter(loader)
+    others, iterator = multiprocessing.active_children(), _start(loader)
     processes = [process for process in multiprocessing.active_children() if process not in others]
     asked, made = queue.SimpleQueue(), queue.SimpleQueue()
     # In a thread, since a worker that dies or stops while it hands something over keeps the receiver for ever.
@@ -67,8 +68,7 @@ def worker_init(*_: object) -> None:
 
     Ctrl-C in a terminal and Slurm's SIGTERM reach every process of a job, and the parent still wants its last step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    guard.ignore_stops()
     guard.end_with_parent()
 
 
@@ -80,6 +80,16 @@ def shared(item):
     if torch.utils.data.get_worker_info() is None:
         return item
     return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, item)
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """`iter(loader)`, with a fork server that no SIGTERM or Ctrl-C ends either: it inherits what is blocked here."""
+    resource_tracker.ensure_running()  # now, since it unblocks the same signals when it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _fetch(iterator: Iterator, asked: queue.SimpleQueue, made: queue.SimpleQueue) -> None:

@@ -9,10 +9,13 @@ setting with its reason.
 """
 
 import argparse
+import contextlib
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +25,7 @@ from inscon.config import RECIPES, Config, resolve
 from inscon.transfer import knn
 from pipelines import open_pipeline
 from pipelines.evaluation import LabelledViews
-from pipelines.facts import data_facts
+from pipelines.facts import DataFacts, data_facts
 
 
 def parse(arguments: list[str]) -> Config:
@@ -45,27 +48,34 @@ def main(arguments: list[str]) -> None:
         world_size = distributed.world_size()
         config = resolve(config, world_size)
         facts = data_facts(config)
-        training = train.set_up(config, device, facts.fingerprint)
-        total_steps = config.optim.epochs * facts.steps_per_epoch
-        if config.optim.max_steps is not None:
-            total_steps = min(total_steps, config.optim.max_steps)
-        if training.step >= total_steps:
-            print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
-            return
-        with open_pipeline(
-            config.loader.pipeline, config=config, rank=distributed.rank(), world_size=world_size, device=device,
-            dtype=training.precision.pixel_dtype, start_step=training.step, total_steps=total_steps,
-            bad_samples=training.bad_samples,
-        ) as loader:  # fmt: skip
-            if distributed.rank() == 0:
-                print(loader.describe())
-            monitor = knn_monitor(training)
-            train.train(training, loader, facts.steps_per_epoch, total_steps, telemetry=loader, monitor=monitor)
+        with distributed.hold(config.run.run_dir, "--run-dir"):
+            run(config, facts, device)
     finally:
         distributed.stop()
 
 
-def knn_monitor(training: train.Training) -> Callable[[], dict[str, float]] | None:
+def run(config: Config, facts: DataFacts, device: torch.device) -> None:
+    """From the newest checkpoint, if any, to the end or a stop; the run folder is this process's own."""
+    training = train.set_up(config, device, facts.fingerprint)
+    total_steps = config.optim.epochs * facts.steps_per_epoch
+    if config.optim.max_steps is not None:
+        total_steps = min(total_steps, config.optim.max_steps)
+    if training.step >= total_steps:
+        print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
+        return
+    with open_pipeline(
+        config.loader.pipeline, config=config, rank=distributed.rank(), world_size=distributed.world_size(), device=device,
+        dtype=training.precision.pixel_dtype, start_step=training.step, total_steps=total_steps,
+        bad_samples=training.bad_samples,
+    ) as loader:  # fmt: skip
+        if distributed.rank() == 0:
+            print(loader.describe())
+        monitor = knn_monitor(training)
+        if train.train(training, loader, facts.steps_per_epoch, total_steps, telemetry=loader, monitor=monitor):
+            guard.ignore_stops()
+
+
+def knn_monitor(training: train.Training) -> train.Monitor | None:
     """What evaluates the trunk during training, if `eval_data` is set; the sentence about data that won't do comes at once."""
     config, device = training.config, training.device
     if config.run.eval_data is None:
@@ -76,9 +86,11 @@ def knn_monitor(training: train.Training) -> Callable[[], dict[str, float]] | No
         limit=config.run.eval_pictures,
     )  # fmt: skip
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(leave_off: Callable[[], bool]) -> dict[str, float]:
         trunk, amp_dtype = training.model.query_encoder.trunk, training.precision.autocast_dtype
-        return {"knn": knn.monitor(trunk, views.centre_crops(), device, amp_dtype)}
+        with contextlib.closing(views.centre_crops()) as crops:
+            batches = itertools.takewhile(lambda _: not leave_off(), crops)
+            return {"knn": knn.monitor(trunk, batches, device, amp_dtype)}
 
     return evaluate
 
