@@ -6,9 +6,9 @@
         --val-json instances_val2017.json --val-images val2017
     python scripts/finetune_detection.py --eval-only --out fpn --val-json instances_val2017.json --val-images val2017
 
-The same command goes on after a stop. --out receives checkpoints, metrics.jsonl, results.json (AP and AR in percent) and
-samples.png. Numbers compare with each other, say with those of --weights random or of torchvision's supervised resnet50, and
-not with detectron2's tables.
+The same command goes on after a stop; Ctrl-C and SIGTERM let it finish the iteration and write a checkpoint. --out receives
+checkpoints, metrics.jsonl, results.json (AP and AR in percent) and samples.png. Numbers compare with each other, say with those
+of --weights random or of torchvision's supervised resnet50, and not with detectron2's tables.
 """
 
 import json
@@ -84,13 +84,22 @@ class DetectionConfig:
     """Of the convolutions; boxes, losses and weights are float32."""
     workers: int | None = None
     """Processes that read pictures. None: the cores, at most 8; none without a GPU."""
+    stall_timeout: float = 600.0
+    """Seconds without a batch after which the workers are given up."""
     samples: int = 4
     """Pictures in samples.png; 0: no such file."""
     seed: int = 0
     """Of the heads, the order, flips, sizes and sampled boxes."""
 
 
-def main(config: DetectionConfig) -> dict:
+LEAST = {"checkpoint_every": 1, "log_every": 1, "workers": 0, "samples": 0, "stall_timeout": 1}
+
+
+def main(config: DetectionConfig) -> dict | None:
+    for name, least in LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}. Found: {value}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     precision = choose_precision(config.precision, device)
@@ -99,19 +108,23 @@ def main(config: DetectionConfig) -> dict:
         model, design, facts = loop.load_detector(config.out)
         if config.arch not in (None, design.arch):
             raise ValueError(f"{config.out} holds a {design.arch}. Found: --arch {config.arch}; leave it out")
+        guard.check_output_folder(config.out)
         val = read_coco(config.val_json, config.val_images, design.has_masks)
         check_same_categories(design.categories, val.categories, str(config.out), str(config.val_json))
         model.to(device=device, memory_format=torch.channels_last)
         return judge(config, model, design, facts, val, device, precision)
-    return fine_tune(config, device, precision)
-
-
-def fine_tune(config: DetectionConfig, device: torch.device, precision: Precision) -> dict:
     missing = [name for name in ("arch", "train_json", "train_images", "weights") if getattr(config, name) is None]
     if missing:
         flags = " and ".join("--" + name.replace("_", "-") for name in missing)
         noise = "; --weights takes a file of scripts/export.py, or the word random to start from noise"
         raise ValueError(f"{flags} must be set to train{noise if 'weights' in missing else ''}")
+    with guard.only_process(config.out, "--out"):
+        guard.remove_unfinished(config.out)
+        return fine_tune(config, device, precision)
+
+
+def fine_tune(config: DetectionConfig, device: torch.device, precision: Precision) -> dict | None:
+    """The results; None after a stop."""
     schedule = loop.Schedule(
         iterations=config.iterations, batch_size=config.batch_size, base_lr=config.base_lr, warmup=config.warmup,
         short_sides=config.min_size, seed=config.seed,
@@ -137,12 +150,21 @@ def fine_tune(config: DetectionConfig, device: torch.device, precision: Precisio
         f"{len(design.categories)} categories, {schedule.iterations} iterations of {schedule.batch_size}, lr {schedule.lr:g}"
         f"{rescaled}, {precision.name}, from iteration {run.iteration}"
     )
+    if train.left_out:
+        say(train.left_out)
     with Progress(transient=True) as progress:
         bar = progress.add_task("training", total=schedule.iterations, completed=run.iteration)
-        run.train(
+        stopped_by = run.train(
             config.checkpoint_every, config.log_every, workers(config, device),
             lambda done, figures: progress.update(bar, completed=done, description=f"loss {figures['loss']:.3f}"),
+            stall_timeout=config.stall_timeout,
         )  # fmt: skip
+    if stopped_by:
+        guard.ignore_stops()
+        say(
+            f"Stopped by {stopped_by}; the checkpoint of iteration {run.iteration} is in {config.out}. Run again to go on."
+        )
+        return None
     return judge(config, model, design, {"start": about, "step": run.iteration}, val, device, precision)
 
 
@@ -157,17 +179,23 @@ def judge(
 ) -> dict:
     """Write results.json and samples.png."""
     kinds = ("bbox", "segm") if design.has_masks else ("bbox",)
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("judging", total=len(val))
-        found = evaluate(
-            model, val, kinds, device, precision.autocast_dtype, workers(config, device), lambda: progress.advance(bar)
-        )
+    try:
+        with Progress(transient=True) as progress:
+            bar = progress.add_task("judging", total=len(val))
+            found = evaluate(
+                model, val, kinds, device, precision.autocast_dtype, workers(config, device), lambda: progress.advance(bar),
+                config.stall_timeout,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "stopped by Ctrl-C while judging; the checkpoint stays, run again to judge it"
+        ) from None
     results = {
         "arch": design.arch, "trunk": design.trunk, "start": facts["start"], "iteration": facts["step"],
         "val": {"json": str(config.val_json), "images": len(val), "short_side": design.test_side}, **found,
     }  # fmt: skip
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with guard.whole_file(config.out / "results.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
     if config.samples:
         samples(model, val, config.out / "samples.png", device, design.has_masks, config.samples)
     for kind, numbers in found.items():

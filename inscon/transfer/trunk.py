@@ -25,7 +25,12 @@ def load_contents(path: Path) -> tuple[dict, Path]:
     """What a checkpoint holds, and its file; `path` as in `load_trunk`."""
     path = Path(path)
     file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
-    return checkpoint.load(file), file
+    contents = checkpoint.load(file)
+    if "config" not in contents:
+        raise checkpoint.CheckpointError(
+            f"{file} is a detector of scripts/finetune_detection.py, no pre-training; give the run folder of a scripts/train.py"
+        )
+    return contents, file
 
 
 def untrained_trunk(config: dict) -> Trunk:

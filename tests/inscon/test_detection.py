@@ -3,15 +3,18 @@
 import copy
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 pytest.importorskip("pycocotools", reason="comes with the transfer extra")
@@ -19,12 +22,15 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from data_prep.make_scenes import draw_scene, make_scenes, run_lengths
+from inscon import guard
 from inscon.precision import choose_precision
 from inscon.transfer import export
-from inscon.transfer.detection import batches, coco, loop, weights
+from inscon.transfer.detection import batches, coco, loop, schema, weights
 from inscon.transfer.detection.evaluate import NAMES, detections, evaluate, score
 from inscon.transfer.detection.models import ARCHES, MEAN, STD, Design, build, trunk_of
 from inscon.transfer.detection.pictures import samples
+from inscon.transfer.trunk import load_trunk
+from scripts import finetune_detection
 from tests.inscon.test_export import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +145,60 @@ def test_category_ids_with_gaps_come_back(tmp_path):
     assert [entry["category_id"] for entry in back] == [90, 1] and back[0]["bbox"] == [5, 5, 10, 10]
 
 
+def test_what_has_no_area_is_left_out_of_training_and_counted(tmp_path):
+    contents = gapped(tmp_path)
+    first = contents["annotations"][0]
+    flat = {"segmentation": [[5, 5, 10, 10, 15, 15]]}, {"segmentation": {"size": [30, 40], "counts": [1200]}}
+    thin = {"bbox": [20, 5, 1e-7, 10]}, {"bbox": [60, 5, 10, 10]}, {"bbox": [-20, 5, 20, 10]}
+    for number, changed in enumerate((*flat, *thin)):
+        contents["annotations"].append(first | {"id": 10 + number} | changed)
+    path = write(tmp_path / "a.json", contents)
+    data = coco.read_coco(path, tmp_path, masks=True)
+    assert [entry["id"] for entry in data.objects[0]] == [0, 3] and len(data.annotations[0]) == 9
+    assert data.left_out == (
+        "a.json: 6 of 10 annotations are left out of training: 4 with a side below 0.1 px inside the image, 2 with a flat mask; "
+        "the first is annotation 2"
+    )
+    boxes = coco.read_coco(path, tmp_path, masks=False)
+    assert [entry["id"] for entry in boxes.objects[0]] == [0, 3, 10, 11]
+    model = build(design("fasterrcnn-c4", boxes.categories)).train()
+    losses = model(*batches.TrainBatches(boxes, False, 0, 2, (64, 96)).work(0).make())  # torchvision asserts areas
+    assert all(torch.isfinite(value) for value in losses.values())
+    first["segmentation"] = [*first["segmentation"], [5, 5, 9, 9]]  # a line beside a polygon
+    for annotation in contents["annotations"]:
+        del annotation["iscrowd"]
+    assert coco.read_coco(write(tmp_path / "b.json", contents), tmp_path, True).target(0, True)["masks"][0].sum() == 100
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_by_exif_and_must_then_be_of_the_jsons_size(orientation, tmp_path):
+    contents = gapped(tmp_path)
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[:15, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "0.png", exif=exif)
+    seen = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "0.png")))
+    sides = {"height": seen.shape[0], "width": seen.shape[1]}
+    turned = contents | {"images": [contents["images"][0] | sides, *contents["images"][1:]]}
+    data = coco.read_coco(write(tmp_path / "turned.json", turned), tmp_path, False)
+    assert np.array_equal((data.pixels(0) * 255).byte().permute(1, 2, 0).numpy(), seen)
+    if orientation > 4:
+        data = coco.read_coco(write(tmp_path / "plain.json", contents), tmp_path, False)
+        with pytest.raises(coco.CocoError, match=r"is 30 x 40 px where .*says 40 x 30; its EXIF data turn it.*without"):
+            data.pixels(0)
+        Image.fromarray(pixels).save(tmp_path / "0.png")
+        assert data.pixels(0).shape == (3, 30, 40)
+
+
+def test_16_bit_pictures_are_scaled(tmp_path):
+    contents = gapped(tmp_path)
+    levels = np.linspace(0, 65_535, 1200).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "0.png")
+    pixels = coco.read_coco(write(tmp_path / "a.json", contents), tmp_path, False).pixels(0)
+    assert (pixels - torch.from_numpy(levels / 65_535)).abs().max() < 1 / 250
+
+
 def test_a_flip_turns_boxes_with_their_masks(scenes):
     data = scene_set(scenes)
     image, target = data.pixels(0), data.target(0, masks=True)
@@ -214,7 +274,7 @@ def test_forward_and_backward_reach_every_weight(arch, scenes):
     model = build(design(arch, data.categories)).train()
     train = batches.TrainBatches(data, arch.startswith("mask"), 0, 2, (64, 96))
     torch.manual_seed(0)
-    losses = model(*train[0])
+    losses = model(*train.work(0).make())
     assert ("loss_mask" in losses) == arch.startswith("mask") and len(losses) == 4 + arch.startswith("mask")
     sum(losses.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
@@ -254,7 +314,7 @@ def test_the_c4_shapes_and_its_shared_res5(scenes):
     chosen = []
     heads.mask_predictor.register_forward_hook(lambda module, given, made: chosen.append(given[0]))
     before = int(heads.box_head.norm.num_batches_tracked)
-    model(*batches.TrainBatches(data, True, 0, 2, (64,))[0])
+    model(*batches.TrainBatches(data, True, 0, 2, (64,)).work(0).make())
     assert len(seen) == 1 and int(heads.box_head.norm.num_batches_tracked) == before + 1
     assert 0 < len(chosen[0]) < len(seen[0]) and chosen[0].shape[1:] == (512, 7, 7)
     copied = copy.deepcopy(model)
@@ -364,6 +424,27 @@ def test_wrong_weights_are_refused(tmp_path, exported):
             weights.read_start(str(source), trunk)
 
 
+def test_a_detector_is_no_trunk(scenes, tmp_path, exported):
+    run = begin(scenes, tmp_path / "d", small_schedule(iterations=1), "fasterrcnn-c4")
+    run.train()
+    for given in (tmp_path / "d", tmp_path / "d/checkpoints/step-00000001.pt"):
+        with pytest.raises(
+            export.ExportError, match=r"is a detector \(fasterrcnn-c4, iteration 1\).* began with \(noise\)"
+        ):
+            weights.read_start(str(given))
+        with pytest.raises(ValueError, match="is a detector of scripts/finetune_detection.py.*scripts/train.py"):
+            load_trunk(given)
+    theirs = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=2).state_dict()
+    for number, contents in enumerate((theirs, {"model": theirs}, {"state_dict": {"roi_head.a": torch.zeros(1)}})):
+        torch.save(contents, tmp_path / f"{number}.pth")
+        with pytest.raises(export.ExportError, match="whole detector .* not a trunk; .*torchvision resnet50"):
+            weights.read_start(str(tmp_path / f"{number}.pth"))
+    with pytest.raises(export.ExportError, match="is a checkpoint of a run, with heads"):
+        weights.read_start(str(exported))
+    with pytest.raises(loop.FineTuningError, match="is a pre-training's; set another --out"):
+        begin(scenes, exported, small_schedule())
+
+
 # AP.
 
 
@@ -404,10 +485,8 @@ def test_the_first_annotation_may_have_the_id_0_and_crowds_are_no_misses(kind, t
 
 def test_half_the_objects_found_recall_a_half(scenes):
     data = scene_set(scenes, "val")
-    entry = data.objects(0)[0]
-    only = coco.CocoSet(
-        data.json, data.folder, data.images[:2], ((entry,), (entry | {"image_id": 1},)), data.categories, ""
-    )
+    entry = data.objects[0][0]
+    only = replace(data.part([0, 1]), annotations=((entry,), (entry | {"image_id": 1},)))
     box = {"category_id": entry["category_id"], "bbox": entry["bbox"], "score": 1.0}
     numbers = score(only, [box | {"image_id": data.images[0]["id"]}], "bbox")
     assert numbers["AR100"] == pytest.approx(50)
@@ -468,6 +547,36 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(scenes, tmp_path):
         begin(scenes, tmp_path / "parts", small_schedule(iterations=3, seed=1, base_lr=0.02), arch)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_iteration_end_and_the_run_go_on(number, scenes, tmp_path):
+    schedule, arch = small_schedule(iterations=3), "fasterrcnn-c4"
+    whole = begin(scenes, tmp_path / "whole", schedule, arch)
+    assert whole.train() is None
+    stopped = begin(scenes, tmp_path / "parts", schedule, arch)
+    repeated = lambda done, figures: os.kill(os.getpid(), number)  # noqa: E731
+    assert stopped.train(say=repeated) == number.name
+    assert stopped.iteration == 2 and (tmp_path / "parts/checkpoints/step-00000002.pt").exists()
+    again = begin(scenes, tmp_path / "parts", schedule, arch)
+    assert again.iteration == 2 and again.train() is None
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_what_cannot_be_written_is_named_and_leaves_nothing(scenes, tmp_path):
+    run = begin(scenes, tmp_path, small_schedule(iterations=1), "fasterrcnn-c4")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):
+        run.train()
+    data, limits = scene_set(scenes, "val", False), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/samples.png'"):
+            samples(run.model, data, tmp_path / "out/samples.png", CPU, masks=False, count=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_a_detector_is_rebuilt_from_its_folder(scenes, tmp_path):
     run = begin(scenes, tmp_path, small_schedule(iterations=1))
     run.train()
@@ -498,10 +607,21 @@ def test_a_pre_trainings_folder_holds_no_detector(exported):
 def test_workers_read_the_same_batches(scenes):
     train = batches.TrainBatches(scene_set(scenes), True, 0, 2, (64, 96))
     for (images, targets), (more, others) in zip(
-        batches.load(train, range(1, 3), 0), batches.load(train, range(1, 3), 1)
+        batches.load(map(train.work, range(1, 3)), 0), batches.load(map(train.work, range(1, 3)), 1)
     ):
         assert all(torch.equal(a, b) for a, b in zip(images, more))
         assert all(torch.equal(a["masks"], b["masks"]) for a, b in zip(targets, others))
+
+
+def test_a_workers_error_is_the_users_sentence(tmp_path):
+    contents = gapped(tmp_path)
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    train = batches.TrainBatches(
+        coco.read_coco(write(tmp_path / "a.json", contents), tmp_path, True), True, 0, 2, (64,)
+    )
+    with pytest.raises(coco.CocoError) as caught:
+        next(batches.load(map(train.work, range(3)), 1))
+    assert str(caught.value).startswith(f"{tmp_path}/0.png: not a picture") and "DataLoader" not in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_stops(scenes, tmp_path):
@@ -563,7 +683,7 @@ def test_wrong_data_is_refused(scenes, tmp_path):
         (tmp_path / "list.json", scenes / "train", r"not in COCO's format.* Found: list"),
         (tmp_path / "nothing.json", scenes / "train", r"has 0 images and 3 categories"),
         (tmp_path / "plain.json", scenes / "train", rf"{count} of the {count} annotations .*set --arch fasterrcnn-c4"),
-        (tmp_path / "strange.json", scenes / "train", r"annotation of image 0 and category 99"),
+        (tmp_path / "strange.json", scenes / "train", r"category_id must be the id of one of the 3 .*Found: 99"),
         (
             scenes / "annotations.json",
             scenes,
@@ -577,12 +697,127 @@ def test_wrong_data_is_refused(scenes, tmp_path):
     for image in good["images"]:
         (torn / image["file_name"]).parent.mkdir(parents=True, exist_ok=True)
         (torn / image["file_name"]).write_bytes(b"no jpeg")
-    with pytest.raises(coco.CocoError, match="can't be read as a picture"):
+    with pytest.raises(coco.CocoError, match=r"scene_000000.jpg: not a picture: .*; copy it again"):
         coco.read_coco(scenes / "annotations.json", torn, True).pixels(0)
     with pytest.raises(
         coco.CocoError, match=r"is \d+ x \d+ px where annotations.json says \d+ x \d+; use the pictures"
     ):
         coco.read_coco(scenes / "annotations.json", scenes / "val", True).pixels(0)
+
+
+FIRST, LAST = ("annotations", 0), ("annotations", 4)
+
+
+@pytest.mark.parametrize(
+    ("place", "changed", "words"),
+    [
+        ((*FIRST, "bbox"), None, "annotation 0: bbox .* Found: null"),
+        ((*FIRST, "bbox"), ..., "annotation 0: bbox must be .x, y, width, height.* Found: none"),
+        ((*FIRST, "bbox"), [5, 5, 10], r"annotation 0: bbox .* Found: \[5, 5, 10\]"),
+        ((*FIRST, "bbox"), [5, 5, "10", 10], 'annotation 0: bbox .* Found: .*"10"'),
+        ((*FIRST, "bbox"), [15, 5, -10, 10], "annotation 0: bbox .* Found: .*-10"),
+        ((*FIRST, "bbox"), [5, 5, float("nan"), 10], "annotation 0: bbox .* Found: .*NaN"),
+        ((*FIRST, "bbox"), [5, 5, 10**400, 10], "annotation 0: bbox"),
+        ((*LAST, "bbox"), None, "annotation 4: bbox .* Found: null"),
+        ((*FIRST, "area"), None, "annotation 0: area .* Found: null"),
+        ((*FIRST, "area"), -1, "annotation 0: area .* Found: -1"),
+        ((*FIRST, "iscrowd"), "0", 'annotation 0: iscrowd .* Found: "0"'),
+        ((*FIRST, "image_id"), "7", 'annotation 0: image_id .* of the 3 images .* Found: "7"'),
+        ((*FIRST, "image_id"), [7], r"annotation 0: image_id .* Found: \[7\]"),
+        ((*FIRST, "category_id"), 2, "annotation 0: category_id .* of the 3 categories .* Found: 2"),
+        ((*FIRST, "category_id"), True, "annotation 0: category_id .* Found: true"),
+        ((*FIRST, "id"), 3, "lists annotation 3 of image 7 twice"),
+        ((*FIRST, "segmentation"), [], "no segmentation, the first is annotation 0; .*fasterrcnn-c4"),
+        ((*FIRST, "segmentation"), "abc", 'annotation 0: segmentation must be polygons or an RLE. Found: "abc"'),
+        ((*FIRST, "segmentation"), [5, 5, 15, 5, 15, 15], "annotation 0: segmentation must be a list of polygons.* Found: 5"),
+        ((*FIRST, "segmentation"), [[5, 5], [15, 5], [15, 15]], r"segmentation .*3 points.* Found: \[5, 5\]"),
+        ((*FIRST, "segmentation"), [[[5, 5], [15, 5], [15, 15]]], "segmentation must be a list of polygons"),
+        ((*FIRST, "segmentation"), [[5, 5, 15, 15]], r"segmentation .* Found: \[5, 5, 15, 15\]"),
+        ((*FIRST, "segmentation"), [[5, 5, 15, 5, 15, 15, 5]], "segmentation must be a list of polygons"),
+        ((*FIRST, "segmentation"), [[5, 5, 15, 5, 15, None]], "segmentation must be a list of polygons"),
+        ((*FIRST, "segmentation"), [[5, 5, 15, 5, 15, float("nan")]], "segmentation must be in px"),
+        ((*FIRST, "segmentation"), [[5, 5, 15, 5, 15, 1e9]], "segmentation must be in px.* 1000000000"),
+        ((*FIRST, "segmentation"), {"counts": [1200]}, "the RLE size null, where the image is .30, 40."),
+        ((*FIRST, "segmentation"), {"size": [40, 30], "counts": [1200]}, r"RLE size \[40, 30\], where the image is \[30, 40\]"),
+        ((*FIRST, "segmentation"), {"size": [30, 40], "counts": [100, 5]}, "RLE counts of 105 px, where the image has 1200"),
+        ((*FIRST, "segmentation"), {"size": [30, 40], "counts": [1300, -100]}, "RLE counts that are no run lengths"),
+        ((*FIRST, "segmentation"), {"size": [30, 40], "counts": "k36h000000m"}, "RLE counts of|that are no run lengths"),
+        ((*FIRST, "segmentation"), {"size": [30, 40], "counts": "zz é"}, "RLE counts that are no run lengths"),
+        ((*FIRST, "segmentation"), {"size": [30, 40], "counts": None}, "RLE counts that are no run lengths. Found: null"),
+        (("images", 0, "width"), ..., "image 7: width .* Found: none"),
+        (("images", 0, "height"), None, "image 7: height .* Found: null"),
+        (("images", 0, "height"), 0, "image 7: height .* above 0. Found: 0"),
+        (("images", 0, "width"), "40", 'image 7: width .* Found: "40"'),
+        (("images", 0, "file_name"), ..., "image 7: file_name .* Found: none"),
+        (("images", 0, "id"), ..., "image number 1: id .* Found: none"),
+        (("images", 1, "id"), "8", 'image 8: id .* alike. Found: "8"'),
+        (("images", 1, "id"), 7, "lists image 7 twice; give every image an id of its own"),
+        (("images", 1, "file_name"), "0.png", "lists the picture 0.png twice, as image 7 and 8; list it once"),
+        (("images", 1), 5, "images must be a list of objects. Found: 5"),
+        (("annotations",), {"0": 1}, "annotations must be a list of objects"),
+        (("categories", 0, "name"), ..., "category 3: name .* Found: none"),
+        (("categories", 0, "id"), "3", 'category 3: id .* Found: "3"'),
+        (("categories", 1, "id"), 3, "lists category 3 twice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named_before_anything_starts(place, changed, words, tmp_path):
+    contents = gapped(tmp_path)
+    *way, field = place
+    holder = contents
+    for key in way:
+        holder = holder[key]
+    if changed is ...:
+        del holder[field]
+    else:
+        holder[field] = changed
+    path = write(tmp_path / "a.json", contents)
+    with pytest.raises(coco.CocoError, match=f"{path}.*{words}"):
+        coco.read_coco(path, tmp_path, masks=True)
+
+
+def test_json_of_another_kind_is_named(tmp_path):
+    good = gapped(tmp_path)
+    entry = {"image_id": 7, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}
+    kinds = {
+        "list of 1 results": [entry],
+        "panoptic segments": good | {"annotations": [{"image_id": 7, "file_name": "0.png", "segments_info": []}]},
+        "captions": {"images": good["images"], "annotations": [{"image_id": 7, "id": 1, "caption": "words"}]},
+        "keypoints": good | {"annotations": [{"image_id": 7, "id": 1, "category_id": 1, "keypoints": []}]},
+        "no annotations": {name: good[name] for name in ("images", "categories")},
+        "not all of one": json.dumps(good).encode()[:-40],
+        "not UTF-8 .byte 0xe9.*iconv": '{"images": "\u00e9"}'.encode("latin-1"),
+        "no json": b"",
+        "nested|recursion|no json": b"[" * 100_000,
+    }
+    for words, contents in kinds.items():
+        path = tmp_path / "a.json"
+        path.write_bytes(contents if isinstance(contents, bytes) else json.dumps(contents).encode())
+        with pytest.raises(coco.CocoError, match=words):
+            coco.read_coco(path, tmp_path, masks=False)
+
+
+def test_compressed_run_lengths_are_pycocotools_own():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 1.0):
+        mask = (rng.random((50, 70)) < share).astype(np.uint8)
+        counts = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+        assert schema.runs_of(counts) == run_lengths(mask.astype(bool)) and sum(schema.runs_of(counts)) == mask.size
+        assert schema.is_flat({"size": [50, 70], "counts": counts}) == (not mask.any())
+    assert schema.is_flat([[0, 0, 5, 5, 10, 10], [3, 3, 3, 3, 3, 3]]) and schema.is_flat([[0, 0, 4, 0, 0, 0, 0, 4]])
+    assert not schema.is_flat([[0, 0, 5, 5, 10, 10], [3, 3, 3, 3, 4, 3, 4, 4]])
+
+
+def test_missing_pictures_are_counted_in_every_folder(tmp_path):
+    contents = gapped(tmp_path)
+    (tmp_path / "sub").mkdir()
+    names = ("sub/0.png", "elsewhere/1.png", "sub/2.png")
+    for image, name in zip(contents["images"], names, strict=True):
+        image["file_name"] = name
+    path = write(tmp_path / "a.json", contents)
+    (tmp_path / "0.png").rename(tmp_path / "sub/0.png")
+    (tmp_path / "sub/2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(coco.CocoError, match="2 of the 3 pictures .* the first is elsewhere/1.png"):
+        coco.read_coco(path, tmp_path, masks=False)
 
 
 def test_other_categories_are_refused(scenes, tmp_path):
@@ -650,6 +885,40 @@ def test_the_command_says_in_one_sentence_what_is_wrong(scenes, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"log_every": 0}, "--log-every must be at least 1. Found: 0"),
+        ({"workers": -1}, "--workers must be at least 0. Found: -1"),
+        ({"out": Path("/proc/none")}, "/proc/none cannot be written .*set another --out"),
+    ],
+)
+def test_settings_and_outputs_are_tried_first(changed, words, tmp_path):
+    """Before the files, none of which is there."""
+    with pytest.raises(ValueError, match=words):
+        finetune_detection.main(
+            finetune_detection.DetectionConfig(
+                **{
+                    "val_json": tmp_path / "v", "val_images": tmp_path, "train_json": tmp_path / "t", "train_images": tmp_path,
+                    "arch": "maskrcnn-fpn", "weights": "random", "out": tmp_path, **changed,
+                }
+            )
+        )  # fmt: skip
+
+
+def test_a_second_process_in_a_folder_is_refused(scenes, tmp_path):
+    of_val = {"val_json": scenes / "annotations_val.json", "val_images": scenes / "val"}
+    config = finetune_detection.DetectionConfig(
+        **of_val, train_json=scenes / "annotations.json", train_images=scenes / "train", out=tmp_path,
+        arch="maskrcnn-fpn", weights="random",
+    )  # fmt: skip
+    with (
+        guard.only_process(tmp_path, "--out"),
+        pytest.raises(ValueError, match=f"another process works in {tmp_path} .process {os.getpid()}.*another --out"),
+    ):
+        finetune_detection.main(config)
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_coco_mini_is_learnt_from_and_judged(arch, tmp_path):
     if not COCO_MINI.exists():
@@ -665,7 +934,7 @@ def test_coco_mini_is_learnt_from_and_judged(arch, tmp_path):
     schedule = small_schedule(iterations=2, short_sides=(96,))
     run = loop.FineTuning(build(plan), plan, schedule, about, train, tmp_path, CPU, FP32)
     run.train(log_every=1)
-    few = coco.CocoSet(val.json, val.folder, val.images[:4], val.annotations[:4], val.categories, val.fingerprint)
+    few = val.part(range(4))
     run.model.roi_heads.score_thresh = 0.0
     numbers = evaluate(run.model, few, ("bbox", "segm") if masks else ("bbox",), CPU)
     assert all(tuple(found) == NAMES and 0 <= found["AP"] <= 100 for found in numbers.values())

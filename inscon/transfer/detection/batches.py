@@ -1,6 +1,7 @@
 """Batches to fine-tune on. What is drawn is decided first, from the seed and the iteration alone, and then carried out."""
 
-from collections.abc import Iterable
+import multiprocessing
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from inscon import guard
 from inscon.transfer.detection.coco import CocoSet
+from inscon.workers import alive, shared, worker_init
 
 Batch = tuple[list[Tensor], list[dict]]
 """Images [3 H W] in 0..1 of any sizes, and their targets: those of `CocoSet.target`, with `short_side` in px."""
@@ -53,20 +56,18 @@ def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Te
     return image.flip(-1), flipped
 
 
-class TrainBatches(Dataset):
-    """Iteration -> its batch."""
+class TrainWork(NamedTuple):
+    """One batch, decided: all that a worker needs, so that nobody hands it the whole set."""
 
-    def __init__(self, data: CocoSet, masks: bool, seed: int, batch_size: int, short_sides: tuple[int, ...]):
-        self.data, self.masks = data, masks
-        self.positions = data.trainable()
-        self._asked = (batch_size, len(self.positions), short_sides)
-        self._seed = seed
+    data: CocoSet
+    """The images of the batch, in its order."""
+    draws: list[Draw]
+    masks: bool
 
-    def __getitem__(self, iteration: int) -> Batch:
+    def make(self) -> Batch:
         images, targets = [], []
-        for draw in decide(self._seed, iteration, *self._asked):
-            position = self.positions[draw.position]
-            image, target = self.data.pixels(position), self.data.target(position, self.masks)
+        for place, draw in enumerate(self.draws):
+            image, target = self.data.pixels(place), self.data.target(place, self.masks)
             if draw.flipped:
                 image, target = flip(image, target)
             images.append(image)
@@ -74,23 +75,58 @@ class TrainBatches(Dataset):
         return images, targets
 
 
-class ValImages(Dataset):
-    """Position -> itself and the image's pixels [3 H W]."""
+class TrainBatches:
+    """Iteration -> the work of its batch."""
 
-    def __init__(self, data: CocoSet):
-        self.data = data
+    def __init__(self, data: CocoSet, masks: bool, seed: int, batch_size: int, short_sides: tuple[int, ...]):
+        self.data, self.masks = data, masks
+        self.positions = data.trainable()
+        self._asked = (batch_size, len(self.positions), short_sides)
+        self._seed = seed
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor]:
-        return position, self.data.pixels(position)
+    def work(self, iteration: int) -> TrainWork:
+        draws = decide(self._seed, iteration, *self._asked)
+        return TrainWork(self.data.part([self.positions[draw.position] for draw in draws]), draws, self.masks)
 
 
-def load(dataset: Dataset, asked: range, workers: int) -> Iterable:
-    """`dataset[k]` for every k in `asked`, in order, made by `workers` processes; 0: by this one."""
-    return DataLoader(dataset, batch_size=None, sampler=asked, num_workers=workers, collate_fn=_as_it_is)
+class ValWork(NamedTuple):
+    """One image to be judged on."""
+
+    position: int
+    data: CocoSet
+    """The image alone."""
+
+    def make(self) -> tuple[int, Tensor]:
+        """Its position and pixels [3 H W]."""
+        return self.position, self.data.pixels(0)
 
 
-def _as_it_is(made: tuple) -> tuple:
-    return made
+class _Makers(Dataset):
+    """Work -> what it makes, or the error that a user should read."""
+
+    def __getitem__(self, work: TrainWork | ValWork) -> tuple | Exception:
+        try:
+            return work.make()
+        except guard.REFUSALS as error:
+            # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
+            return error
+
+
+def load(asked: Iterable[TrainWork | ValWork], workers: int, stall_timeout: float = 600.0) -> Iterator:
+    """`work.make()` of all that is asked, in order, made by `workers` processes; 0: by this one.
+
+    Raises what `make` raises; ChildProcessError, TimeoutError (after `stall_timeout` seconds without a batch) or MemoryError, in
+    a sentence, for workers that die, hang or have no shared memory.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    loader = DataLoader(
+        _Makers(), batch_size=None, sampler=asked, num_workers=workers, worker_init_fn=worker_init, collate_fn=shared,
+        multiprocessing_context="forkserver" if workers else None,
+    )  # fmt: skip
+    for made in alive(loader, "fine-tuning", stall_timeout, "fewer --workers (0: no workers)"):
+        if isinstance(made, Exception):
+            raise made
+        yield made
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

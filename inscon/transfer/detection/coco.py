@@ -4,23 +4,23 @@ COCO's own files, those of data_prep/make_scenes.py and any other json with `ima
 Category ids may have gaps (COCO's 80 lie in 1..90): labels are 1..K in the order of the ids, and 0 is the background.
 """
 
-import json
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-KEYS = ("images", "annotations", "categories")
-VOC_REMEDY = "convert it to one COCO json first (mmdet's tools/dataset_converters/pascal_voc.py does)"
+from data_prep.pictures import BadPicture, read_picture
+from inscon.transfer.detection.schema import CocoError, check, is_flat, read_json
 
-
-class CocoError(ValueError):
-    """A data set that can't be used; the message says what was found and what to do."""
+LEAST_SIDE = 0.1
+"""Of a box to learn from, px. What is less may have no area after resizing, in float32."""
 
 
 @dataclass(frozen=True)
@@ -51,44 +51,53 @@ class CocoSet:
     images: tuple[dict, ...]
     """As in the file: `id`, `file_name`, `height` and `width` in px."""
     annotations: tuple[tuple[dict, ...], ...]
-    """Of each image, crowds included."""
+    """Of each image, crowds included: what AP counts."""
+    objects: tuple[tuple[dict, ...], ...]
+    """Of each image, those to learn from: no crowds, boxes with sides inside the image, masks with an area."""
     categories: Categories
     fingerprint: str
     """Checksum of the json."""
+    left_out: str = ""
+    """How many annotations that are no crowds are none of the objects, and why, in a sentence; empty: none."""
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def trainable(self) -> tuple[int, ...]:
-        """Positions of the images with something to learn: at least one box that is no crowd."""
-        return tuple(n for n in range(len(self)) if self.objects(n))
+    def part(self, positions: Sequence[int]) -> "CocoSet":
+        """Some of the images, in this order, and all about them."""
+        images, annotations, objects = (
+            tuple(held[position] for position in positions) for held in (self.images, self.annotations, self.objects)
+        )
+        return replace(self, images=images, annotations=annotations, objects=objects)
 
-    def objects(self, position: int) -> list[dict]:
-        """The annotations to learn from: no crowds, and boxes that have an area inside the image."""
-        image = self.images[position]
-        return [
-            a for a in self.annotations[position] if not a.get("iscrowd", 0) and _area(_clipped(a["bbox"], image)) > 0
-        ]
+    def trainable(self) -> tuple[int, ...]:
+        """Positions of the images with something to learn."""
+        return tuple(position for position, objects in enumerate(self.objects) if objects)
 
     def pixels(self, position: int) -> Tensor:
-        """[3 H W] float32 in 0..1, RGB. Raises CocoError for a file that is no picture, or of another size."""
+        """[3 H W] float32 in 0..1, RGB, turned as EXIF says. Raises CocoError for no picture, or one of another size."""
         image = self.images[position]
         path = self.folder / image["file_name"]
         try:
-            with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB"))
-        except OSError as error:
-            raise CocoError(f"{path} can't be read as a picture ({error}); copy it again") from None
-        if pixels.shape[:2] != (image["height"], image["width"]):
+            pixels = np.array(read_picture(path))
+        except BadPicture as bad:
+            raise CocoError(f"{bad}; copy it again, or take image {image['id']} out of {self.json.name}") from None
+        height, width = pixels.shape[:2]
+        if (height, width) != (image["height"], image["width"]):
+            swapped = (width, height) == (image["height"], image["width"]) and _is_turned(path)
             raise CocoError(
-                f"{path} is {pixels.shape[1]} x {pixels.shape[0]} px where {self.json.name} says {image['width']} x "
-                f"{image['height']}; use the pictures the json was made for"
+                f"{path} is {width} x {height} px where {self.json.name} says {image['width']} x {image['height']}; "
+                + (
+                    "its EXIF data turn it: write sizes and boxes for the turned picture, or save it without EXIF data"
+                    if swapped
+                    else "use the pictures the json was made for"
+                )
             )
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def target(self, position: int, masks: bool) -> dict[str, Tensor]:
         """`boxes` [n 4] x0 y0 x1 y1 in px, float32; `labels` [n] in 1..K; with `masks`, `masks` [n H W] uint8 0 or 1."""
-        image, objects = self.images[position], self.objects(position)
+        image, objects = self.images[position], self.objects[position]
         boxes = [_clipped(a["bbox"], image) for a in objects]
         target = {
             "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -122,32 +131,49 @@ def decode_mask(segmentation: list | dict, height: int, width: int) -> NDArray[n
 def read_coco(path: Path, folder: Path, masks: bool) -> CocoSet:
     """Read and check a json and its folder of pictures. `masks`: every object must have one.
 
-    Raises CocoError: no such file, VOC, other contents, pictures that are not there, objects without a mask, ids that
-    belong to nothing.
+    Raises CocoError: no such file, VOC, other contents, a field that can't be used, pictures that are not there.
     """
     path, folder = Path(path), Path(folder)
-    contents, fingerprint = _read_json(path)
-    categories = sorted(contents["categories"], key=lambda category: category["id"])
-    if not categories or not contents["images"]:
-        raise CocoError(
-            f"{path} has {len(contents['images'])} images and {len(categories)} categories; give a json with some of both"
-        )
-    of_image: dict = {image["id"]: [] for image in contents["images"]}
-    known = {category["id"] for category in categories}
-    for annotation in contents["annotations"]:
-        if annotation["image_id"] not in of_image or annotation["category_id"] not in known:
-            raise CocoError(
-                f"{path} has an annotation of image {annotation['image_id']} and category {annotation['category_id']}, which it "
-                "doesn't list both; write the json again"
-            )
-        of_image[annotation["image_id"]].append(annotation)
+    contents, fingerprint = read_json(path)
+    check(path, contents, masks)
+    images = {image["id"]: image for image in contents["images"]}
     _check_pictures(path, folder, contents["images"])
-    if masks:
-        _check_masks(path, contents["annotations"])
+    of_image, objects = ({key: [] for key in images} for _ in range(2))
+    useless = []
+    for annotation in contents["annotations"]:
+        key = annotation["image_id"]
+        of_image[key].append(annotation)
+        if annotation.get("iscrowd", 0):
+            continue
+        why = _useless(annotation, images[key], masks)
+        if why:
+            useless.append((annotation, why))
+        else:
+            objects[key].append(annotation)
+    categories = sorted(contents["categories"], key=lambda category: category["id"])
     return CocoSet(
-        path, folder, tuple(contents["images"]), tuple(map(tuple, of_image.values())),
+        path, folder, tuple(images.values()), tuple(map(tuple, of_image.values())), tuple(map(tuple, objects.values())),
         Categories(tuple(c["id"] for c in categories), tuple(c["name"] for c in categories)), fingerprint,
+        _left_out(path, useless, len(contents["annotations"])),
     )  # fmt: skip
+
+
+def _useless(annotation: dict, image: dict, masks: bool) -> str | None:
+    """Why there is nothing to learn from an annotation; None: there is."""
+    x0, y0, x1, y1 = _clipped(annotation["bbox"], image)
+    if min(x1 - x0, y1 - y0) < LEAST_SIDE:
+        return f"with a side below {LEAST_SIDE} px inside the image"
+    return "with a flat mask" if masks and is_flat(annotation["segmentation"]) else None
+
+
+def _left_out(path: Path, useless: list[tuple[dict, str]], total: int) -> str:
+    if not useless:
+        return ""
+    counted = ", ".join(f"{count} {why}" for why, count in Counter(why for _, why in useless).items())
+    return (
+        f"{path.name}: {len(useless)} of {total} annotations are left out of training: {counted}; the first is annotation "
+        f"{useless[0][0].get('id', 'without id')}"
+    )
 
 
 def check_same_categories(ours: Categories, theirs: Categories, ours_from: str, theirs_from: str) -> None:
@@ -162,28 +188,16 @@ def check_same_categories(ours: Categories, theirs: Categories, ours_from: str, 
     )
 
 
-def _read_json(path: Path) -> tuple[dict, str]:
-    if path.suffix == ".xml" or (path.is_dir() and any((path / "Annotations").glob("*.xml"))):
-        raise CocoError(f"{path} is VOC's format, a file of XML per picture, where COCO's json is read; {VOC_REMEDY}")
-    if not path.is_file():
-        raise CocoError(f"there is no file {path}; give the json with the annotations, say instances_val2017.json")
-    written = path.read_bytes()
-    try:
-        contents = json.loads(written)
-    except ValueError as error:
-        raise CocoError(f"{path} is no json ({error}); give the json with the annotations") from None
-    missing = [key for key in KEYS if not isinstance(contents, dict) or key not in contents]
-    if missing:
-        found = ", ".join(sorted(contents)[:5]) if isinstance(contents, dict) else type(contents).__name__
-        raise CocoError(
-            f"{path} is not in COCO's format: it has no {' and no '.join(missing)}. Found: {found}; "
-            f"give an instances json, or if this is VOC {VOC_REMEDY}"
-        )
-    return contents, xxhash.xxh3_128(written).hexdigest()
-
-
 def _check_pictures(path: Path, folder: Path, images: list[dict]) -> None:
-    missing = [image["file_name"] for image in images if not (folder / image["file_name"]).is_file()]
+    """By one listing of each folder: a question for each of 118,000 files takes minutes on a network file system."""
+    held: dict[str, set[str]] = {}
+    missing = []
+    for image in images:
+        place, name = os.path.split(os.path.join(folder, image["file_name"]))
+        if place not in held:
+            held[place] = _files_in(place)
+        if name not in held[place]:
+            missing.append(image["file_name"])
     if missing:
         raise CocoError(
             f"{len(missing)} of the {len(images)} pictures of {path} are not in {folder}, the first is {missing[0]}; give the "
@@ -191,13 +205,17 @@ def _check_pictures(path: Path, folder: Path, images: list[dict]) -> None:
         )
 
 
-def _check_masks(path: Path, annotations: list[dict]) -> None:
-    without = sum(not annotation.get("segmentation") for annotation in annotations)
-    if without:
-        raise CocoError(
-            f"{without} of the {len(annotations)} annotations of {path} have no segmentation, which a mask architecture learns "
-            "from; set --arch fasterrcnn-c4, or give a json with masks"
-        )
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
+        return set()
+
+
+def _is_turned(path: Path) -> bool:
+    with Image.open(path) as file:
+        return file.getexif().get(ExifTags.Base.Orientation, 1) > 4
 
 
 def _clipped(box: list, image: dict) -> tuple[float, float, float, float]:
@@ -205,7 +223,3 @@ def _clipped(box: list, image: dict) -> tuple[float, float, float, float]:
     x, y, width, height = map(float, box)
     x0, y0 = max(0.0, x), max(0.0, y)
     return x0, y0, min(float(image["width"]), x + width), min(float(image["height"]), y + height)
-
-
-def _area(box: tuple[float, float, float, float]) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inscon.transfer.detection.batches import ValImages, load
+from inscon.transfer.detection.batches import ValWork, load
 from inscon.transfer.detection.coco import Categories, CocoSet, decode_mask, mask_tools
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -24,12 +24,14 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     workers: int = 0,
     advance: Callable[[], None] = lambda: None,
+    stall_timeout: float = 600.0,
 ) -> dict[str, dict[str, float | None]]:
     """{"bbox": {"AP": ...}, "segm": ...} as asked in `kinds`, in percent. `advance` is called after every image."""
     mask_tools()  # missing: said before the first image
     model.eval()
     found = []
-    for position, image in load(ValImages(data), range(len(data)), workers):
+    asked = (ValWork(position, data.part([position])) for position in range(len(data)))
+    for position, image in load(asked, workers, stall_timeout):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             (made,) = model([image.to(device)])
         found += detections(made, data.images[position]["id"], data.categories)
@@ -43,11 +45,11 @@ def detections(made: dict[str, Tensor], image_id: int | str, categories: Categor
     boxes[:, 2:] -= boxes[:, :2]
     found = [
         {"image_id": image_id, "category_id": categories.category_id(label), "bbox": box, "score": score}
-        for box, label, score in zip(boxes.tolist(), made["labels"].tolist(), made["scores"].tolist())
+        for box, label, score in zip(boxes.tolist(), made["labels"].tolist(), made["scores"].tolist(), strict=True)
     ]
     if "masks" in made:
         tools = mask_tools()
-        for entry, mask in zip(found, made["masks"][:, 0]):
+        for entry, mask in zip(found, made["masks"][:, 0], strict=True):
             entry["segmentation"] = tools.encode(np.asfortranarray((mask > 0.5).cpu().numpy().astype(np.uint8)))
     return found
 
@@ -77,19 +79,19 @@ def score(data: CocoSet, found: list[dict], kind: str) -> dict[str, float | None
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
-    return {name: None if value < 0 else 100 * float(value) for name, value in zip(NAMES, judged.stats)}
+    return {name: None if value < 0 else 100 * float(value) for name, value in zip(NAMES, judged.stats, strict=True)}
 
 
 def _truth(data: CocoSet, kind: str) -> dict:
     """The data set as pycocotools wants it: annotations counted from 1, for it takes 0 for "not found"; crowds marked."""
     annotations = []
-    for image, of_image in zip(data.images, data.annotations):
+    for image, of_image in zip(data.images, data.annotations, strict=True):
         for annotation in of_image:
             entry = {"iscrowd": 0, **annotation, "id": len(annotations) + 1}
             if "area" not in entry:
                 entry["area"] = _area(entry, image, kind)
             annotations.append(entry)
-    categories = [{"id": i, "name": n} for i, n in zip(data.categories.ids, data.categories.names)]
+    categories = [{"id": i, "name": n} for i, n in zip(data.categories.ids, data.categories.names, strict=True)]
     return {"info": {}, "images": list(data.images), "annotations": annotations, "categories": categories}
 
 

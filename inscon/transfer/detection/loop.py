@@ -4,6 +4,7 @@ What an iteration draws depends on the seed and its number alone, so a checkpoin
 A folder receives `checkpoints/step-*.pt`, enough to build the detector again, and `metrics.jsonl`.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from inscon import checkpoint
+from inscon import checkpoint, guard
 from inscon.precision import Precision
 from inscon.transfer.detection.batches import Batch, TrainBatches, load, to_device
 from inscon.transfer.detection.coco import CocoSet
@@ -105,21 +106,31 @@ class FineTuning:
     def train(
         self, checkpoint_every: int = 1000, log_every: int = 20, workers: int = 0,
         say: Callable[[int, dict[str, float]], None] = lambda done, figures: None, stop: int | None = None,
-    ) -> None:  # fmt: skip
-        """The iterations that are left, or up to `stop`. `say(done, figures)` is called after each one."""
+        stall_timeout: float = 600.0,
+    ) -> str | None:  # fmt: skip
+        """The iterations that are left, or up to `stop`. `say(done, figures)` is called after each one.
+
+        On SIGTERM or Ctrl-C it finishes the iteration, writes a checkpoint and returns the signal's name.
+        """
         total = self.schedule.iterations if stop is None else min(stop, self.schedule.iterations)
-        batches = load(self._batches, range(self.iteration, total), workers)
+        loaded = load(map(self._batches.work, range(self.iteration, total)), workers, stall_timeout)
         clock, since = time.perf_counter(), self.iteration
-        for iteration, batch in zip(range(self.iteration, total), batches):
-            figures = self.step(iteration, batch)
-            done = self.iteration = iteration + 1
-            if done % log_every == 0 or done == total:
-                speed = self.schedule.batch_size * (done - since) / (time.perf_counter() - clock)
-                clock, since = time.perf_counter(), done
-                self._record({"iteration": done, **figures, "images_per_s": round(speed, 2)})
-            if done % checkpoint_every == 0 or done == total:
-                self._save()
-            say(done, figures)
+        with guard.stop_requests() as asked, contextlib.closing(loaded) as batches:
+            for iteration, batch in zip(range(self.iteration, total), batches):
+                figures = self.step(iteration, batch)
+                done = self.iteration = iteration + 1
+                stopping = asked.requested
+                last = asked.final = stopping or done == total
+                if done % log_every == 0 or last:
+                    speed = self.schedule.batch_size * (done - since) / (time.perf_counter() - clock)
+                    clock, since = time.perf_counter(), done
+                    self._record({"iteration": done, **figures, "images_per_s": round(speed, 2)})
+                if done % checkpoint_every == 0 or last:
+                    self._save()
+                say(done, figures)
+                if stopping:
+                    return asked.name
+        return None
 
     def step(self, iteration: int, batch: Batch) -> dict[str, float]:
         """One iteration; its losses by name, `loss`, their sum, and `lr`. FineTuningError for a loss that is not finite."""
@@ -165,7 +176,9 @@ class FineTuning:
             self._forget_after(0)
             return
         held = checkpoint.load(path, self.device)
-        different = [name for name, value in self._identity.items() if held.get("identity", {}).get(name) != value]
+        if "identity" not in held:
+            raise FineTuningError(f"{path} is a pre-training's; set another --out, where nothing is yet")
+        different = [name for name, value in self._identity.items() if held["identity"].get(name) != value]
         if different:
             raise FineTuningError(
                 f"{path} is of a fine-tuning with another {' and '.join(different)}; set another --out, or the old settings to go "
@@ -179,7 +192,8 @@ class FineTuning:
 
     def _record(self, line: dict[str, int | float]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        path = self.folder / "metrics.jsonl"
+        with guard.naming(path), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def _forget_after(self, iteration: int) -> None:
@@ -187,7 +201,8 @@ class FineTuning:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
-            path.write_text("".join(line + "\n" for line in kept))
+            with guard.whole_file(path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
 
 
 def load_detector(folder: Path) -> tuple[GeneralizedRCNN, Design, dict]:

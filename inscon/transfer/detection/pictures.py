@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from inscon import guard
 from inscon.transfer.detection.coco import Categories, CocoSet
 
 WIDTH = 480
@@ -39,22 +40,22 @@ def samples(
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height + GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with guard.whole_file(path) as file:
+        sheet.save(file, "PNG")
 
 
 def draw(image: Tensor, objects: dict[str, Tensor], categories: Categories) -> Image.Image:
     """`image` [3 H W] in 0..1 with `boxes` [n 4] in px, `labels` [n], and maybe `masks` [n H W] and `scores` [n] on it."""
-    pixels = (image.permute(1, 2, 0) * 255).round().numpy()
-    for mask, label in zip(objects.get("masks", ()), objects["labels"].tolist()):
+    pixels, labels = (image.permute(1, 2, 0) * 255).round().numpy(), objects["labels"].tolist()
+    for mask, label in zip(objects.get("masks", ()), labels, strict="masks" in objects):
         inside = mask.bool().numpy()
         pixels[inside] = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(colour(label))
     picture = Image.fromarray(pixels.astype(np.uint8))
     scale = WIDTH / picture.width
     picture = picture.resize((WIDTH, max(1, round(picture.height * scale))))
     pen = ImageDraw.Draw(picture)
-    scores = objects["scores"].tolist() if "scores" in objects else [None] * len(objects["labels"])
-    for box, label, score in zip(objects["boxes"].tolist(), objects["labels"].tolist(), scores):
+    scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
+    for box, label, score in zip(objects["boxes"].tolist(), labels, scores, strict=True):
         corners = [scale * edge for edge in box]
         pen.rectangle(corners, outline=colour(label), width=2)
         words = categories.names[label - 1] + ("" if score is None else f" {score:.2f}")

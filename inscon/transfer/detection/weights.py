@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
+from inscon import checkpoint
 from inscon.transfer.detection.models import TRUNKS
 from inscon.transfer.export import ExportError, digest, load_for_torchvision
 
@@ -41,7 +42,10 @@ def read_start(source: str, trunk: str | None = None) -> Start:
         return Start(trunk or "resnet50", None, "noise, as --weights random asks")
     path = Path(source)
     if path.is_dir():
-        raise ExportError(f"{path} is a folder; {_HOW}")
+        newest = checkpoint.latest(path)
+        if newest is None:
+            raise ExportError(f"{path} is a folder; {_HOW}")
+        path = newest
     if path.suffix in (".pkl", ".safetensors"):
         return _of_ours(path, trunk)
     if not path.is_file():
@@ -52,13 +56,33 @@ def read_start(source: str, trunk: str | None = None) -> Start:
         raise ExportError(f"{path} can't be read as weights ({type(error).__name__}); {_HOW}") from None
     if hasattr(held, "inscon"):
         return _of_ours(path, trunk)
+    if isinstance(held, Mapping) and {"design", "start", "step"} <= set(held):
+        raise ExportError(
+            f"{path} is a detector ({held['design']['arch']}, iteration {held['step']}), not a trunk; set --weights to what it "
+            f"began with ({held['start']['what']}), and --out to its folder to go on with it or to judge it (--eval-only)"
+        )
     if isinstance(held, Mapping) and {"version", "step", "model"} <= set(held):
         raise ExportError(f"{path} is a checkpoint of a run, with heads and queues; {_HOW}")
     tensors = {n: v for n, v in held.items() if torch.is_tensor(v)} if isinstance(held, Mapping) else {}
+    of_detector = [name for name in _names(held) if name.startswith(_DETECTORS)]
+    if of_detector:
+        raise ExportError(
+            f"{path} is a whole detector (with {of_detector[0]}), not a trunk; {_HOW}, or give a torchvision resnet50"
+        )
     return _of_others(path, tensors, trunk)
 
 
+_DETECTORS = ("rpn.", "roi_heads.", "proposal_generator.", "rpn_head.", "roi_head.")
+"""How names begin that torchvision's, detectron2's and mmdet's detectors have beside a trunk's."""
 _HOW = "write the trunk with scripts/export.py --format torchvision and give that file"
+
+
+def _names(held: object) -> list[str]:
+    """Of the tensors in a file, also where they are one level down."""
+    if not isinstance(held, Mapping):
+        return []
+    inner = [held[key] for key in ("model", "state_dict") if isinstance(held.get(key), Mapping)]
+    return [str(name) for names in (held, *inner) for name in names]
 
 
 def _of_ours(path: Path, trunk: str | None) -> Start:
