@@ -206,8 +206,8 @@ def _own_name() -> str:
 def _free_space(error: OSError) -> str:
     if error.errno != errno.ENOSPC or not isinstance(error.filename, str):
         return ""
-    folder = Path(error.filename).parent
-    return f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB free); free some and run again" if folder.is_dir() else ""
+    folder = next(folder for folder in Path(error.filename).absolute().parents if folder.is_dir())
+    return f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB free); free some and run again"
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

@@ -135,7 +135,7 @@ def probe(config: LinearConfig, device) -> None:
         guard.ignore_stops()
         if rank == 0:
             epoch, step = divmod(run.step, train.steps_per_epoch)
-            where = f"epoch {epoch + 1}, step {step}" if step else f"epoch {epoch}"
+            where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
             print(f"Stopped after {where}; {config.out / 'probe.pt'} keeps it. The same command goes on.")
         return
     result = {

@@ -1,6 +1,7 @@
 """Scenes: what the annotations say is what the drawing shows, and image k stays image k."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,19 @@ def test_the_command_draws_and_refuses_in_one_sentence(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().count("\n") == 0 and "give another --out" in done.stderr
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_scenes_that_find_no_room_leave_nothing(tmp_path, existed):
+    """So that the same command can be run again."""
+    out = tmp_path / "scenes"
+    if existed:
+        out.mkdir()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="annotations.json"):
+            make_scenes(out, num_images=40, num_val=0, size=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert out.exists() == existed and not list(out.glob("*"))

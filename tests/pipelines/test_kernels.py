@@ -1,6 +1,11 @@
 """The compiled tail against PIL and torchvision: equal, to the last bit."""
 
+import os
+import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -13,6 +18,8 @@ from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, ROW, SATURATION, ViewPl
 
 kernels = pytest.importorskip("pipelines.kernels", reason="numba is not installed")
 reference = pytest.importorskip("pipelines.reference")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 """Pillow 13 changed the order of its two resize passes for tall pictures, and with it the last bit."""
@@ -162,3 +169,26 @@ def test_threads_do_not_disturb_each_other():
 
 def test_row_layout_is_the_plans():
     assert ROW == 16
+
+
+def test_compiled_code_is_kept_elsewhere_where_nothing_can_be_written(tmp_path):
+    """Neither beside the code nor at home, as in a container run by another user: in a folder of this user's alone."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pipelines import kernels
+print(kernels._repeat_ends.stats.cache_path)
+"""
+    folder = tmp_path / f"inscon-numba-{os.getuid()}"
+    # Numba's places but for its setting.
+    nowhere = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "TMPDIR": str(tmp_path)}
+    nowhere.pop("NUMBA_CACHE_DIR", None)
+
+    def place():
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=nowhere)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
+    assert place().parent == folder and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)  # another user's code could lie in it
+    assert place().parent != folder

@@ -21,7 +21,7 @@ from PIL import Image
 from data_prep.index import DatasetIndex
 from data_prep.make_dali import pack_folder
 from data_prep.make_ffcv import pack_beton
-from inscon import checkpoint
+from inscon import checkpoint, guard
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -104,19 +104,31 @@ def losses_of(run_dir):
     ]
 
 
-def kill_once(arguments, run_dir, at_step):
-    """Start a run and send SIGKILL when it has logged `at_step`, which is no step with a checkpoint."""
+@contextlib.contextmanager
+def started(arguments, run_dir, at_step, ranks=0):
+    """A run that has logged `at_step`, in a session of its own; all of it is killed in the end."""
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") >= at_step):
-        assert process.poll() is None, process.stderr.read().decode()[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+        command(*arguments, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text().count("\n") >= at_step):
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()[-4000:]
+            time.sleep(0.005)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def kill_once(arguments, run_dir, at_step):
+    """Start a run and send SIGKILL, to it alone, when it has logged `at_step`, which is no step with a checkpoint."""
+    with started(arguments, run_dir, at_step) as process:
+        process.kill()
+        process.stdout.read()  # until the last one of its processes that could write is gone
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "ffcv", "reference"])
@@ -169,33 +181,39 @@ def flip_a_bit(folder):
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
-def test_two_ranks_train_and_stop_together(data_of, tmp_path, pipeline):
-    arguments = [
-        *SMALL,
-        "--pipeline",
-        pipeline,
-        "--data",
-        data_of(pipeline),
-        "--run-dir",
-        tmp_path,
-        "--checkpoint-every",
-        "100",
-    ]
-    process = subprocess.Popen(
-        command(*arguments, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()[-4000:]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=100)
+@pytest.mark.parametrize(("pipeline", "ranks"), [("dali", 2), ("ffcv", 2), ("reference", 0)])
+def test_signals_in_numbers_stop_all_ranks_with_a_checkpoint(data_of, tmp_path, pipeline, ranks):
+    """To every process and again, as Slurm and systemd send them; torchrun, which one more signal kills, sends its own too."""
+    data = data_of(pipeline)
+    arguments = [*SMALL, "--pipeline", pipeline, "--data", data, "--run-dir", tmp_path, "--checkpoint-every", "100"]
+    with started(arguments, tmp_path, 3, ranks) as process:
+        for _ in range(30):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.05)
+        out = process.stdout.read()
     newest = checkpoint.latest(tmp_path)
     assert newest is not None, out[-4000:]
     step = checkpoint.load(newest)["step"]
     assert f"Stopped by SIGTERM; the checkpoint of step {step}" in out and 3 <= step < 100
-    assert "batch 8 on 2 x cpu" in out and "norm shuffle" in out
+    assert not ranks or ("batch 8 on 2 x cpu" in out and "norm shuffle" in out)
+
+
+def test_a_run_folder_is_one_process_s(shards, tmp_path):
+    """The second one is told who has it, and disturbs nothing; the probe's folder likewise."""
+    arguments = [*SMALL, "--pipeline", "synthetic", "--run-dir", tmp_path]
+    with started(arguments, tmp_path, 2) as process:
+        done = run(*arguments, ok=False)
+        assert f"another process works in {tmp_path} (process {process.pid} on" in done.stderr
+        assert done.stderr.endswith("wait until it ends, or set another --run-dir\n") and done.stderr.count("\n") == 1
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    steps = [step for step, *_ in losses_of(tmp_path)]
+    assert steps == list(range(1, checkpoint.load(checkpoint.latest(tmp_path))["step"] + 1))
+    with guard.only_process(tmp_path / "probe", "--out"):
+        probe = ["--run", tmp_path, "--train", shards, "--val", shards, "--out", tmp_path / "probe"]
+        done = run(*probe, script="linear.py", ok=False)
+    assert f"(process {os.getpid()} on" in done.stderr and "set another --out" in done.stderr
 
 
 def test_the_synthetic_pipeline_needs_no_data(tmp_path):
@@ -380,3 +398,28 @@ def test_features_are_kept(trained, shards, tmp_path):
     arguments += ["--keep", tmp_path / "features"]
     first, second = (run(*arguments, script="knn.py").stdout for _ in range(2))
     assert first == second and (tmp_path / "features/trained-val.npy").exists()
+
+
+@pytest.mark.parametrize(("script", "flag", "name", "arguments"), [
+    ("train.py", "--run-dir", "run", [*SMALL, "--pipeline", "synthetic"]),
+    ("knn.py", "--keep", "features", ["--run", "RUN", "--train", "SHARDS", "--val", "SHARDS"]),
+    ("linear.py", "--out", "probe", ["--run", "RUN", "--train", "SHARDS", "--val", "SHARDS"]),
+    ("export.py", "--out", "r50.pth", ["--run", "RUN", "--norm-batches", "1000", "--data", "SHARDS"]),
+    ("show_views.py", "--out", "views.png", [*SMALL, "--pipeline", "reference", "--data", "SHARDS"]),
+    ("attention_maps.py", "--out", "maps.png", ["--runs", "RUN", "--pictures", "a.jpg"]),
+    ("../data_prep/make_scenes.py", "--out", "scenes", ["--num-images", "100000"]),
+], ids=lambda value: value if str(value).endswith(".py") else "")  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    trained, shards, tmp_path, script, flag, name, arguments
+):
+    """Of hours, were it done; and by a full disk, of which a folder that takes no file is the stand-in."""
+    names = {"RUN": trained, "SHARDS": shards}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    (tmp_path / "file").write_text("")
+    places = [tmp_path / "file" / name, *([Path("/proc/sys") / name] if Path("/proc/sys").is_dir() else [])]
+    for place in places:
+        done = run(*arguments, flag, place, script=script, ok=False)
+        assert re.search(
+            rf": {re.escape(str(place))} cannot be written \(.*\); set another {flag}$", done.stderr.strip()
+        )
+        assert done.stderr.count("\n") == 1 and not done.stdout
