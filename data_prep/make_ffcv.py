@@ -1,7 +1,7 @@
 """Pack pictures into one .beton, FFCV's format, with the same samples, order and index as make_dali.py.
 
     python data_prep/make_ffcv.py --data ~/imagenet/train --out ~/beton/train
-    python data_prep/make_ffcv.py --data ~/shards/train --out ~/beton/train       (from a packed set: nothing is decoded)
+    python data_prep/make_ffcv.py --data ~/shards/train --out ~/beton/train       # from a packed set: nothing is decoded
     python data_prep/make_ffcv.py --data ~/imagenet/train --out ~/beton/train400 --write-mode raw --max-resolution 400
 
 Writes OUT/samples.beton and beside it index, names, lists and manifest. `jpg` stores sound JPEGs byte for byte, where

@@ -14,8 +14,10 @@ stream of the step, read when all is over: nothing waits, and a part's time is t
 import contextlib
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 WAIT, QUERY, MOSAIC, KEY, HEADS, BACKWARD, WIRE, OPTIMIZER, EMA, REST = PARTS = (
     "wait for data",
@@ -29,7 +31,7 @@ WAIT, QUERY, MOSAIC, KEY, HEADS, BACKWARD, WIRE, OPTIMIZER, EMA, REST = PARTS = 
     "EMA",
     "rest",
 )
-"""Of a step, in order. REST is what no part claims."""
+"""Of a step, in order. REST is what no part claims. Pages of figures want these names without the seconds of importing torch."""
 
 _nobody = contextlib.nullcontext()
 _listening = None
@@ -64,6 +66,8 @@ class Labels(_Listener):
     """Names the parts in a trace of torch.profiler."""
 
     def at(self, name: str):
+        import torch
+
         return torch.profiler.record_function(name)
 
 
@@ -82,8 +86,10 @@ class StepTimes:
 class StepClock(_Listener):
     """Time by step and part on `device`; begins when it is entered."""
 
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, device: "torch.device"):
+        import torch
+
+        self._on_gpu, self._cuda = device.type == "cuda", torch.cuda
         self._begin()
 
     def __enter__(self):
@@ -101,7 +107,7 @@ class StepClock(_Listener):
         self._marks += 1
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -140,7 +146,7 @@ class StepClock(_Listener):
         """What was measured since the clock was entered or read; on a GPU this waits for the device."""
         self._turn()
         if self._on_gpu:
-            torch.cuda.synchronize()
+            self._cuda.synchronize()
         steps = [self._between(a, b) for a, b in zip(self._laps, self._laps[1:])]
         parts = []
         for spans in self._spans[: len(steps)]:

@@ -161,7 +161,10 @@ def window(
     times = distributed.worst(watch.read())
     values = {**values, **times, "images_per_s": images_per_step / times["step_s"], "lr": lr}
     if full_rate is not None:
-        values["mfu_percent"] = 100 * values["images_per_s"] / full_rate
+        mfu = 100 * values["images_per_s"] / full_rate
+        values |= (
+            {"mfu_percent": mfu} if mfu <= 100 else {}
+        )  # above: others had the machine while the full rate was measured
     if loader:
         counted = distributed.total({"loader_substituted": loader.pop("loader_substituted", 0.0)})
         values |= distributed.worst(loader) | counted

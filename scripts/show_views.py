@@ -1,6 +1,7 @@
 """Draw what the method sees: sources with both crops, the two views with their matched cells, and a mosaic.
 
-    python scripts/show_views.py --data SHARDS --out views.png [--recipe imagenet_r50] [--step 0] [--pipeline reference]
+    python scripts/show_views.py --data SHARDS --out views.png
+    python scripts/show_views.py --data SHARDS --out views.png --recipe imagenet_r50 --step 0 --pipeline reference
 
 The plan is a pure function, so this is exactly what step N of a run with the same seed and batch size trains on. Cells
 with the same number and colour in the two views of a row are positives of each other. Any setting of the recipe is a flag.
@@ -32,12 +33,16 @@ LEAST_SIDE = 192
 """Smaller views are enlarged by a whole number of times, so that the cells' numbers can be read."""
 
 
-def main(arguments: list[str]) -> Path:
+def options() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--out", type=Path, default=Path("views.png"))
     own.add_argument("--step", type=int, default=0)
     own.add_argument("--images", type=int, default=4)
-    chosen, rest = own.parse_known_args(arguments)
+    return own
+
+
+def main(arguments: list[str]) -> Path:
+    chosen, rest = options().parse_known_args(arguments)
     config = resolve(parse(rest), 1)
     if config.loader.data is None:
         raise ValueError("there is nothing to draw without shards; set --data SHARDS")

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from inscon.profiling import verdict
+
 VERSION = 1
 """Of report.json; another one is not compared."""
 HIGHER_IS_BETTER = {
@@ -41,7 +43,7 @@ class Change:
 
 
 def load_report(path: Path) -> dict:
-    """ValueError, naming the file, for what is no report of this version."""
+    """ValueError, naming the file, for what is no report of this version, and for one whose figures cannot be true."""
     try:
         report = json.loads(Path(path).read_text())
     except OSError as error:
@@ -53,6 +55,9 @@ def load_report(path: Path) -> dict:
         raise ValueError(
             f"{path} must be a report.json of version {VERSION}. Found: {found}; make it anew with scripts/throughput_report.py"
         )
+    found = verdict.disturbed(verdict.contradictions(report))
+    if found:
+        raise ValueError(f"{path} cannot be compared. {found.sentence()}")
     return report
 
 

@@ -86,8 +86,7 @@ def _count(run) -> float:
     return float(counter.get_total_flops())
 
 
-@functools.lru_cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best burst of square matrix products on `device` in `dtype`: measured now, in half a second or less.
 
     float32 on a GPU is TF32 if the trainer's settings allow it.
@@ -109,6 +108,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             took = time.perf_counter() - start
         best = max(best, 2 * side**3 * products / took)
     return best
+
+
+matrix_rate = functools.lru_cache(measure_matrix_rate)
+"""The same, measured once in a process."""
 
 
 def _wait(device: torch.device) -> None:

@@ -22,22 +22,11 @@ from inscon.clock import PARTS, WAIT, WIRE, StepClock
 from inscon.config import ViewConfig
 from inscon.geometry import find_overlap
 from inscon.meters import LossMeter, Stopwatch
+from inscon.profiling.rates import FEWEST_STEPS, check_steps
 from inscon.train import Training, over_ranks, take_step
 
-FEWEST_STEPS = 10
-"""Steps after the warm-up below which no rate is given."""
 READY_S = 1e-3
 """A batch that comes within this time was ready."""
-
-
-def check_steps(steps: int, warm_up: int, fewest: int = FEWEST_STEPS) -> None:
-    """ValueError where so many steps would give no rate worth printing."""
-    if steps < fewest:
-        raise ValueError(
-            f"a rate needs at least {fewest} steps after the warm-up. Found: {steps}; set --steps {fewest} or more"
-        )
-    if warm_up < 2:
-        raise ValueError(f"the first 2 steps at least are warm-up. Found: {warm_up}; set --warm-up 2 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

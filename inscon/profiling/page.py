@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +37,8 @@ def markdown(title: str, verdict: str, sections: Sequence[Section]) -> str:
 
 def show(console: Console, title: str, verdict: str, sections: Sequence[Section]) -> None:
     """The same on a screen."""
-    console.rule(title, align="left")
+    console.rule()
+    console.print(title, highlight=False, markup=False)
     console.print(verdict, style="bold", highlight=False, markup=False)
     for section in sections:
         if section.rows:
@@ -51,8 +52,8 @@ def show(console: Console, title: str, verdict: str, sections: Sequence[Section]
             console.print(note, highlight=False, markup=False)
 
 
-def draw(report: dict, path: Path) -> bool:
-    """Ceilings, the step's parts and the loader's stages as a PNG at `path`; False, and no picture, without matplotlib."""
+def draw(report: dict, file: BinaryIO) -> bool:
+    """Ceilings, the step's parts and the loader's stages as a PNG in `file`; False, and no picture, without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -79,6 +80,6 @@ def draw(report: dict, path: Path) -> bool:
     right.set(title="the loader's stages alone, ms per image", xlim=(0, 1.2 * max(alone.values()) or 1))
     right.invert_yaxis()
     figure.suptitle(report["verdict"]["kind"] + ": " + report["verdict"]["stage"], x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
     return True

@@ -84,6 +84,12 @@ def _range(low: float, high: float, form: str = "{:,.0f}") -> str:
     return one if one == other else f"{form.format(min(low, high))} to {form.format(max(low, high))}"
 
 
+def check_machine(name: str) -> None:
+    """ValueError for a machine that nothing is known of."""
+    if name not in MACHINES:
+        raise ValueError(f'nothing is known of the machine "{name}"; set --predict to one of: {", ".join(MACHINES)}')
+
+
 def predict(name: str, heads: tuple[str, ...], overhead_percent: float, overhead_source: str) -> Prediction:
     """ValueError for a machine that nothing is known of.
 
@@ -92,8 +98,7 @@ def predict(name: str, heads: tuple[str, ...], overhead_percent: float, overhead
         overhead_percent: share of the step that is no trunk pass.
         overhead_source: where that comes from.
     """
-    if name not in MACHINES:
-        raise ValueError(f'nothing is known of the machine "{name}"; set --predict to one of: {", ".join(MACHINES)}')
+    check_machine(name)
     machine = MACHINES[name]
     cost = COST["key"] + COST["single"] * bool({"single", "cell"} & set(heads)) + COST["multi"] * ("multi" in heads)
     low, high = machine.resnet50_low / cost, machine.resnet50_high / cost

@@ -10,12 +10,12 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 WARM_UP_WINDOWS = 1
 """Log windows left out at the start: compilation, memory pools, the first batch."""
 FEWEST_WINDOWS = 5
 """Log windows below which no rate is given."""
+FEWEST_STEPS = 10
+"""Measured steps below which no rate is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class RunSpeed:
     step_ms_p99: float
     data_wait_percent: float
     mfu_percent: float | None
-    """None for runs of before it was logged."""
+    """None for runs of before it was logged, and where a window is above 100 %: the rate it is a share of was measured too low."""
     loader: dict[str, float]
     """What the pipeline said of itself, without the loader_ of its names: see `pipelines.feed.Pipeline.read`."""
     first: dict[str, float]
@@ -43,7 +43,14 @@ def read_metrics(run_dir: Path) -> list[dict]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"there are no metrics at {path}; give the --run-dir of a run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines, windows = path.read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            windows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):  # the last one may have been cut short by a kill
+                raise ValueError(f"line {number} of {path} is broken; remove it, and report again") from None
+    return windows
 
 
 def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
@@ -65,9 +72,7 @@ def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
         step_ms=statistics.median(step_ms),
         step_ms_p99=step_ms[min(round(0.99 * (len(step_ms) - 1)), len(step_ms) - 1)],
         data_wait_percent=statistics.median(window["data_wait_percent"] for window in steady),
-        mfu_percent=(
-            statistics.median(window["mfu_percent"] for window in steady) if "mfu_percent" in steady[-1] else None
-        ),
+        mfu_percent=_mfu(steady),
         loader={
             name.removeprefix("loader_"): statistics.median(window.get(name, 0.0) for window in steady)
             for name in steady[-1]
@@ -78,12 +83,29 @@ def run_speed(windows: list[dict], fill_steps: int) -> RunSpeed:
     )
 
 
+def _mfu(windows: list[dict]) -> float | None:
+    logged = [window.get("mfu_percent") for window in windows]
+    return None if any(mfu is None or mfu > 100 for mfu in logged) else statistics.median(logged)
+
+
+def check_steps(steps: int, warm_up: int, fewest: int = FEWEST_STEPS) -> None:
+    """ValueError where so many steps would give no rate worth printing."""
+    if steps < fewest:
+        raise ValueError(
+            f"a rate needs at least {fewest} steps after the warm-up. Found: {steps}; set --steps {fewest} or more"
+        )
+    if warm_up < 2:
+        raise ValueError(f"the first 2 steps at least are warm-up. Found: {warm_up}; set --warm-up 2 or more")
+
+
 PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv")
 """Whose versions a figure depends on."""
 
 
 def machine() -> dict[str, str | int]:
     """The hardware that a figure was measured on: CPU, cores this process may use, system, GPU if there is one."""
+    import torch  # seconds, which a refusal does not wait for
+
     model = "unknown"
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

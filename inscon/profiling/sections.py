@@ -2,7 +2,6 @@
 
 from inscon.clock import EMA, HEADS, OPTIMIZER, PARTS, REST, WAIT
 from inscon.profiling import prediction, verdict
-from inscon.profiling.measure import StepFigures
 from inscon.profiling.page import Section
 from inscon.profiling.rates import RunSpeed
 
@@ -29,10 +28,10 @@ def starved(said: dict[str, float], ready_percent: float) -> dict[str, float]:
     return found | {"finished": said.get("loader_starved_percent", 100 - ready_percent)}
 
 
-def own_overhead(steps: StepFigures, per_rank: int) -> dict[str, float]:
+def own_overhead(parts_ms: dict[str, float], per_rank: int) -> dict[str, float]:
     """Percent of the step's work that is not the trunk's, as measured, and as estimated for a batch of 256."""
-    own = {name: steps.parts_ms[name] for name in verdict.OWN}
-    trunk = sum(steps.parts_ms[name] for name in verdict.TRUNK)
+    own = {name: parts_ms[name] for name in verdict.OWN}
+    trunk = sum(parts_ms[name] for name in verdict.TRUNK)
     times, fixed = BATCH_OF_OVERHEAD / per_rank, own[OPTIMIZER] + own[EMA] + own[REST]
     return {
         "measured": 100 * sum(own.values()) / (sum(own.values()) + trunk),
@@ -71,8 +70,8 @@ def speed(report: dict) -> Section:
         met = "met" if rate >= target[0] else "missed"
         aim = f"{target[0]:,.0f} images/s ({target[1]}): {met}, {100 * rate / target[0]:.0f} %"
     else:
-        share = 100 * rate / report["ceilings"][SYNTHETIC]
-        aim = f"none set for this machine; 95 % of the model alone is good. Here: {share:.1f} %"
+        share = _of_ceiling(100 * rate / report["ceilings"][SYNTHETIC])
+        aim = f"none set for this machine; 95 % of the model alone is good. Here: {share}"
     epochs = report["settings"]["optim"]["epochs"]
     rows = [
         ("source images/s, total", f"{rate:,.1f}", over),
@@ -93,12 +92,12 @@ def speed(report: dict) -> Section:
 def ceilings(report: dict) -> Section:
     rates = report["ceilings"]
     rows = [
-        (name, f"{rate:,.1f}", f"{100 * rates[END_TO_END] / rate:.1f}")
+        (name, f"{rate:,.1f}", _of_ceiling(100 * rates[END_TO_END] / rate))
         if rate
         else (name, "not measured: needs no data", "")
         for name, rate in rates.items()
     ]
-    notes = [f"Efficiency, end to end over the smaller of the first two: {100 * report['efficiency']:.1f} %."]
+    notes = [f"Efficiency, end to end over the smaller of the first two: {_of_ceiling(100 * report['efficiency'])}."]
     if not _on_gpu(report) and rates[LOADER]:
         both = 1 / (1 / rates[LOADER] + 1 / rates[SYNTHETIC])
         notes.append(
@@ -106,8 +105,13 @@ def ceilings(report: dict) -> Section:
             f"{both:,.1f} images/s end to end."
         )
     return Section(
-        "Four ceilings, source images/s, measured in this run", ("", "images/s", "end to end, % of it"), rows, notes
+        "Four ceilings, source images/s, measured in this run", ("", "images/s", "end to end, of it"), rows, notes
     )
+
+
+def _of_ceiling(percent: float) -> str:
+    """A share that 100 % bounds, in words: noise reaches above it, and what is further above was never measured."""
+    return f"{min(percent, 100.0):.1f} %" if percent <= 100 * verdict.NOISE else "not known"
 
 
 def step_parts(report: dict) -> Section:
@@ -129,7 +133,12 @@ def step_parts(report: dict) -> Section:
         s = report["scaling"]
         notes.append(
             f"Computing takes {s['compute_ms']:,.1f} ms at batch {s['batch_size']} and {s['other_compute_ms']:,.1f} ms at batch "
-            f"{s['other_batch_size']} (synthetic batches): {s['fixed_percent']:.0f} % of it does not depend on the batch."
+            f"{s['other_batch_size']} (synthetic batches)"
+            + (
+                "."
+                if report["verdict"]["kind"] == verdict.DISTURBED
+                else f": {s['fixed_percent']:.0f} % of it does not depend on the batch."
+            )
         )
     return Section("The step by part", ("", "ms", "% of the step"), rows, notes)
 
@@ -222,7 +231,7 @@ def machine_use(report: dict) -> Section:
             f"{matrices:.3f}",
             f"measured in this run, {report['precision']}",
         ),
-        ("model-FLOP utilisation, %", f"{report['mfu_percent']:.1f}", "end to end, of that rate"),
+        ("model-FLOP utilisation, %", _mfu(report["mfu_percent"]), "end to end, of that rate"),
         (
             "PyTorch's device memory at its peak, MB",
             f"{memory['torch_peak_mb']:,.0f}" if on_gpu else no_device,
@@ -242,6 +251,10 @@ def machine_use(report: dict) -> Section:
         ),
     ]
     return Section("The machine", ("", "value", "over"), rows)
+
+
+def _mfu(percent: float | None) -> str:
+    return "not known" if percent is None else f"{percent:.1f}"
 
 
 def health(report: dict) -> Section:
@@ -330,10 +343,7 @@ def run_section(speed: RunSpeed) -> Section:
         ("step, ms", f"{speed.step_ms:.1f}", f"the same; 99th percentile {speed.step_ms_p99:.1f}"),
         ("data wait, % of the step", f"{speed.data_wait_percent:.2f}", "the same; worst rank"),
     ]
-    if speed.mfu_percent is not None:
-        rows.append(
-            ("model-FLOP utilisation, %", f"{speed.mfu_percent:.1f}", "the same; of the rate measured at its start")
-        )
+    rows.append(("model-FLOP utilisation, %", _mfu(speed.mfu_percent), "the same; of the rate measured at its start"))
     rows += [
         (f"loader: {LOADER_WORDS.get(name, name)}", f"{value:.2f}", "the same; worst rank")
         for name, value in speed.loader.items()

@@ -16,11 +16,15 @@ FIXED = 35.0
 """Percent of the computing that does not shrink with the batch, from which on the batch is too small."""
 FED = 1.05
 """A loader that is no faster than so many times the step has nothing in hand."""
+NOISE = 1.1
+"""What is up to so many times its ceiling differs from it by noise; what is more cannot be, so that the ceiling is wrong."""
 
 GPU, LOADER, COPY, LAUNCH, COMMUNICATION, HOST = (
     "GPU-bound", "loader-bound", "copy-bound", "launch-bound", "communication-bound", "host-bound",
 )  # fmt: skip
 """The last: time goes by in the step and no part of it claims it."""
+DISTURBED = "disturbed"
+"""No bound: the figures contradict each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,8 @@ class Verdict:
     """images/s at best, once it is done, over those of now."""
 
     def sentence(self) -> str:
+        if self.kind == DISTURBED:
+            return f"No verdict: the machine was disturbed, {self.advice}. Found: {self.stage}."
         gives = f"up to {self.gain:.2f} times the images/s" if self.gain >= 1.005 else "no more images/s by itself"
         return f"{self.kind}. What binds: {self.stage}. Next: {self.advice} ({gives})."
 
@@ -102,7 +108,7 @@ def judge(evidence: Evidence) -> Verdict:
     if waits[worst] >= NOTICED:
         without = 100 / (100 - min(waits[worst], 99.0))
         if worst == WAIT:
-            return _starving(evidence, min(without, reachable) if reachable > 1 else without)
+            return _starving(evidence, min(without, reachable))
         if worst == WIRE:
             return Verdict(
                 kind=COMMUNICATION,
@@ -169,3 +175,42 @@ def starving_stage(starved: dict[str, float], stages_ms: dict[str, float]) -> st
         cleared = {"read", "decode"}
     left = {name: ms for name, ms in stages_ms.items() if name not in cleared} or stages_ms
     return max(left, key=lambda name: left[name]) if left else "unknown"
+
+
+def contradictions(report: dict) -> list[str]:
+    """What cannot be true of a report.json: ceilings beaten by what they bound, shares above 100 %, negative time per image."""
+    found, ceilings = [], report.get("ceilings", {})
+    rate = ceilings.get("end to end") or 0.0
+    found += [
+        f"{rate:,.1f} images/s end to end, above the {ceiling:,.1f} of the {name}"
+        for name, ceiling in ceilings.items()
+        if ceiling and rate > NOISE * ceiling
+    ]
+    for name, engine in report.get("engines", {}).items():
+        alone, fed = ((engine.get(key) or {}).get("images_per_s") for key in ("loader", "end_to_end"))
+        if alone and fed and fed != rate and fed > NOISE * alone:
+            found.append(f"{fed:,.1f} images/s through {name}, above the {alone:,.1f} of that loader alone")
+    if report.get("matrix_flops_per_s"):
+        used = rate * report["flops"]["step"] / report["ranks"]
+        if used > NOISE * report["matrix_flops_per_s"]:
+            found.append(
+                f"{used / 1e12:.3f} TFLOP/s in the step, above the {report['matrix_flops_per_s'] / 1e12:.3f} of matrix products"
+            )
+    shares = {"all parts": report.get("sum_of_shares", 0.0)} | report.get("shares", {})
+    found += [f"{name} above 100 % of the step" for name, share in shares.items() if share > 100 * NOISE]
+    if report.get("scaling"):
+        s = report["scaling"]
+        (few, short), (many, long) = sorted(
+            ((s["batch_size"], s["compute_ms"]), (s["other_batch_size"], s["other_compute_ms"]))
+        )
+        if short > NOISE * long:
+            found.append(f"{long:,.1f} ms for a batch of {many}, less than the {short:,.1f} ms for one of {few}")
+    return found
+
+
+def disturbed(found: list[str]) -> Verdict | None:
+    """Instead of a verdict, where there are `contradictions`."""
+    if not found:
+        return None
+    advice = "measure again, with nothing beside it and more --steps"
+    return Verdict(kind=DISTURBED, stage="; ".join(found), advice=advice, gain=1.0)

@@ -3,11 +3,14 @@
 The first half reads the settings as data and needs no detectron2; the second builds, loads, trains and tests with it.
 """
 
+import copy
+import functools
 import json
 import pickle
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from inscon import checkpoint
 from inscon.encoder import Trunk
-from inscon.transfer.detectron2 import settings, train_net, weights
+from inscon.transfer.detectron2 import identity, settings, train_net, weights
 from inscon.transfer.export import export
 from tests.inscon.test_train import make_config
 
@@ -171,6 +174,9 @@ WRITE = r"write it with scripts/export.py --run RUN_DIR --format detectron2 --ou
          r"an export for torchvision, conv1.weight say; export the same run with scripts/export.py --format detectron2 "),
         (["conv1.weight"], {"written_for": "mmdet"}, r"an export for mmdet, .* scripts/export.py --format detectron2 "),
         (["query_encoder.trunk.conv1.weight"], {}, r"a checkpoint of the pre-training, .*; " + WRITE),
+        (["backbone.bottom_up.stem.conv1.weight"], {}, r"a detector with FPN, .*; set --config-file to one with fpn in its name,"),
+        (["backbone.res2.0.conv1.weight"], {}, r"a detector with C4, .*; set --config-file to one with c4 in its name, or MODEL"),
+        (["backbone.body.conv1.weight"], {}, r"a detector of scripts/finetune_detection.py, .*; test it with scripts/finetune"),
         (["fc.bias"], {}, r"other names, fc.bias say; " + WRITE),
         ([], {}, r"other names, no tensor say; " + WRITE),
     ],
@@ -241,6 +247,194 @@ def test_wrong_settings_are_refused_before_detectron2_is_needed():
         settings.read_config("1x.yaml", [], 8)
     with pytest.raises(ValueError, match=r"a schedule is for 1 GPU or more. Found: 0; set --num-gpus 8"):
         settings.adapt_schedule(None, 0)
+
+
+def test_a_part_of_a_config_and_late_flags_are_refused():
+    for part in ("base.yaml", "fpn.yaml", "c4.yaml", "coco.yaml"):
+        with pytest.raises(
+            ValueError, match=rf"{part} is a part of other configs; set --config-file to one of .*coco_mask"
+        ):
+            settings.read_config(str(CONFIGS / part), [], 8)
+    with pytest.raises(ValueError, match="in front of KEY VALUE pairs only; put --config-file before MODEL.WEIGHTS"):
+        settings.read_config("", ["MODEL.WEIGHTS", "r50.pkl", "--config-file", "x.yaml"], 8)
+
+
+class Settings(dict):
+    """Stands in for detectron2's: groups, attributes, and the type of a value is kept."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+    def merge_from_list(self, pair):
+        *groups, key = pair[0].split(".")
+        inner = self
+        for group in groups:
+            inner = inner[group]
+        value = yaml.safe_load(pair[1])
+        if type(value) is not type(inner[key]):
+            raise ValueError(f"Type mismatch ({type(inner[key])} vs. {type(value)})")
+        inner[key] = value
+
+
+def made_up_settings(**changes):
+    made = Settings(
+        MODEL=Settings(
+            WEIGHTS="r50.pkl", DEVICE="cuda", PIXEL_MEAN=[123.675, 116.28, 103.53], PIXEL_STD=[58.395, 57.12, 57.375],
+            RESNETS=Settings(STRIDE_IN_1X1=False),
+        ),
+        SOLVER=Settings(BASE_LR=0.02, MAX_ITER=90000, STEPS=[60000, 80000], IMS_PER_BATCH=16, GAMMA=0.1, WARMUP_ITERS=10),
+        INPUT=Settings(FORMAT="RGB"), OUTPUT_DIR="output",
+    )  # fmt: skip
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        functools.reduce(dict.__getitem__, groups, made)[last] = value
+    return made
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    (["SOLVER.IMS_PER_BACH", "2"], "no setting SOLVER.IMS_PER_BACH; the one most like it is SOLVER.IMS_PER_BATCH"),
+    (["SOLVR.BASE_LR", "0.1"], "no setting SOLVR.BASE_LR; the one most like it is SOLVER.BASE_LR"),
+    (["SOLVER", "0.1"], "no setting SOLVER; the one most like it is SOLVER."),
+    (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER must be a whole number. Found: many; write it like 90000"),
+    (["SOLVER.BASE_LR", "1"], "SOLVER.BASE_LR must be a number with a point. Found: 1; write it like 0.02"),
+    (["SOLVER.STEPS", "3"], "SOLVER.STEPS must be a list. Found: 3; write it like"),
+    (["MODEL.WEIGHTS"], "no value for MODEL.WEIGHTS; add it"),
+])  # fmt: skip
+def test_options_that_detectron2_would_trip_over_are_named(options, sentence):
+    with pytest.raises(settings.SettingsError) as refused:
+        settings.merge_options(made_up_settings(), options)
+    assert sentence in str(refused.value)
+
+
+def test_options_are_set():
+    cfg = made_up_settings()
+    settings.merge_options(cfg, ["SOLVER.MAX_ITER", "3", "MODEL.WEIGHTS", "r7.pkl"])
+    assert (cfg.SOLVER.MAX_ITER, cfg.MODEL.WEIGHTS) == (3, "r7.pkl")
+
+
+@pytest.mark.parametrize(("images", "reference", "gpus", "found"), [
+    (2, 8, 1, "all 8 GPUs .* Found: 2; for 2 on each GPU set SOLVER.IMS_PER_BATCH 16$"),
+    (4, 8, 2, "Found: 4; for 2 on each GPU set SOLVER.IMS_PER_BATCH 16$"),
+    (3, 0, 2, "all 2 GPUs .* Found: 3; for 2 on each GPU set SOLVER.IMS_PER_BATCH 4$"),
+    (0, 0, 1, "Found: 0; for 1 on each GPU set SOLVER.IMS_PER_BATCH 1$"),
+])  # fmt: skip
+def test_images_of_a_step_that_gpus_cannot_share_are_refused(images, reference, gpus, found):
+    with pytest.raises(settings.SettingsError, match=found) as refused:
+        settings.check_batch(images, reference, gpus)
+    settings.check_batch(int(str(refused.value).split()[-1]), reference, gpus)  # the remedy
+    settings.check_batch(16, 8, 1)
+
+
+def test_settings_under_which_a_trunk_computes_something_else_are_refused():
+    settings.check_trunk(made_up_settings())
+    with pytest.raises(
+        ValueError, match=r"STRIDE_IN_1X1 must be False for a trunk of ours; .* Found: True; leave it out"
+    ):
+        settings.check_trunk(made_up_settings(MODEL__RESNETS__STRIDE_IN_1X1=True))
+    with pytest.raises(ValueError, match=r"INPUT.FORMAT must be RGB .* Found: BGR; leave it out"):
+        settings.check_trunk(made_up_settings(INPUT__FORMAT="BGR"))
+    assert {key: read_yaml("base.yaml")[key] for key in settings.OF_THE_TRUNK} == settings.OF_THE_TRUNK
+
+
+def test_a_schedule_without_steps_is_told():
+    assert settings.describe_schedule(made_up_settings(SOLVER__STEPS=[])) == (
+        "16 images a step, learning rate 0.02 after 10 steps, never lowered, 90000 steps"
+    )
+
+
+def test_several_processes_on_a_cpu_are_refused():
+    args = types.SimpleNamespace(num_gpus=2)
+    with pytest.raises(ValueError, match="MODEL.DEVICE cpu is for one process. Found: --num-gpus 2; set --num-gpus 1"):
+        train_net.check_devices(made_up_settings(MODEL__DEVICE="cpu"), args)
+
+
+def test_missing_files_are_counted_at_the_start(tmp_path):
+    (tmp_path / "train/a").mkdir(parents=True)
+    for name in ("1.jpg", "train/a/2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    settings.require_files("a_set", tmp_path, ["1.jpg", "train/a/2.jpg"])
+    with pytest.raises(
+        ValueError, match=rf"2 of the 3 files of a_set are missing. Found: no {tmp_path}/train/a/3.jpg; set"
+    ):
+        settings.require_files("a_set", tmp_path, ["1.jpg", "train/a/3.jpg", "gone/4.jpg"])
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ('{"images": [', "can't be read as json"), ("[]", "no list of images"), ('{"images": [{"id": 1}]}', "no list of images"),
+    ('{"images": 3}', "no list of images"), ('{"annotations": []}', "no list of images"),
+])  # fmt: skip
+def test_a_file_that_is_no_annotations_is_named(tmp_path, text, found):
+    (tmp_path / "instances.json").write_text(text)
+    with pytest.raises(settings.SettingsError, match=f"instances.json .*{found}|{found}"):
+        settings.read_annotations(tmp_path / "instances.json")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A fine-tuning of r7.pkl with a checkpoint: its settings."""
+    (tmp_path / "r7.pkl").write_bytes(b"seven")
+    cfg = made_up_settings(MODEL__WEIGHTS=str(tmp_path / "r7.pkl"), OUTPUT_DIR=str(tmp_path / "out"))
+    identity.write_identity(cfg)
+    assert identity.check_output(cfg, resume=False, eval_only=False) is None  # killed before its first checkpoint
+    (tmp_path / "out/model_0000009.pth").write_bytes(b"trained")
+    (tmp_path / "out/last_checkpoint").write_text("model_0000009.pth")
+    return cfg
+
+
+def with_weights(cfg, weights):
+    cfg = copy.deepcopy(cfg)
+    cfg["MODEL"]["WEIGHTS"] = str(weights)
+    return cfg
+
+
+def test_a_fine_tuning_is_laid_over_no_other(begun, tmp_path):
+    (tmp_path / "r2.pkl").write_bytes(b"two")
+    other = with_weights(begun, tmp_path / "r2.pkl")
+    for cfg in (begun, other):
+        with pytest.raises(
+            ValueError, match=r"out holds a fine-tuning of .*r7.pkl; add --resume without MODEL.WEIGHTS .*OUTPUT"
+        ):
+            identity.check_output(cfg, resume=False, eval_only=False)
+    (tmp_path / "out/last_checkpoint").unlink()
+    with pytest.raises(ValueError, match="add --resume"):  # its model is there all the same
+        identity.check_output(begun, resume=False, eval_only=False)
+    with pytest.raises(ValueError, match="last_checkpoint must name what --resume goes on from"):
+        identity.check_output(begun, resume=True, eval_only=False)
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_resume_goes_on_with_the_same_weights_only(begun, tmp_path, eval_only):
+    newest = tmp_path / "out/model_0000009.pth"
+    (tmp_path / "r2.pkl").write_bytes(b"two")
+    (tmp_path / "copy.pkl").write_bytes(b"seven")
+    for weights_ in (tmp_path / "r7.pkl", tmp_path / "copy.pkl", "", newest):
+        assert identity.check_output(with_weights(begun, weights_), resume=True, eval_only=eval_only) == newest
+    for weights_ in (tmp_path / "r2.pkl", tmp_path / "nothing.pkl"):
+        with pytest.raises(
+            ValueError, match=rf"holds a fine-tuning of .*r7.pkl, .* Found: {weights_}; leave MODEL.WEIGHTS out"
+        ):
+            identity.check_output(with_weights(begun, weights_), resume=True, eval_only=eval_only)
+
+
+def test_resume_goes_on_with_the_same_settings_only(begun):
+    longer, steeper = copy.deepcopy(begun), copy.deepcopy(begun)
+    longer["SOLVER"]["MAX_ITER"], steeper["SOLVER"]["BASE_LR"] = 180000, 0.1
+    assert identity.check_output(longer, resume=True, eval_only=False)
+    with pytest.raises(
+        ValueError, match=r"other settings. Found: SOLVER.BASE_LR was 0.02 and is 0.1; set them .* as they were"
+    ):
+        identity.check_output(steeper, resume=True, eval_only=False)
+
+
+def test_a_test_of_another_model_needs_another_folder(begun, tmp_path):
+    own = with_weights(begun, tmp_path / "out/model_0000009.pth")
+    assert identity.check_output(own, resume=False, eval_only=True) is None
+    with pytest.raises(
+        ValueError, match=r"MODEL.WEIGHTS is from elsewhere. Found: .*r7.pkl; set OUTPUT_DIR to another folder"
+    ):
+        identity.check_output(begun, resume=False, eval_only=True)
 
 
 def test_without_detectron2_there_is_a_sentence(monkeypatch):
@@ -476,16 +670,58 @@ def test_the_schedule_follows_the_gpus(detectron2):
 
 
 def test_data_sets_are_read(detectron2, tmp_path):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+
     with pytest.raises(ValueError, match=r'detectron2 knows no data set "coco_17"; register it, or set DATASETS.TRAIN'):
         settings.read_data_set("coco_17")
-    with pytest.raises(
-        ValueError, match=r"voc_2007_trainval is not there. Found: no .*trainval.txt; set the environment's"
+    register_pascal_voc("gone_voc", str(tmp_path), "trainval", 2007)
+    MetadataCatalog.get("gone_voc").evaluator_type = "pascal_voc"
+    register_coco_instances("gone_coco", {}, str(tmp_path / "instances.json"), str(tmp_path))
+    sets = {"voc": ("DATASETS.TRAIN", ("gone_voc",)), "coco": ("DATASETS.TEST", ("gone_coco",))}
+    try:
+        with pytest.raises(ValueError, match=r"gone_voc is not there. Found: no .*trainval.txt; set the environment's"):
+            settings.check_data_sets(config("voc_faster_rcnn_c4_24k", *sets["voc"]))
+        with pytest.raises(ValueError, match=r"gone_coco is not there. Found: no .*instances.json; set the env"):
+            settings.check_data_sets(config("coco_mask_rcnn_fpn_1x", *sets["coco"]), test_only=True)
+        (tmp_path / "instances.json").write_text('{"images": [{"id": 1, "file_name": "1.jpg"}]}')
+        with pytest.raises(
+            ValueError, match=r"1 of the 1 files of gone_coco are missing. Found: no .*1.jpg; set the env"
+        ):
+            settings.check_data_sets(config("coco_mask_rcnn_fpn_1x", *sets["coco"]), test_only=True)
+        (tmp_path / "ImageSets/Main").mkdir(parents=True)
+        (tmp_path / "ImageSets/Main/trainval.txt").write_text("000001\n")
+        with pytest.raises(
+            ValueError, match=r"1 of the 1 files of gone_voc are missing. Found: no .*Annotations/000001.xml"
+        ):
+            settings.check_data_sets(config("voc_faster_rcnn_c4_24k", *sets["voc"]))
+    finally:
+        for name in ("gone_voc", "gone_coco"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_settings_that_detectron2_refuses_are_sentences(detectron2, tmp_path):
+    with pytest.raises(ValueError, match="Found: 2; for 2 on each GPU set SOLVER.IMS_PER_BATCH 16"):
+        settings.read_config(str(CONFIGS / "coco_mask_rcnn_fpn_1x.yaml"), ["SOLVER.IMS_PER_BATCH", "2"], 1)
+    with pytest.raises(ValueError, match="SOLVER.MAX_ITER must be a whole number. Found: many; write it like 90000"):
+        config("coco_mask_rcnn_fpn_1x", "SOLVER.MAX_ITER", "many")
+    with pytest.raises(ValueError, match="no setting MODEL.MASK; the one most like it is MODEL.MASK_ON"):
+        config("coco_mask_rcnn_fpn_1x", "MODEL.MASK", "True")
+    for text, said in (
+        ("VERSION: 2\nSOLVER:\n  BASE_LR: 0.1\n", "mine.yaml names no data set to train on"),
+        ("SOLVER:\n  IMS_PER_BACH: 3\n", "can't read the config .*IMS_PER_BACH"),
+        ("_BASE_: nothing.yaml\n", "can't read the config .*nothing.yaml"),
+        ("a: [", "can't read the config"),
     ):
-        settings.check_data_sets(config("voc_faster_rcnn_c4_24k"))
-    with pytest.raises(
-        ValueError, match=r"coco_2017_val is not there. Found: no .*instances_val2017.json; set the env"
-    ):
-        settings.check_data_sets(config("coco_mask_rcnn_fpn_1x"), test_only=True)
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(settings.SettingsError, match=said):
+            settings.read_config(str(tmp_path / "mine.yaml"), [], 8)
+    settings.check_schedule(config("coco_mask_rcnn_fpn_1x", "SOLVER.STEPS", ()))
+    with pytest.raises(ValueError, match="makes no schedule from SOLVER .* set MAX_ITER to 1 or more"):
+        settings.check_schedule(config("coco_mask_rcnn_fpn_1x", "SOLVER.MAX_ITER", 0))
+    with pytest.raises(ValueError, match="can't build the model of these settings .*51"):
+        train_net.build(config("coco_mask_rcnn_fpn_1x", "MODEL.RESNETS.DEPTH", 51))
 
 
 def test_voc_under_a_coco_config_is_refused(detectron2, tmp_path):
@@ -494,6 +730,9 @@ def test_voc_under_a_coco_config_is_refused(detectron2, tmp_path):
 
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/trainval.txt").write_text("000001\n")
+    for name in ("Annotations/000001.xml", "JPEGImages/000001.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
     register_pascal_voc("some_voc", str(tmp_path), "trainval", 2007)
     MetadataCatalog.get("some_voc").evaluator_type = "pascal_voc"
     try:
@@ -572,7 +811,12 @@ def test_a_fine_tuning_from_command_to_rebuilt_model(detectron2, tiny, exported,
     assert TABLE[name]["MODEL.ROI_HEADS.NAME"] == cfg.MODEL.ROI_HEADS.NAME
 
     with pytest.raises(ValueError, match="a test needs a whole model"):
-        train_net.main([*command, "--eval-only", *options, "MODEL.WEIGHTS", str(exported)])
+        elsewhere = ["MODEL.WEIGHTS", str(exported), "OUTPUT_DIR", str(tmp_path / "elsewhere")]
+        train_net.main([*command, "--eval-only", *options, *elsewhere])
+    with pytest.raises(ValueError, match="out holds a fine-tuning of .*; add --resume"):
+        train_net.main([*command, *options, "MODEL.WEIGHTS", str(exported)])
+    with pytest.raises(ValueError, match="Found: nothing.pkl; leave MODEL.WEIGHTS out"):
+        train_net.main([*command, "--eval-only", "--resume", *options, "MODEL.WEIGHTS", "nothing.pkl"])
     written = (out / "config.yaml").read_bytes()
     train_net.main([*command, "--eval-only", *options, "MODEL.WEIGHTS", str(out / "model_final.pth")])
     assert (out / "config.yaml").read_bytes() == written

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from inscon import distributed, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from scripts.throughput_report import Measurement
+from inscon.profiling.report import Measurement
 
 
 @functools.cache

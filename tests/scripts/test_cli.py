@@ -1,12 +1,21 @@
 """Every switch of docs/method.md is a flag, and flags land where they should."""
 
+import argparse
+import ast
+import functools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
+from data_prep import make_dali, make_ffcv, make_scenes, verify
 from inscon.config import resolve
+from scripts import attention_maps, export, finetune_detection, knn, linear, show_views, throughput_report
 from scripts.train import parse
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SWITCHES = {
     "--tile half": ("views", "tile", "half"),
@@ -101,3 +110,95 @@ def test_every_command_of_the_reproduction_page_exists():
     configs = set(re.findall(r"`(\w+\.yaml)", page))
     assert len(configs) == 4
     assert all((root / "inscon/transfer/detectron2/configs" / name).exists() for name in configs)
+
+
+def own_and_the_trainers(options, arguments):
+    _, rest = options().parse_known_args(arguments)
+    return parse(rest)
+
+
+def as_detectron2(arguments):
+    """By a parser with the flags of detectron2's default_argument_parser, which takes all behind the first key as options."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config-file", default="")
+    for flag in ("--resume", "--eval-only"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--num-gpus", "--num-machines", "--machine-rank"):
+        parser.add_argument(flag, type=int, default=1)
+    parser.add_argument("--dist-url", default="")
+    parser.add_argument("opts", nargs=argparse.REMAINDER)
+    found = parser.parse_args(arguments)
+    assert found.config_file == "CONFIG" or (ROOT / found.config_file).is_file(), arguments
+    keys, values = found.opts[::2], found.opts[1::2]
+    assert len(keys) == len(values) and all(re.fullmatch(r"[A-Z0-9_.]+", key) for key in keys), arguments
+    assert found.resume or "MODEL.WEIGHTS" in keys
+
+
+def by_tyro(config):
+    return lambda arguments: tyro.cli(config, args=arguments)
+
+
+TRAIN_NET = "inscon/transfer/detectron2/train_net.py"
+PARSERS = {
+    "scripts/train.py": parse,
+    "scripts/throughput_report.py": functools.partial(own_and_the_trainers, throughput_report.options),
+    "scripts/show_views.py": functools.partial(own_and_the_trainers, show_views.options),
+    "scripts/attention_maps.py": by_tyro(attention_maps.AttentionConfig),
+    "scripts/export.py": by_tyro(export.ExportConfig),
+    "scripts/finetune_detection.py": by_tyro(finetune_detection.DetectionConfig),
+    "scripts/knn.py": by_tyro(knn.KnnConfig),
+    "scripts/linear.py": by_tyro(linear.LinearConfig),
+    "data_prep/make_dali.py": by_tyro(make_dali.DaliConfig),
+    "data_prep/make_ffcv.py": by_tyro(make_ffcv.BetonConfig),
+    "data_prep/make_scenes.py": by_tyro(make_scenes.ScenesConfig),
+    "data_prep/verify.py": by_tyro(verify.VerifyConfig),
+    TRAIN_NET: as_detectron2,
+}
+
+
+def printed(text):
+    """Commands of a page or docstring, in lines of their own or in backticks: each as the shell would split it."""
+    joined = text.replace("\\\n", " ")
+    lines = [line.strip() for line in joined.splitlines()] + re.findall(r"`((?:python|torchrun) [^`]*)`", joined)
+    commands = [one for line in lines if line.startswith(("python ", "torchrun ")) for one in line.split(" && ")]
+    return [shlex.split(command, comments=True) for command in commands if not command.endswith("/...")]
+
+
+def rows_of_tables(text):
+    """docs/reproduce.md's rows: "CONFIG KEY VALUE ..." behind the command that its table's head gives."""
+    (head,) = re.findall(r"`python (\S*train_net.py [^`]*/)\.\.\.`", text)
+    return [["python", *f"{head}{row}".split()] for row in re.findall(r"`(\w+\.yaml[^`]*)`", text)]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCSTRINGS = sorted(
+    path for folder in ("scripts", "data_prep", "inscon/transfer") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", PAGES + DOCSTRINGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_printed_command_is_understood(path):
+    text = (
+        path.read_text() if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+    )
+    found = printed(text) + (rows_of_tables(text) if path.name == "reproduce.md" else [])
+    for command in found:
+        place = next(number for number, word in enumerate(command) if word.endswith(".py"))
+        script = command[place]
+        if script in PARSERS:
+            PARSERS[script](command[place + 1 :])
+        else:
+            assert script.startswith("benchmarks/") or script == "tools/train.py", f"{path}: who understands {script}?"
+    if path.name in ("README.md", "reproduce.md", "train_net.py"):
+        assert any(TRAIN_NET in command for command in found)
+
+
+def test_a_flag_behind_a_setting_is_found_out():
+    with pytest.raises(AssertionError):
+        as_detectron2(["--num-gpus", "8", "MODEL.WEIGHTS", "r50.pkl", "--config-file", "x.yaml"])
+
+
+def test_every_fine_tuning_of_the_reproduction_page_has_a_folder_of_its_own():
+    rows = rows_of_tables((ROOT / "docs/reproduce.md").read_text())
+    folders = [row[row.index("OUTPUT_DIR") + 1] for row in rows]
+    assert len(folders) == len(set(folders)) == 7

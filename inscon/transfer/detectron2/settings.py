@@ -1,13 +1,23 @@
 """The settings of a fine-tuning: its YAML file, the schedule for the GPUs there are, and whether the data sets fit."""
 
+import difflib
 import importlib.util
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).with_name("configs")
 STARTS = ("coco_", "voc_")
 """How the files in CONFIGS begin that a user may choose; the others are their parts."""
+WHERE = "set the environment's DETECTRON2_DATASETS to the folder that holds coco/, VOC2007/ and VOC2012/, or bring what is missing"
+KINDS = {bool: "True or False", int: "a whole number", float: "a number with a point", str: "text"}
+OF_THE_TRUNK = {
+    "MODEL.RESNETS.STRIDE_IN_1X1": False, "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53], "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+}  # fmt: skip
+"""How a trunk of ours was trained: with other values its tensors load as well, and the network computes something else."""
 
 
 class SettingsError(ValueError):
@@ -36,7 +46,7 @@ def installed() -> bool:
 def require_detectron2() -> None:
     if not installed():
         raise SettingsError(
-            "detectron2 is not installed; compile it against the torch that is here, as its INSTALL.md says, or fine-tune with "
+            "detectron2 is not installed; compile it against the torch that is here, as docs/reproduce.md says, or fine-tune with "
             "mmdet (inscon/transfer/mmdet)"
         )
 
@@ -48,18 +58,59 @@ def choices() -> list[str]:
 
 def read_config(file: str, options: list[str], num_gpus: int):
     """detectron2's configuration: its defaults, `file`, `options` (key, value, ...), fitted to the GPUs, frozen."""
+    late = next((option for option in options if option.startswith("--")), None)
+    if late:
+        raise SettingsError(f"detectron2 reads flags in front of KEY VALUE pairs only; put {late} before {options[0]}")
+    choose = f"set --config-file to one of {CONFIGS}: {', '.join(choices())}"
     if not Path(file).is_file():
-        raise SettingsError(
-            f'there is no config "{file}"; set --config-file to one of {CONFIGS}: {", ".join(choices())}'
-        )
+        raise SettingsError(f'there is no config "{file}"; {choose}')
+    if Path(file).resolve().parent == CONFIGS and Path(file).name not in choices():
+        raise SettingsError(f"{Path(file).name} is a part of other configs; {choose}")
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
-    cfg.merge_from_file(file)
-    cfg.merge_from_list(options)
+    try:
+        cfg.merge_from_file(file)
+    except Exception as error:  # of YAML, yacs and detectron2, for whatever the file may be
+        raise SettingsError(f"detectron2 can't read the config {file} ({_said(error)}); mend it, or {choose}") from None
+    merge_options(cfg, options)
+    if not cfg.DATASETS.TRAIN:
+        raise SettingsError(f"{file} names no data set to train on, it may be a part of a config; {choose}")
     cfg = adapt_schedule(cfg, num_gpus)
     cfg.freeze()
     return cfg
+
+
+def merge_options(cfg, options: list[str]) -> None:
+    """Set `options` in `cfg`. SettingsError, naming the key, for one that there is not and for a value of another type."""
+    if len(options) % 2:
+        raise SettingsError(f"settings come as pairs of KEY VALUE. Found: no value for {options[-1]}; add it")
+    for key, value in zip(options[::2], options[1::2]):
+        there = flat(cfg)
+        if key not in there:
+            like = difflib.get_close_matches(key, there, n=1, cutoff=0)[0]
+            raise SettingsError(f"detectron2 has no setting {key}; the one most like it is {like}")
+        try:
+            cfg.merge_from_list([key, value])
+        except Exception:  # of yacs, which names Python's types
+            kind = KINDS.get(type(there[key]), "a list")
+            raise SettingsError(f"{key} must be {kind}. Found: {value}; write it like {there[key] or kind}") from None
+
+
+def flat(tree, prefix: str = "") -> dict:
+    """{"SOLVER.BASE_LR": 0.02, ...} of settings in groups, with lists for tuples, as JSON has them."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: _plain(value)}
+    return found
+
+
+def _plain(value):
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def adapt_schedule(cfg, num_gpus: int):
@@ -70,17 +121,52 @@ def adapt_schedule(cfg, num_gpus: int):
     """
     if num_gpus < 1:
         raise SettingsError(f"a schedule is for 1 GPU or more. Found: {num_gpus}; set --num-gpus 8")
+    check_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE, num_gpus)
     from detectron2.engine import DefaultTrainer
 
     return DefaultTrainer.auto_scale_workers(cfg, num_gpus)
 
 
+def check_batch(images: int, reference: int, num_gpus: int) -> None:
+    """SettingsError where the GPUs that a schedule is for can't share its `images` of a step (SOLVER.IMS_PER_BATCH) evenly."""
+    sharing = reference or num_gpus
+    if images < 1 or images % sharing:
+        each = max(round(images / num_gpus), 1)
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH counts the images of all {sharing} GPUs that the schedule is for, which share them evenly. "
+            f"Found: {images}; for {each} on each GPU set SOLVER.IMS_PER_BATCH {each * sharing}"
+        )
+
+
 def describe_schedule(cfg) -> str:
     s = cfg.SOLVER
-    return (
-        f"{s.IMS_PER_BATCH} images a step, learning rate {s.BASE_LR:g} after {s.WARMUP_ITERS} steps, times {s.GAMMA:g} at "
-        f"{' and '.join(map(str, s.STEPS))}, {s.MAX_ITER} steps"
-    )
+    drops = f"times {s.GAMMA:g} at {' and '.join(map(str, s.STEPS))}" if s.STEPS else "never lowered"
+    return f"{s.IMS_PER_BATCH} images a step, learning rate {s.BASE_LR:g} after {s.WARMUP_ITERS} steps, {drops}, {s.MAX_ITER} steps"
+
+
+def check_trunk(cfg) -> None:
+    """SettingsError where the network would not be the one that our trunks were trained in."""
+    found = flat(cfg)
+    for key, value in OF_THE_TRUNK.items():
+        if found[key] != value:
+            raise SettingsError(
+                f"{key} must be {value} for a trunk of ours; another value loads as well and computes something else. "
+                f"Found: {found[key]}; leave it out"
+            )
+
+
+def check_schedule(cfg) -> None:
+    """SettingsError for numbers of SOLVER from which detectron2 makes no schedule."""
+    import torch
+    from detectron2.solver import build_lr_scheduler
+
+    try:
+        build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR))
+    except Exception as error:
+        raise SettingsError(
+            f"detectron2 makes no schedule from SOLVER ({_said(error)}). Found: {describe_schedule(cfg)}; set MAX_ITER to 1 or "
+            "more and STEPS to rising numbers up to it"
+        ) from None
 
 
 def check_data_sets(cfg, test_only: bool = False) -> None:
@@ -103,11 +189,43 @@ def read_data_set(name: str) -> DataSet:
     if kind == "pascal_voc":
         listing = Path(known.dirname, "ImageSets", "Main", f"{known.split}.txt")
         _require_file(name, listing)
-        return DataSet(name, kind, len(known.thing_classes), bool(listing.read_text().split()), masks=False)
+        pictures = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+        require_files(name, Path(known.dirname), [f"Annotations/{each}.xml" for each in pictures])
+        require_files(name, Path(known.dirname), [f"JPEGImages/{each}.jpg" for each in pictures])
+        return DataSet(name, kind, len(known.thing_classes), bool(pictures), masks=False)
     if kind == "coco":
         _require_file(name, Path(file))
-        return describe_annotations(name, json.loads(Path(file).read_bytes()))
+        held = read_annotations(Path(file))
+        require_files(name, Path(known.image_root), [image["file_name"] for image in held["images"]])
+        return describe_annotations(name, held)
     return DataSet(name, kind, len(known.get("thing_classes", ())), True, True)
+
+
+def read_annotations(file: Path) -> dict:
+    """SettingsError for what is no file of annotations in COCO's format."""
+    try:
+        held = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} can't be read as json ({error}); bring it anew") from None
+    images = held.get("images") if isinstance(held, dict) else None
+    if not isinstance(images, list) or not all(isinstance(each, dict) and "file_name" in each for each in images):
+        raise SettingsError(
+            f"{file} has no list of images with a file_name each; take the annotations named instances_*.json"
+        )
+    return held
+
+
+def require_files(name: str, root: Path, files: Iterable[str]) -> None:
+    """SettingsError, with their number and the first of them, where `files` are missing in `root`. Lists each folder once."""
+    files, there = list(files), set()
+    for folder in {file.rpartition("/")[0] for file in files}:
+        if (root / folder).is_dir():
+            there |= {f"{folder}/{entry}" if folder else entry for entry in os.listdir(root / folder)}
+    missing = [file for file in files if file not in there]
+    if missing:
+        raise SettingsError(
+            f"{len(missing)} of the {len(files)} files of {name} are missing. Found: no {root / missing[0]}; {WHERE}"
+        )
 
 
 def describe_annotations(name: str, held: dict) -> DataSet:
@@ -139,7 +257,4 @@ def judge(data: DataSet, num_classes: int, mask_on: bool) -> None:
 
 def _require_file(name: str, file: Path) -> None:
     if not file.is_file():
-        raise SettingsError(
-            f"{name} is not there. Found: no {file}; set the environment's DETECTRON2_DATASETS to the folder that holds coco/, "
-            "VOC2007/ and VOC2012/"
-        )
+        raise SettingsError(f"{name} is not there. Found: no {file}; {WHERE}")

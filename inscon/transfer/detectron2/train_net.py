@@ -2,15 +2,17 @@
 
     python scripts/export.py --run RUN_DIR --format detectron2 --out r50.pkl
     export DETECTRON2_DATASETS=...          # the folder that holds coco/, VOC2007/ and VOC2012/
-    python inscon/transfer/detectron2/train_net.py --num-gpus 8 \
-        --config-file inscon/transfer/detectron2/configs/coco_mask_rcnn_fpn_1x.yaml MODEL.WEIGHTS r50.pkl
-    ... --resume                            # goes on from the newest checkpoint in OUTPUT_DIR
-    ... --eval-only MODEL.WEIGHTS output/coco_mask_rcnn_fpn_1x/model_final.pth
+    python inscon/transfer/detectron2/train_net.py --num-gpus 8 --config-file CONFIG MODEL.WEIGHTS r50.pkl OUTPUT_DIR output/r50
+    python inscon/transfer/detectron2/train_net.py --num-gpus 8 --config-file CONFIG --resume OUTPUT_DIR output/r50
+    python inscon/transfer/detectron2/train_net.py --num-gpus 8 --config-file CONFIG --eval-only \
+        MODEL.WEIGHTS output/r50/model_final.pth OUTPUT_DIR output/r50
 
-OUTPUT_DIR has all a fine-tuned model is: config.yaml and model_final.pth, rebuilt by detectron2's build_model after
-`import inscon.transfer.detectron2`.
+CONFIG is a file of inscon/transfer/detectron2/configs. Flags stand before the first KEY VALUE pair. --resume goes on from the
+newest checkpoint in OUTPUT_DIR, of the same weights and settings (identity.json). OUTPUT_DIR has all a fine-tuned model is:
+config.yaml and model_final.pth, rebuilt by detectron2's build_model after `import inscon.transfer.detectron2`.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -20,14 +22,18 @@ if not __package__:  # run as a script, whose own folder gives way to the reposi
 
 import torch
 
+from inscon import guard
+from inscon.transfer.detectron2.identity import check_output, write_identity
 from inscon.transfer.detectron2.settings import (
     SettingsError,
     check_data_sets,
+    check_schedule,
+    check_trunk,
     describe_schedule,
     read_config,
     require_detectron2,
 )
-from inscon.transfer.detectron2.weights import WeightsError, check_weights
+from inscon.transfer.detectron2.weights import check_weights
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,32 +42,58 @@ def main(arguments: list[str] | None = None) -> None:
 
     args = default_argument_parser(epilog=__doc__).parse_args(arguments)
     cfg = read_config(args.config_file, args.opts, args.num_gpus * args.num_machines)
-    check(cfg, args)
-    launch(
-        work,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
-    )
+    goes_on = check(cfg, args)
+    with contextlib.ExitStack() as held:
+        if not args.eval_only and args.machine_rank == 0:
+            held.enter_context(guard.only_process(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR"))
+            if not goes_on:
+                write_identity(cfg)
+        launch(
+            work,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(cfg, args),
+        )
 
 
-def check(cfg, args) -> None:
-    """Everything that can be refused before a process is started: devices, data sets, weights."""
-    from detectron2.checkpoint import DetectionCheckpointer
+def check(cfg, args) -> bool:
+    """Everything that can be refused before a process is started. Is there an earlier part of the run to go on from?"""
+    check_devices(cfg, args)
+    check_trunk(cfg)
+    check_schedule(cfg)
+    check_data_sets(cfg, test_only=args.eval_only)
+    goes_on = check_output(cfg, args.resume, args.eval_only) is not None
+    model = build(cfg)
+    if not goes_on:  # else what MODEL.WEIGHTS says is not read
+        print(check_weights(cfg.MODEL.WEIGHTS, model, whole=args.eval_only))
+        print(describe_schedule(cfg))
+    guard.check_output_folder(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
+    return goes_on
+
+
+def build(cfg) -> torch.nn.Module:
+    """The model on the CPU; SettingsError where detectron2 makes none from the settings."""
     from detectron2.modeling import build_model
 
+    try:
+        return build_model(_with(cfg, "MODEL.DEVICE", "cpu"))
+    except Exception as error:  # of whatever part of detectron2 the setting reaches
+        raise SettingsError(
+            f"detectron2 can't build the model of these settings ({type(error).__name__}: {error}); leave out what you changed of "
+            "MODEL"
+        ) from error
+
+
+def check_devices(cfg, args) -> None:
+    """SettingsError for more processes than there are GPUs for."""
+    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1:
+        raise SettingsError(f"MODEL.DEVICE cpu is for one process. Found: --num-gpus {args.num_gpus}; set --num-gpus 1")
     there = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > there:
         remedy = f"set --num-gpus {there}" if there else "set --num-gpus 1 and MODEL.DEVICE cpu to try it slowly"
         raise SettingsError(f"--num-gpus {args.num_gpus} is more than there are here. Found: {there}; {remedy}")
-    check_data_sets(cfg, test_only=args.eval_only)
-    if args.resume and DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR).has_checkpoint():
-        return  # what MODEL.WEIGHTS says is not read
-    model = build_model(_with(cfg, "MODEL.DEVICE", "cpu"))
-    print(check_weights(cfg.MODEL.WEIGHTS, model, whole=args.eval_only))
-    print(describe_schedule(cfg))
 
 
 def work(cfg, args) -> None:
@@ -106,7 +138,4 @@ def _with(cfg, *options: str):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (SettingsError, WeightsError) as error:
-        raise SystemExit(f"train_net.py: {error}") from None
+    guard.run_script("train_net.py", main)

@@ -127,12 +127,30 @@ def _whose(match: Match) -> str:
         return f"an export for {match.written_for}"
     if any(name.startswith("query_encoder.") for name in match.held):
         return "a checkpoint of the pre-training"
+    kind = detector(match.held)
+    if kind:
+        return f"a detector {kind}"
     if any(re.match(r"layer[1-4]\.\d", name) for name in match.held):
         return "torchvision's names"
     return "other names"
 
 
+def detector(held: Iterable[str]) -> str | None:
+    """Of which kind the fine-tuned detector is whose tensors are called so; None for other files."""
+    starts = {
+        "backbone.bottom_up.": "with FPN",
+        "backbone.res": "with C4",
+        "backbone.body.": "of scripts/finetune_detection.py",
+    }
+    return next((kind for start, kind in starts.items() if any(name.startswith(start) for name in held)), None)
+
+
 def _remedy(match: Match) -> str:
+    kind = detector(match.held)
+    if kind in ("with FPN", "with C4"):
+        return f"set --config-file to one with {kind[5:].lower()} in its name, or MODEL.WEIGHTS to an export"
+    if kind:
+        return "test it with scripts/finetune_detection.py --eval-only, or set MODEL.WEIGHTS to an export"
     if match.written_for == "detectron2":
         return "take one of a resnet50, or set MODEL.RESNETS to the network that was trained"
     if match.written_for:
