@@ -7,7 +7,6 @@ bias 0 and is trained by SGD with momentum 0.9 and no weight decay; the learning
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inscon import checkpoint, distributed
+from inscon import checkpoint, distributed, guard
 from inscon.encoder import Trunk
 from inscon.transfer.export import digest
 
@@ -117,17 +116,22 @@ class Probe:
                 if within == steps_per_epoch - 1:
                     figures = {"loss": float(sum_loss) / steps_per_epoch, "lr": protocol.lr_at(epoch)}
                     sum_loss = torch.zeros((), device=self.device)
-                    if not math.isfinite(figures["loss"]):
-                        raise FloatingPointError(
-                            f"the probe's loss is not finite any more. Found: {figures['loss']}; set a smaller --base-lr than "
-                            f"{protocol.base_lr}"
-                        )
+                    self._check_finite(figures["loss"])
                     if (epoch + 1) % evaluate_every == 0 or epoch == protocol.epochs - 1:
                         figures |= evaluate()
                     self._save(epoch + 1, figures)
                     say(epoch + 1, figures)
         self.check_trunk()
         return {name: value for name, value in figures.items() if name.startswith("top")}
+
+    def _check_finite(self, loss: float) -> None:
+        held = {"layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict()}
+        broken = "loss" if not math.isfinite(loss) else checkpoint.not_finite(held)
+        if broken:
+            raise FloatingPointError(
+                f"the probe's {broken} is not finite any more. Found: loss {loss:g}; set a smaller --base-lr than "
+                f"{self.protocol.base_lr:g} and another --out"
+            )
 
     @torch.inference_mode()
     def evaluate(self, batches: Batches) -> dict[str, float]:
@@ -176,8 +180,8 @@ class Probe:
             "version": checkpoint.VERSION, "identity": self._identity, "step": self.step,
             "layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        unfinished = self.folder / "probe.unfinished"
-        torch.save(held, unfinished)
-        os.replace(unfinished, self.folder / "probe.pt")
+        guard.remove_unfinished(self.folder)
+        with guard.whole_file(self.folder / "probe.pt") as file:
+            torch.save(held, file)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
