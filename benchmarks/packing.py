@@ -72,11 +72,14 @@ def bare_loop(paths: list[str], workers: int) -> float:
     """Seconds."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Semaphore(0), context.Event()
-    processes = [context.Process(target=decode_files, args=(paths[i::workers], ready, go)) for i in range(workers)]
+    processes = [
+        context.Process(target=decode_files, args=(paths[i::workers], ready, go), daemon=True) for i in range(workers)
+    ]
     for process in processes:
         process.start()
     for _ in processes:
-        ready.acquire()
+        while not ready.acquire(timeout=1):
+            assert not any(process.exitcode for process in processes), "a decoding process ended; what it said is above"
     start = time.perf_counter()
     go.set()
     for process in processes:

@@ -35,7 +35,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inscon import train
+from inscon import guard, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, resolve
 from inscon.geometry import find_overlap
 from inscon.host_memory import keep_freed_memory
@@ -182,8 +182,9 @@ class NaiveWithMemoryKept(Naive):
 CONTENDERS = {"naive": Naive, "naive, memory kept": NaiveWithMemoryKept, "ours": Ours}
 
 
-def work(name: str, config: Config, threads: int, device_name: str, commands, answers) -> None:
+def work(name: str, config: Config, threads: int, device_name: str, commands) -> None:
     """A contender's process: answers each number of steps with their times (wall-clock and processor), 0 with its peak memory."""
+    guard.end_with_parent()
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     if device.type == "cuda":
@@ -195,7 +196,7 @@ def work(name: str, config: Config, threads: int, device_name: str, commands, an
         [batch] = pipeline
     batch = in_layout(batch, layout)
     step = CONTENDERS[name](config, device)
-    while steps := commands.get():
+    while steps := commands.recv():
         times = []
         for _ in range(steps):
             start, processor_start = time.perf_counter(), time.process_time()
@@ -203,9 +204,9 @@ def work(name: str, config: Config, threads: int, device_name: str, commands, an
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start, time.process_time() - processor_start))
-        answers.put(times)
+        commands.send(times)
     on_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    answers.put(
+    commands.send(
         {
             "host_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "device_mb": on_device and on_device / 2**20,
@@ -227,20 +228,25 @@ def ratio(rounds: list[list[float]], ours: list[list[float]]) -> float:
 
 
 def contend(names: list[str], config: Config, arguments: argparse.Namespace) -> tuple[dict, dict]:
-    """Each contender's rounds of (wall-clock, processor) seconds a step, and its peak memory."""
-    context = multiprocessing.get_context("spawn")
-    pipes = {name: (context.Queue(), context.Queue()) for name in names}
-    processes = [
-        context.Process(target=work, args=(name, config, arguments.threads, arguments.device, *pipes[name]))
-        for name in names
-    ]
-    for process in processes:
-        process.start()
+    """Each contender's rounds of (wall-clock, processor) seconds a step, and its peak memory. ChildProcessError if one ends."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        settings = name, config, arguments.threads, arguments.device, theirs
+        processes[name] = context.Process(target=work, args=settings, daemon=True)
+        processes[name].start()
+        theirs.close()  # or nobody would notice that it is closed there
 
     def ask(name, steps):
-        commands, answers = pipes[name]
-        commands.put(steps)
-        return answers.get()
+        try:
+            pipes[name].send(steps)
+            return pipes[name].recv()
+        except (EOFError, ConnectionError):
+            processes[name].join()
+            raise ChildProcessError(
+                f'the contender "{name}" ended with exit code {processes[name].exitcode}, -9 where memory ran out; what it said is '
+                "above; set a smaller --batch-size if memory is short"
+            ) from None
 
     rounds = {name: [] for name in names}
     for name in names:
@@ -250,7 +256,7 @@ def contend(names: list[str], config: Config, arguments: argparse.Namespace) -> 
             own.append(ask(name, arguments.steps))
         print(f"round {number + 1}:", {name: round(min(own[-1])[0], 3) for name, own in rounds.items()}, flush=True)
     memory = {name: ask(name, 0) for name in names}
-    for process in processes:
+    for process in processes.values():
         process.join()
     return rounds, memory
 
@@ -310,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard.run_script("step.py", main)

@@ -1,13 +1,18 @@
-"""Save, load, find the newest: everything that changes during a run, atomic, versioned, loadable with weights_only.
+"""Save, load, find the newest: everything that changes during a run, atomic, versioned, finite, loadable with weights_only.
 
 A checkpoint is `run_dir/checkpoints/step-00001000.pt`, a plain dictionary: `version`, `step`, `model` (both encoders, both
 queues and their pointers), `optimizer`, `scaler`, `rng`, `config`, `data` (the fingerprint of the shards).
 """
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
+from torch import Tensor
+
+from inscon import guard
+from inscon.config import Changeable
 
 VERSION = 1
 _ELASTIC = {
@@ -22,19 +27,38 @@ class CheckpointError(ValueError):
 
 
 def save(run_dir: Path, contents: dict, keep: int) -> Path:
-    """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`."""
+    """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`.
+
+    FloatingPointError for weights or momentum that are not finite: nothing is written then, and nothing removed. The caller is
+    the only process that writes into `run_dir`: what killed ones left unfinished goes.
+    """
     folder = Path(run_dir) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    broken = not_finite(contents)
+    if broken:
+        raise FloatingPointError(f"step {contents['step']} is not saved: {broken} is not finite any more")
     path = folder / f"step-{contents['step']:08d}.pt"
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
+    guard.remove_unfinished(folder)
+    with guard.whole_file(path) as file:
         torch.save({"version": VERSION, **contents}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
     for old in _all(run_dir)[:-keep]:
         old.unlink()
     return path
+
+
+def not_finite(contents: object) -> str | None:
+    """The name of the first weight, or state of an optimizer, in nested dictionaries that holds inf or NaN; waits for the device
+    once."""
+    tensors = dict(_floats(contents))
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist() if tensors else []
+    return next((name for name, fine in zip(tensors, finite) if not fine), None)
+
+
+def _floats(contents: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(contents, dict):
+        for key, value in contents.items():
+            yield from _floats(value, f"{name}.{key}" if name else str(key))
+    elif torch.is_tensor(contents) and contents.is_floating_point():
+        yield name, contents
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -48,38 +72,61 @@ def _all(run_dir: Path) -> list[Path]:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint without running any code that may be in it. Raises CheckpointError if it isn't one of ours."""
+    """Read a checkpoint without running any code that may be in it. CheckpointError if it isn't one of ours, or isn't finite."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; give a step-*.pt file or a run folder that holds one")
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files
         raise CheckpointError(
-            f"{path} can't be read as a checkpoint ({type(error).__name__}); delete it to go on from the one before"
+            f"{path} can't be read as a checkpoint ({type(error).__name__}); {_without(path)}"
         ) from error
     version = contents.get("version") if isinstance(contents, dict) else None
     if version != VERSION:
         raise CheckpointError(
             f"{path} is of checkpoint version {version}, this program reads {VERSION}; use the release that wrote it"
         )
+    broken = not_finite(contents)
+    if broken:
+        raise CheckpointError(f"{path} is of a run that had diverged: {broken} is not finite; {_without(path)}")
     return contents
 
 
-def check_continues(contents: dict, path: Path, config: dict, data: str) -> None:
-    """Refuse to continue a checkpoint with settings, or shards, under which it would become another run."""
-    differences = [
-        f"{group}.{name} was {before!r} and is {now.get(name)!r}"
+def _without(path: Path) -> str:
+    """What to do about a checkpoint that is of no use."""
+    before = [other.name for other in sorted(Path(path).parent.glob("step-*.pt")) if other.name < Path(path).name]
+    return f"delete it to go on from the one before, {before[-1]}" if before else "delete it to begin again"
+
+
+def check_continues(contents: dict, path: Path, config: dict, data: str) -> list[str]:
+    """Refuse to continue a checkpoint with settings, or shards, under which it would become another run.
+
+    Returns what `run.change_on_resume` lets change, "lr 0.03 -> 0.01" for each setting.
+    """
+    if "config" not in contents:
+        raise CheckpointError(
+            f"{path} is a detector of scripts/finetune_detection.py, no pre-training; set another --run-dir"
+        )
+    differences = {
+        (group, name): (before, now.get(name))
         for group, now in config.items()
         for name, before in contents["config"].get(group, {}).items()
         if _matters(group, name) and before != now.get(name)
-    ]
+    }
+    asked = {("optim", name) for name in config["run"].get("change_on_resume", ())}
+    refused = {which: values for which, values in differences.items() if which not in asked}
+    said = [f"{group}.{name} was {before!r} and is {now!r}" for (group, name), (before, now) in refused.items()]
     if contents["data"] != data:
-        differences.append(f"the data set was {contents['data']} and is {data}")
-    if differences:
+        said.append(f"the data set was {contents['data']} and is {data}")
+    if said:
+        changed = sorted(name for _, name in differences)
+        helps = contents["data"] == data and {("optim", name) for name in get_args(Changeable)} >= set(differences)
         raise CheckpointError(
-            f"{path} belongs to another configuration: {'; '.join(differences)}. "
-            f"Start with the old settings, or set another --run-dir"
+            f"{path} belongs to another configuration: {'; '.join(said)}. Start with the old settings and data, "
+            + (f"go on with the new ones by --change-on-resume {' '.join(changed)}, " if helps else "")
+            + "or set another --run-dir"
         )
+    return [f"{name} {before} -> {now}" for (_, name), (before, now) in differences.items()]
 
 
 def _matters(group: str, name: str) -> bool:

@@ -48,6 +48,22 @@ def gradients_handed_over() -> None:
         _listening.hand_over()
 
 
+def now(device: "torch.device"):
+    """A moment: of the host, or in the stream of a GPU, which nobody waits for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start, end) -> float:
+    """Between two moments of `now`; on a GPU they must have passed."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
 class _Listener:
     """Hears of parts while it is entered as a context; one at a time in a process."""
 
@@ -87,9 +103,7 @@ class StepClock(_Listener):
     """Time by step and part on `device`; begins when it is entered."""
 
     def __init__(self, device: "torch.device"):
-        import torch
-
-        self._on_gpu, self._cuda = device.type == "cuda", torch.cuda
+        self._device = device
         self._begin()
 
     def __enter__(self):
@@ -105,11 +119,7 @@ class StepClock(_Listener):
 
     def _now(self):
         self._marks += 1
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = self._cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return now(self._device)
 
     @contextlib.contextmanager
     def at(self, name: str):
@@ -145,21 +155,20 @@ class StepClock(_Listener):
     def read(self) -> StepTimes:
         """What was measured since the clock was entered or read; on a GPU this waits for the device."""
         self._turn()
-        if self._on_gpu:
-            self._cuda.synchronize()
-        steps = [self._between(a, b) for a, b in zip(self._laps, self._laps[1:])]
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        steps = [seconds(a, b) for a, b in zip(self._laps, self._laps[1:])]
         parts = []
         for spans in self._spans[: len(steps)]:
             found: dict[str, float] = {}
             for name, start, end in spans:
-                found[name] = found.get(name, 0.0) + self._between(start, end)
+                found[name] = found.get(name, 0.0) + seconds(start, end)
             parts.append(found)
         times = StepTimes(steps, parts, self._marks)
         self._begin()
         return times
-
-    def _between(self, start, end) -> float:
-        return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
 
     def cost_s(self, repeats: int = 1000) -> float:
         """What one mark costs, measured now; forgets what was measured before."""

@@ -9,11 +9,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 HEADS = ("single", "multi", "cell")
 STAGES = {"res4": 16, "res5": 32}
 """Trunk stages that can feed the cell head, with their strides in px."""
+Changeable = Literal["lr", "momentum", "weight_decay", "epochs", "schedule"]
+"""Settings of the optimizer that a resumed run may change where it says so."""
 NORM_GROUP = 32
 """Images normalised together: a GPU's share of the paper's batch of 256 on 8."""
 
@@ -255,6 +257,8 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of run_dir if there is one. never: refuse a run_dir that holds any."""
+    change_on_resume: tuple[Changeable, ...] = ()
+    """Settings that may differ from the checkpoint's, e.g. lr; the new value counts from there on. Others refuse to resume."""
     tensorboard: bool = True
     """Write TensorBoard files too, if the tensorboard package is installed."""
     eval_data: Path | None = None
@@ -266,6 +270,11 @@ class RunConfig:
     """How many of eval_data are taken at most; packing has shuffled them, so the first ones are as good as any."""
 
     def __post_init__(self):
+        unknown = sorted(set(self.change_on_resume) - set(get_args(Changeable)))
+        if unknown:
+            raise ValueError(
+                f"change_on_resume takes {' '.join(get_args(Changeable))}. Found: {' '.join(unknown)}; set another --run-dir"
+            )
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")

@@ -119,8 +119,8 @@ class Health:
             figures |= {f"queue_renewed_{name}": renewed, f"queue_mean_length_{name}": length}
             if length > CONCENTRATED and step * keys_per_step >= TURNS * size:
                 found[f"collapsed {name}"] = (
-                    f"the {name} keys have collapsed: their mean is {length:.3f} long where 1 says that all are the same (lower "
-                    "--lr, look at the losses)"
+                    f"the {name} keys have collapsed: their mean is {length:.3f} long where 1 says that all are the same; look at "
+                    "the losses, or go on with a lower --lr and --change-on-resume lr"
                 )
             elif renewed < RENEWED:
                 found[f"stuck {name}"] = (

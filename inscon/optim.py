@@ -25,7 +25,21 @@ def make_optimizer(parameters, config: OptimConfig, device: torch.device) -> tup
         chosen = "apex" if apex_sgd else "torch-fused"
     if chosen == "apex":
         return apex_sgd(parameters, **settings), chosen
-    return torch.optim.SGD(parameters, **settings, fused=chosen == "torch-fused", foreach=chosen == "foreach"), chosen
+    optimizer = torch.optim.SGD(parameters, **settings, fused=chosen == "torch-fused", foreach=chosen == "foreach")
+    if chosen == "torch-fused":
+        _zero_missing_momentum(optimizer)
+        optimizer.register_load_state_dict_post_hook(_zero_missing_momentum)
+    return optimizer, chosen
+
+
+def _zero_missing_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where there is no momentum yet; the first update is the same number.
+
+    torch's fused kernel is given buffers that nobody filled, and leaves them so where a gradient scaler found an overflow.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if optimizer.state[parameter].get("momentum_buffer") is None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _find_apex_sgd():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from inscon.clock import BACKWARD, OPTIMIZER, gradients_handed_over, part
 from inscon.config import Config
 from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
-from inscon.meters import LossMeter, MetricsLog, Stopwatch, top1_of, window
+from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, top1_of, window
 from inscon.model import InsCon, Losses
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, capability_of, check_compiling, check_device, choose_precision
@@ -40,6 +41,8 @@ class Training:
     """Fingerprint of the data set; a checkpoint of another one is refused."""
     step: int = 0
     """Optimizer updates done."""
+    changes: list[str] = field(default_factory=list)
+    """What a resumed run has changed of the settings, "lr 0.03 -> 0.01"."""
     bad_samples: list[int] = field(default_factory=list)
     """Ids of the samples that no rank could use when the last checkpoint was written."""
 
@@ -57,8 +60,10 @@ class Training:
 
     def load_state_dict(self, contents: dict) -> None:
         self.model.load_state_dict(contents["model"])
-        self.optimizer.load_state_dict(contents["optimizer"])
-        self.scaler.load_state_dict(contents["scaler"])
+        # Momentum alone: learning rate, decay and implementation are this run's.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": contents["optimizer"]["state"]})
+        if contents["scaler"]:  # {} where the run had none
+            self.scaler.load_state_dict(contents["scaler"])
         torch.set_rng_state(contents["rng"].cpu())
         self.step = contents["step"]
         self.bad_samples = contents.get("bad_samples", [])
@@ -108,7 +113,7 @@ def _resume(training: Training) -> None:
             f"set --resume auto to go on from it, or another --run-dir"
         )
     contents = checkpoint.load(newest, training.device)
-    checkpoint.check_continues(contents, newest, config.to_dict(), training.data)
+    training.changes = checkpoint.check_continues(contents, newest, config.to_dict(), training.data)
     training.load_state_dict(contents)
 
 
@@ -139,17 +144,19 @@ def train(
     What `telemetry` reads goes into the metrics, and the bad samples it knows into the checkpoints. `monitor` evaluates the trunk
     every `eval_every` steps and at the end; its figures go into the metrics too, its time into none of them.
     On SIGTERM or Ctrl-C every rank finishes its step, leaves off an evaluation, rank 0 writes a checkpoint, and the function
-    returns True.
+    returns True. FloatingPointError for losses or weights that are not finite, which are neither saved nor evaluated.
     """
     config = training.config
     model = over_ranks(training.model, config.optim.gradient_wire).train()
     run_dir = config.run.run_dir
     _write_config(config)
     full_rate = rate_of_full_use(training)
-    losses_meter, watch = LossMeter(), Stopwatch()
+    losses_meter, watch, pace = LossMeter(), Stopwatch(), Pace(training.device)
     health = Health(training.model, config.optim.batch_size, training.step)
     with MetricsLog(run_dir, total_steps, training.step, config.run.tensorboard) as log, guard.stop_requests() as stop:
         log.say(describe(training))
+        if training.changes:
+            log.say(f"Changed at step {training.step}: {', '.join(training.changes)}")
         first = True
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step
@@ -158,20 +165,25 @@ def train(
                 for sentence in health.look_at_norm(batch):
                     log.warn(training.step, sentence)
                 watch.restart()
-            lr = take_step(training, model, batch, steps_per_epoch, losses_meter)
+            with pace.step():
+                lr = take_step(training, model, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
             evaluating = monitor and not stopping and (training.step % config.run.eval_every == 0 or finished)
             if training.step % config.run.log_every == 0 or finished or stopping or evaluating:
                 figures = telemetry.read() if telemetry else None
                 found = window(losses_meter, watch, config.optim.batch_size, lr, figures, full_rate)
+                if not math.isfinite(found["loss"]):
+                    raise _diverged(training, f"the loss is not finite any more. Found: {found['loss']}")
+                if evaluating:
+                    _check_weights(training)
                 seen, warnings = health.look(training.step, top1_of(found))
                 if evaluating:
                     evaluation = monitor(lambda: stop.requested)
                     stopping = distributed.any_rank(stop.requested)
                     seen |= {} if stopping else evaluation
                 log.write(training.step, found | seen)
-                for sentence in warnings:
+                for sentence in warnings + pace.look(found["data_wait_percent"]):
                     log.warn(training.step, sentence)
                 watch.restart()  # looking and evaluating belong to no window
             stop.final = stopping or finished
@@ -281,8 +293,30 @@ def _timed(hook):
 
 
 def _save(training: Training) -> None:
+    _check_weights(training)
     if distributed.rank() == 0:
         checkpoint.save(training.config.run.run_dir, training.state_dict(), training.config.run.keep_checkpoints)
+
+
+def _check_weights(training: Training) -> None:
+    """FloatingPointError, on all ranks, where weights, queues or momentum are not finite on one of them."""
+    broken = checkpoint.not_finite(training.state_dict())
+    if distributed.any_rank(broken is not None):
+        raise _diverged(training, f"{broken or 'a weight of another rank'} is not finite any more")
+
+
+def _diverged(training: Training, found: str) -> FloatingPointError:
+    """The end of a run whose numbers are lost: what was found, the last checkpoint, and how to go on from it."""
+    config, last = training.config, checkpoint.latest(training.config.run.run_dir)
+    remedy = f"--lr {config.optim.lr / 2:g}"
+    if last is not None:
+        remedy += " --change-on-resume lr" + " --resume auto" * (config.run.resume == "never")
+    if training.precision.name != "fp32":
+        remedy += ", or with --precision fp32"
+    kept = (
+        f"the last checkpoint, {last}, is finite: go on from it" if last else "there is no checkpoint yet: begin again"
+    )
+    return FloatingPointError(f"{found} at step {training.step}; {kept} with {remedy}")
 
 
 def _write_config(config: Config) -> None:

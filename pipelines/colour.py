@@ -80,8 +80,10 @@ def _blend(levels: Tensor, operations: np.ndarray, factors: np.ndarray) -> Tenso
     weights = np.stack([factor, operations == CONTRAST, per_pixel]).astype(np.float32)
     factor, by_mean, by_pixel = to_device(weights, levels.device).view(3, -1, 1, 1, 1)
     grey = grey_levels(levels)
-    # Summed in float64: in float32 a mean near one half would round to the other whole level now and then.
-    mean = torch.floor(grey.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).float()
+    # In float64: in float32 a mean near one half would round to the other whole level now and then. Not by mean(), which on a
+    # GPU multiplies by a reciprocal.
+    total = grey.sum((1, 2, 3), keepdim=True, dtype=torch.float64)
+    mean = torch.floor(total / torch.full_like(total, grey[0].numel()) + 0.5).float()
     base = by_mean * mean + by_pixel * grey
     return (levels - base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
@@ -107,7 +109,8 @@ def shift_hue(levels: Float[Tensor, "n S S 3"], shift: Float[Tensor, "n 1 1"]) -
     after = torch.where(red_leads, greens, torch.where(green_leads, blues, reds))
     base = torch.where(red_leads, 0.0, torch.where(green_leads, 2.0, 4.0))
     quotient, coloured = torch.minimum(before, after) / span.clamp(min=1), span.clamp(max=1)
-    turn = torch.where(before >= after, (base + coloured) - quotient, (base - coloured) + quotient) / 6
+    turn = torch.where(before >= after, (base + coloured) - quotient, (base - coloured) + quotient)
+    turn = turn / turn.new_full((), 6)  # by a tensor: on a GPU a number would be multiplied by as its reciprocal
     turn = torch.where(turn < 0, turn + 1, turn)
     hue = torch.remainder(torch.floor(turn * 255) + shift, 256) * 6
     saturation = torch.floor(span / value.clamp(min=1) * 255) * LEVEL

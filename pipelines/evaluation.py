@@ -103,7 +103,10 @@ class LabelledViews:
         self.num_classes = max(int(self.labels.max()) + 1, 0)
         self.fingerprint, self.view_size = self.index.fingerprint, view_size
         self._place = {"rank": rank, "world_size": world_size, "device": device, "dtype": dtype}
-        self._loader = LoaderConfig(data=Path(data), pipeline=_engine(pipeline, self.index), threads=threads)
+        # Decoded on the host: trying out what is faster would take longer than many an evaluation, and beside a training.
+        self._loader = LoaderConfig(
+            data=Path(data), pipeline=_engine(pipeline, self.index), threads=threads, decode="cpu"
+        )
         self._batch_size, self._seed = batch_size, seed
         self._count = min(limit or len(self.index), len(self.index))
         # One candidate, so that the other view, which nobody sees, doesn't decide about this one.

@@ -1,6 +1,7 @@
 """Shapes and types written in annotations are checked while the tests run."""
 
 import contextlib
+import resource
 from importlib.util import find_spec
 
 import pytest
@@ -21,3 +22,34 @@ THREADS = torch.get_num_threads()
 with contextlib.suppress(ImportError):
     import ffcv  # noqa: F401
 torch.set_num_threads(THREADS)
+
+OURS = {"inscon", "pipelines", "data_prep", "scripts", "benchmarks", "tests"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """With -m gpu, as on a machine rented for it, a missing package leaves out the tests that need it, and not the others too."""
+    report = yield
+    error = report.call.excinfo.value if report.failed and "gpu" in collector.config.option.markexpr else None
+    while error and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__
+    missing = error.name if error else None
+    if missing and missing.split(".")[0] not in OURS:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {missing} is not installed")
+    return report
+
+
+@pytest.fixture
+def small_files():
+    """`with small_files(bytes):` no file of this process can grow beyond, as if the disk were full."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

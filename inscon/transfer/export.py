@@ -6,8 +6,8 @@ made from travels in the file: an attribute `inscon` of the dictionary (.pth), t
 """
 
 import importlib.metadata
+import io
 import json
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -20,6 +20,7 @@ import torchvision
 import xxhash
 from torch import Tensor, nn
 
+from inscon import checkpoint, guard
 from inscon.encoder import Trunk
 from inscon.transfer.trunk import PREFIX, load_contents, untrained_trunk
 
@@ -90,14 +91,11 @@ def export(
         "digest": digest(tensors),
         "config": contents["config"],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".unfinished-{out.name}")
-    try:
-        _write(tensors, facts, unfinished)
-        check(unfinished, contents)
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    guard.remove_unfinished(out.parent, f"{out.name}.*")
+    with guard.whole_file(out) as file:
+        file.write(_content(tensors, facts, out.suffix))
+        file.flush()
+        check(Path(file.name), contents, out.suffix)
     return facts
 
 
@@ -120,21 +118,29 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read(path: Path, suffix: str | None = None) -> tuple[dict[str, Tensor], dict]:
     """The tensors of an export, by torchvision's names, and what travels with them; no code in it is run.
 
-    Raises ExportError for a file that is none.
+    `suffix`: of what it is, if its name doesn't end so yet. Raises ExportError for a file that is none, or isn't finite.
     """
     path = Path(path)
     if not path.is_file():
         raise ExportError(f"there is no file {path}; write one with scripts/export.py")
+    tensors, facts = _read(path, suffix or path.suffix)
+    broken = checkpoint.not_finite(tensors)
+    if broken:
+        raise ExportError(f"{path} is of a run that had diverged: {broken} is not finite; export an earlier step")
+    return tensors, facts
+
+
+def _read(path: Path, suffix: str) -> tuple[dict[str, Tensor], dict]:
     try:
-        if path.suffix == ".pkl":
+        if suffix == ".pkl":
             with open(path, "rb") as file:
                 held = _NumpyOnly(file).load()
             tensors = {from_detectron2(name): torch.from_numpy(value.copy()) for name, value in held["model"].items()}
             return tensors, held["inscon"]
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(path, "pt") as file:
@@ -179,13 +185,15 @@ def any_trunk(source: Path, untrained: bool = False) -> tuple[Trunk, dict]:
     return trunk.eval(), facts
 
 
-def check(path: Path, contents: dict) -> dict:
+def check(path: Path, contents: dict, suffix: str | None = None) -> dict:
     """Compare a file with the checkpoint it should come from, tensor by tensor, and by what it computes; return its facts.
+
+    `suffix`: see `read`.
 
     Raises ExportError where tensors are missing (BatchNorm's statistics, say) or too many, where they are the key encoder's,
     where they differ from the checkpoint's or from what was written, and where the library computes other features.
     """
-    tensors, facts = read(path)
+    tensors, facts = read(path, suffix)
     trunk = Trunk(contents["config"]["model"]["arch"]).eval()
     expected, query, key = (set(trunk.state_dict()), trunk_tensors(contents), trunk_tensors(contents, KEY_PREFIX))
     missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -211,9 +219,7 @@ def check(path: Path, contents: dict) -> dict:
         )
     if digest(tensors) != facts["digest"]:
         raise ExportError(f"{path} is not as it was written, its checksum differs; export it again")
-    bad = [
-        n for n, v in tensors.items() if n.endswith("running_var") and not (torch.isfinite(v).all() and (v >= 0).all())
-    ]
+    bad = [n for n, v in tensors.items() if n.endswith("running_var") and not (v >= 0).all()]
     if bad:
         raise ExportError(f"{path} holds variances that are none, the first is {bad[0]}; export it again")
     trunk.load_state_dict(tensors)
@@ -286,22 +292,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _write(tensors: Mapping[str, Tensor], facts: dict, path: Path) -> None:
-    with open(path, "wb") as file:
-        if path.suffix == ".pkl":
-            file.write(_pickled(tensors, facts))
-        elif path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import save
-            except ImportError:
-                raise ExportError("a .safetensors file needs the package: pip install safetensors") from None
-            file.write(save(dict(tensors), metadata={"inscon": json.dumps(facts), "format": "pt"}))
-        else:
-            held = OrderedDict(tensors)
-            held.inscon = json.dumps(facts)
-            torch.save(held, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _content(tensors: Mapping[str, Tensor], facts: dict, suffix: str) -> bytes:
+    if suffix == ".pkl":
+        return _pickled(tensors, facts)
+    if suffix == ".safetensors":
+        try:
+            from safetensors.torch import save
+        except ImportError:
+            raise ExportError("a .safetensors file needs the package: pip install safetensors") from None
+        return save(dict(tensors), metadata={"inscon": json.dumps(facts), "format": "pt"})
+    held, file = OrderedDict(tensors), io.BytesIO()
+    held.inscon = json.dumps(facts)
+    torch.save(held, file)
+    return file.getvalue()
 
 
 def _pickled(tensors: Mapping[str, Tensor], facts: dict) -> bytes:

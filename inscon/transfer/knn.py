@@ -33,6 +33,7 @@ def features(
     """Unit features and labels of all `batches` of (pixels [B 3 S S], labels [B]), on the CPU; the trunk isn't changed.
 
     No batches, as for a rank without pictures, make N = 0. `amp_dtype`: what convolutions are computed in; None: as the trunk is.
+    FloatingPointError for features that are not finite.
     """
     if trunk.training:
         raise ValueError(
@@ -45,7 +46,13 @@ def features(
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             res5 = trunk(pixels.to(device))["res5"]
         rows.append((F.normalize(res5.float().mean((2, 3)), dim=1).cpu(), labels))
-    return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+    found, labels = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+    broken = int((~found.isfinite()).any(1).sum())
+    if broken:
+        raise FloatingPointError(
+            f"{broken} of {len(found)} pictures have features that are not finite; set --precision fp32"
+        )
+    return found, labels
 
 
 def accuracy(

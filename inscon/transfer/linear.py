@@ -120,11 +120,7 @@ class Probe:
                 if within == steps_per_epoch - 1:
                     figures = {"loss": float(sum_loss) / steps_per_epoch, "lr": protocol.lr_at(epoch)}
                     sum_loss = torch.zeros((), device=self.device)
-                    if not math.isfinite(figures["loss"]):
-                        raise FloatingPointError(
-                            f"the probe's loss is not finite any more. Found: {figures['loss']}; set a smaller --base-lr than "
-                            f"{protocol.base_lr}"
-                        )
+                    self._check_finite(figures["loss"])
                     if not stopping and ((epoch + 1) % evaluate_every == 0 or epoch == protocol.epochs - 1):
                         found = evaluate()
                         stopping = distributed.any_rank(self._stop.requested)
@@ -134,12 +130,22 @@ class Probe:
                     self._log(epoch + 1, figures)
                     say(epoch + 1, figures)
                 elif stopping:
+                    self._check_finite(float(sum_loss))
                     self._stop.final = True
                     self._save(sum_loss)
                 if stopping:
                     return None
         self.check_trunk()
         return {name: value for name, value in figures.items() if name.startswith("top")}
+
+    def _check_finite(self, loss: float) -> None:
+        held = {"layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict()}
+        broken = "loss" if not math.isfinite(loss) else checkpoint.not_finite(held)
+        if broken:
+            raise FloatingPointError(
+                f"the probe's {broken} is not finite any more. Found: loss {loss:g}; set a smaller --base-lr than "
+                f"{self.protocol.base_lr:g} and another --out"
+            )
 
     @torch.inference_mode()
     def evaluate(self, batches: Batches) -> dict[str, float]:

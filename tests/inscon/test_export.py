@@ -188,12 +188,12 @@ def test_reading_back_catches_what_is_wrong(run, tmp_path):
 def test_an_export_that_is_wrong_never_gets_its_name(run, tmp_path, monkeypatch):
     file = tmp_path / "a.pth"
     file.write_bytes(b"an older file")
-    write = export._write
+    content = export._content
 
-    def careless(tensors, facts, path):
-        write({n: torch.zeros_like(v) for n, v in tensors.items()}, facts, path)
+    def careless(tensors, *others):
+        return content({n: torch.zeros_like(v) for n, v in tensors.items()}, *others)
 
-    monkeypatch.setattr(export, "_write", careless)
+    monkeypatch.setattr(export, "_content", careless)
     with pytest.raises(export.ExportError, match="differs from its checkpoint"):
         export.export(run, "torchvision", file)
     assert file.read_bytes() == b"an older file" and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
@@ -243,6 +243,31 @@ def test_wrong_use_is_one_sentence(run, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads 1"):
         export.export(tmp_path / "old.pt", "torchvision", tmp_path / "e.pth")
     assert not (tmp_path / "e.pth").exists()
+
+
+def test_weights_that_are_not_finite_are_no_export(run, tmp_path):
+    export.export(run, "torchvision", tmp_path / "a.pth")
+    held = torch.load(tmp_path / "a.pth", weights_only=True)
+    broken = OrderedDict(dict(held) | {"conv1.weight": held["conv1.weight"] * torch.inf})
+    broken.inscon = held.inscon
+    torch.save(broken, tmp_path / "b.pth")
+    with pytest.raises(export.ExportError, match="b.pth .*: conv1.weight is not finite; export an earlier step"):
+        export.any_trunk(tmp_path / "b.pth")
+    contents = torch.load(checkpoint.latest(run), weights_only=True)
+    contents["model"]["query_encoder.trunk.bn1.running_var"][0] = torch.nan
+    torch.save(contents, tmp_path / "step-00000007.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="bn1.running_var is not finite; delete it to begin again"):
+        export.export(tmp_path / "step-00000007.pt", "torchvision", tmp_path / "c.pth")
+    assert not (tmp_path / "c.pth").exists()
+
+
+def test_an_export_that_cannot_be_written_leaves_the_older_one(run, tmp_path, small_files):
+    (tmp_path / "a.pth").write_bytes(b"an older one")
+    (tmp_path / "a.pth.host-1-2.unfinished").write_bytes(b"of a killed process")
+    with small_files(1_000_000), pytest.raises(OSError, match="File too large") as found:
+        export.export(run, "torchvision", tmp_path / "a.pth")
+    assert found.value.filename == str(tmp_path / "a.pth") and (tmp_path / "a.pth").read_bytes() == b"an older one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 class Bomb:

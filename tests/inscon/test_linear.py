@@ -169,9 +169,36 @@ def test_the_learning_rate_fits_the_batch():
 
 def test_a_rate_that_explodes_is_one_sentence(tmp_path):
     with pytest.raises(
-        FloatingPointError, match=r"the probe's loss is not finite any more. Found: .*; set a smaller --base-lr than"
+        FloatingPointError,
+        match=r"the probe's loss is not finite any more. Found: .*; set a smaller --base-lr than 1e\+38",
     ):
         train(make_probe(tmp_path, base_lr=1e38))
+
+
+def test_a_layer_that_is_not_finite_is_neither_saved_nor_evaluated(tmp_path):
+    """The last step of the second epoch spoils it, after a loss that is sound."""
+    probe, said = make_probe(tmp_path / "a"), []
+    probe.layer.weight.register_hook(lambda gradient: gradient * (torch.nan if probe.step == 2 * STEPS - 1 else 1))
+    with pytest.raises(FloatingPointError, match=r"layer.weight is not .*smaller --base-lr than 30 and another --out"):
+        train(probe, said=said)
+    assert [epoch for epoch, _ in said] == [1] and make_probe(tmp_path / "a").step == STEPS
+    assert train(make_probe(tmp_path / "b", base_lr=15.0))["top1"] > 0.5  # as the sentence advises
+
+
+def test_a_probe_that_cannot_be_written_is_named_and_leaves_no_rest(tmp_path, small_files):
+    probe = make_probe(tmp_path)
+    (tmp_path / "probe.unfinished").write_bytes(b"of a killed process")
+    with small_files(1000), pytest.raises(OSError, match="File too large") as found:
+        train(probe)
+    assert found.value.filename == str(tmp_path / "probe.pt") and list(tmp_path.iterdir()) == []
+
+
+def test_features_that_are_not_finite_are_no_features():
+    trunk = Trunk("resnet18").eval()
+    with torch.no_grad():
+        trunk.layer4[1].bn2.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="24 of 24 pictures have features that are not finite"):
+        knn.monitor(trunk, batches(0, 3), k=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ neighbours

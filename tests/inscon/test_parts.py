@@ -1,5 +1,6 @@
 """The small parts: mosaic, queue, BatchNorm, heads, optimizer, precision."""
 
+import argparse
 import sys
 import types
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from inscon.config import OptimConfig
+from inscon.config import Config, OptimConfig, ViewConfig, resolve
 from inscon.encoder import Trunk
 from inscon.heads import cell_head, instance_head
 from inscon.key_queue import KeyQueue
@@ -240,6 +241,45 @@ def test_every_optimizer_is_sgd_with_momentum_and_decay(name):
     torch.testing.assert_close(p.data, expected)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody filled holds NaN."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_with_an_overflow_never_were(device, loaded, poisoned):
+    """torch's fused SGD under a gradient scaler, against plain SGD in float64 over the other steps. `loaded`: after the state of
+    an optimizer that had no momentum yet."""
+    p = nn.Parameter(torch.linspace(-1, 1, 21, device=device))
+    expected, velocity = p.detach().double().cpu(), torch.zeros(21, dtype=torch.float64)
+    settings = OptimConfig(lr=0.1, optimizer="torch-fused")
+    optimizer, _ = make_optimizer([p], settings, torch.device(device))
+    if loaded:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+    scaler = torch.amp.GradScaler(device, init_scale=65536.0)
+    for step in range(8):
+        gradient = torch.randn(21, generator=torch.Generator().manual_seed(step))
+        overflows = step in (0, 1, 4)
+        scaler.scale((p * gradient.to(device)).sum()).backward()
+        if overflows:
+            p.grad[3] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if not overflows:
+            velocity = 0.9 * velocity + gradient.double() + 1e-4 * expected
+            expected = expected - 0.1 * velocity
+    assert scaler.get_scale() == 65536 / 8
+    torch.testing.assert_close(p.detach().cpu().double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_apex_equals_torchs_fused_sgd():
@@ -266,6 +306,18 @@ def test_apex_is_refused_where_it_is_not_really_there(monkeypatch):
     from inscon.optim import _find_apex_sgd
 
     assert _find_apex_sgd() is None
+
+
+# benchmark
+
+
+def test_a_contender_that_ends_ends_the_benchmark():
+    from benchmarks.step import contend
+
+    config = resolve(Config(views=ViewConfig(view_size=64), optim=OptimConfig(batch_size=8)), 1)
+    arguments = argparse.Namespace(threads=1, device="cpu", warm_up=1, steps=1, rounds=1)
+    with pytest.raises(ChildProcessError, match='"nobody" ended with exit code 1.*; set a smaller --batch-size'):
+        contend(["nobody"], config, arguments)  # whose process knows of no such contender
 
 
 # precision

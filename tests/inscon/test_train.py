@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from inscon import checkpoint, train
 from inscon.batch import Batch, View
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, resolve
-from inscon.meters import LossMeter, MetricsLog, Stopwatch
+from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, unsteady
 from inscon.model import Losses
 from inscon.mosaic import assemble
 
@@ -178,9 +180,184 @@ def test_losses_that_are_not_finite_stop_the_run_in_one_sentence(tmp_path):
     training = train.set_up(config, CPU, "set A")
     bad = batch_of(0)
     bad.query.pixels[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="the loss is not finite any more. Found: nan; lower --lr"):
+    with pytest.raises(FloatingPointError, match=r"Found: nan at step 1; there is no checkpoint yet: .*--lr 0.015$"):
         train.train(training, [bad], PER_EPOCH, 1)
     assert checkpoint.latest(tmp_path) is None
+    assert run(changed(config, "optim", lr=0.015), total=1).step == 1  # which the sentence advises
+
+
+def gradient_at(training, steps, value):
+    """In these steps, one gradient becomes `value` times what it is."""
+    weight = training.model.query_encoder.trunk.conv1.weight
+    weight.register_hook(lambda gradient: gradient * value if training.step in steps else gradient)
+
+
+def poison(monkeypatch):
+    """Memory that nobody filled holds NaN."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+
+
+def test_overflows_at_the_start_and_in_the_middle_leave_a_run_finite(tmp_path, monkeypatch):
+    """As in float16, whose first steps always overflow; here on a CPU, with the gradients made infinite."""
+    poison(monkeypatch)
+    config = make_config(tmp_path)
+    training = train.set_up(config, CPU, "set A")
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    gradient_at(training, {0, 2}, torch.inf)
+    train.train(training, [batch_of(step) for step in range(4)], PER_EPOCH, 4)
+    assert training.scaler.get_scale() == 16 and checkpoint.not_finite(training.state_dict()) is None
+    resumed = train.set_up(config, CPU, "set A")  # whose scaler is off, as with --precision fp32
+    assert resumed.step == 4 and checkpoint.not_finite(resumed.state_dict()) is None
+    monkeypatch.undo()
+    without = checkpoint.load(checkpoint.latest(tmp_path))["optimizer"]["state"]
+    assert all(torch.equal(held["momentum_buffer"], value["momentum_buffer"]) for held, value in zip(
+        resumed.optimizer.state.values(), without.values(), strict=True))  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_half_precision_on_a_gpu_stays_finite(tmp_path):
+    config = changed(make_config(tmp_path), "optim", precision="fp16", epochs=16)
+    config = changed(config, "run", log_every=16)
+    training = train.set_up(config, torch.device("cuda"), "set A")
+    there = (on_gpu(batch_of(step)) for step in range(48))
+    train.train(training, there, PER_EPOCH, 48)
+    assert training.scaler.get_scale() < 65536  # the first steps overflowed
+    assert checkpoint.not_finite(training.state_dict()) is None and len(lines(tmp_path)) == 3
+
+
+def on_gpu(batch):
+    def moved(view):
+        return View(pixels=view.pixels.cuda(), crop_box=view.crop_box.cuda(), flipped=view.flipped.cuda())
+
+    return dataclasses.replace(batch, query=moved(batch.query), key=moved(batch.key), mosaic=batch.mosaic.cuda())
+
+
+@pytest.mark.parametrize("ending", ["finished", "signal", "evaluation"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path, ending, capsys):
+    """The step's loss is sound, its update isn't. The last checkpoint stays, and the run goes on as the sentence advises."""
+    config, evaluated = make_config(tmp_path, eval_every=3), []
+    training, total = train.set_up(config, CPU, "set A"), 3 if ending == "finished" else 6
+    gradient_at(training, {2}, torch.nan)
+
+    def loader():
+        for step in range(total):
+            if step == 2 and ending == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch_of(step)
+
+    with pytest.raises(FloatingPointError) as found:
+        monitor = (lambda: evaluated.append(training.step) or {}) if ending == "evaluation" else None
+        train.train(training, loader(), PER_EPOCH, total, monitor=monitor)
+    sentence = str(found.value)
+    assert "model.query_encoder.trunk.conv1.weight is not finite any more at step 3" in sentence and not evaluated
+    assert f"the last checkpoint, {tmp_path}/checkpoints/step-00000002.pt, is finite" in sentence
+    assert sentence.endswith("go on from it with --lr 0.015 --change-on-resume lr")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    slower = changed(changed(config, "optim", lr=0.015), "run", change_on_resume=("lr",))
+    assert run(slower, total=3).step == 3
+    assert "Changed at step 2: lr 0.03 -> 0.015" in capsys.readouterr().out
+    assert lines(tmp_path)[-1]["lr"] == 0.015 and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert checkpoint.load(checkpoint.latest(tmp_path))["config"]["optim"]["lr"] == 0.015
+    again = train.set_up(changed(slower, "run", change_on_resume=()), CPU, "set A")  # it isn't asked for twice
+    assert again.step == 3 and again.changes == []
+
+
+def test_the_sentence_about_a_diverged_run_fits_its_settings(tmp_path):
+    config = make_config(tmp_path, resume="never")
+    config = changed(config, "optim", precision="bf16")
+    training = train.set_up(config, CPU, "set A")
+    gradient_at(training, {1}, torch.nan)
+    with pytest.raises(FloatingPointError, match="there is no checkpoint yet: .*--lr 0.015, or with --precision fp32$"):
+        train.train(training, [batch_of(step) for step in range(2)], PER_EPOCH, 2)
+    run(config, total=2)
+    training.step = 2
+    with pytest.raises(FloatingPointError, match="--change-on-resume lr --resume auto, or with --precision fp32$"):
+        train._check_weights(training)
+    whole = changed(changed(config, "run", resume="auto"), "optim", precision="fp32")
+    assert train.set_up(whole, CPU, "set A").step == 2
+
+
+def test_every_rank_stops_where_one_has_diverged(tmp_path, monkeypatch):
+    training = train.set_up(make_config(tmp_path), CPU, "set A")
+    monkeypatch.setattr("inscon.distributed.any_rank", lambda flag: True)
+    with pytest.raises(FloatingPointError, match="a weight of another rank is not finite"):
+        train._check_weights(training)
+
+
+def test_other_settings_of_the_optimizer_take_effect(tmp_path):
+    """Those that an optimizer keeps in its own state, too; and another implementation."""
+    config = make_config(tmp_path)
+    run(config, total=2)
+    other = changed(config, "optim", lr=0.02, momentum=0.5, weight_decay=0.0, epochs=4, schedule="cosine-step",
+                    optimizer="foreach")  # fmt: skip
+    with pytest.raises(
+        checkpoint.CheckpointError, match="go on with the new ones by --change-on-resume epochs lr momentum"
+    ):
+        train.set_up(other, CPU, "set A")
+    asked = changed(other, "run", change_on_resume=("lr", "momentum", "weight_decay", "epochs", "schedule"))
+    training = train.set_up(asked, CPU, "set A")
+    [group] = training.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["fused"], group["foreach"]) == (0.5, 0.0, False, True)
+    assert {"momentum 0.9 -> 0.5", "epochs 2 -> 4", "schedule cosine-epoch -> cosine-step"} <= set(training.changes)
+    assert len(training.optimizer.state) == len(group["params"])
+    train.train(training, [batch_of(2)], PER_EPOCH, 3)
+    assert lines(tmp_path)[-1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 2 / 12)))
+    with pytest.raises(ValueError, match="change_on_resume takes lr momentum .*Found: temperature"):
+        RunConfig(change_on_resume=("temperature",))
+
+
+def test_what_the_sentences_about_resuming_advise_works(tmp_path):
+    config = make_config(tmp_path / "a")
+    run(config, total=4)
+    warm = changed(config, "model", temperature=0.1)
+    with pytest.raises(checkpoint.CheckpointError) as found:
+        train.set_up(warm, CPU, "set A")
+    assert "Start with the old settings and data, or set another --run-dir" in str(found.value)
+    assert "--change-on-resume" not in str(found.value)  # which would not help
+    assert train.set_up(config, CPU, "set A").step == 4
+    assert train.set_up(changed(warm, "run", run_dir=tmp_path / "b"), CPU, "set B").step == 0
+    never = changed(config, "run", resume="never")
+    with pytest.raises(ValueError, match="set --resume auto to go on from it, or another --run-dir"):
+        train.set_up(never, CPU, "set A")
+    assert train.set_up(changed(never, "run", run_dir=tmp_path / "b"), CPU, "set A").step == 0
+    newest = checkpoint.latest(tmp_path / "a")
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with pytest.raises(checkpoint.CheckpointError, match="can't be read .*go on from the one before, step-00000002.pt"):
+        train.set_up(config, CPU, "set A")
+    newest.unlink()
+    assert train.set_up(config, CPU, "set A").step == 2
+
+
+def test_a_checkpoint_that_is_not_finite_is_of_no_use(tmp_path):
+    """As earlier versions wrote them: nothing goes on from it, and nothing evaluates it."""
+    from inscon.transfer.export import any_trunk
+    from inscon.transfer.trunk import load_trunk
+
+    config = make_config(tmp_path)
+    run(config, total=2)
+    good = checkpoint.latest(tmp_path)
+    contents = torch.load(good, weights_only=True)
+    contents["model"]["query_encoder.trunk.conv1.weight"][0] = torch.nan
+    torch.save(contents | {"step": 4}, good.with_name("step-00000004.pt"))
+    for use in (lambda: train.set_up(config, CPU, "set A"), lambda: load_trunk(tmp_path), lambda: any_trunk(tmp_path),
+                lambda: any_trunk(tmp_path, untrained=True)):  # fmt: skip
+        with pytest.raises(checkpoint.CheckpointError, match="step-00000004.pt .*conv1.weight is not finite; delete it .*"
+                           "the one before, step-00000002.pt"):  # fmt: skip
+            use()
+    checkpoint.latest(tmp_path).unlink()
+    assert train.set_up(config, CPU, "set A").step == 2 and any_trunk(tmp_path)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_that_is_not_finite_is_saved_or_pruned_for(tmp_path, value):
+    checkpoint.save(tmp_path, {"step": 1, "model": {"weight": torch.ones(3)}}, keep=1)
+    broken = torch.tensor([1.0, value])
+    for contents in ({"model": {"weight": broken}}, {"optimizer": {"state": {7: {"momentum_buffer": broken}}}}):
+        with pytest.raises(FloatingPointError, match="step 2 is not saved: .*(weight|7.momentum_buffer) is not finite"):
+            checkpoint.save(tmp_path, {"step": 2, **contents}, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
 
 
 def changed(config, group, **settings):
@@ -248,7 +425,24 @@ def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, {"step": 2}, keep=1)
-    assert checkpoint.latest(tmp_path).name == "step-00000001.pt"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
+def test_a_file_that_cannot_grow_is_named_and_leaves_no_rest(tmp_path, small_files):
+    """torch.save hides the system's reason in an error of its own."""
+    checkpoint.save(tmp_path, {"step": 1}, keep=2)
+    with small_files(100_000), pytest.raises(OSError, match="File too large") as found:
+        checkpoint.save(tmp_path, {"step": 2, "model": {"weight": torch.ones(100_000)}}, keep=1)
+    assert found.value.filename == str(tmp_path / "checkpoints/step-00000002.pt")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
+def test_what_killed_processes_left_goes_with_the_next_checkpoint(tmp_path):
+    folder = checkpoint.save(tmp_path, {"step": 1}, keep=2).parent
+    for name in ("step-00000002.unfinished", "step-00000002.pt.host-1-2.unfinished"):
+        (folder / name).write_bytes(b"half")
+    checkpoint.save(tmp_path, {"step": 2}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001.pt", "step-00000002.pt"]
 
 
 def test_meters_read_means_and_start_anew(monkeypatch):
@@ -263,6 +457,62 @@ def test_meters_read_means_and_start_anew(monkeypatch):
     waits = watch.waits([1, 2])
     next(waits), next(waits)  # 1..2 and 5..5
     assert watch.read() == {"step_s": 5.0, "data_wait_percent": 10.0}  # at 10
+
+
+ALONE = [0.4 + 0.01 * (i % 7) for i in range(60)]
+
+
+@pytest.mark.parametrize(("took_s", "times"), [
+    (ALONE, None),
+    ([*ALONE, 9.0, 8.0, 7.0], None),  # a few slow ones
+    ([*ALONE[:40], *[1.0] * 20], None),  # a laptop that became warm
+    ([*ALONE[:40], *[2.0] * 20], "4.9 times the 0.41 s"),
+    ([0.4, 0.4, 1.4] * 20, "3.5 times"),
+    ([3.0] * 54 + [0.5] * 10, "6.0 times"),  # alone for a moment
+])  # fmt: skip
+def test_steps_that_vary_severalfold_are_of_a_shared_machine(took_s, times):
+    sentence = unsteady(took_s)
+    if times is None:
+        assert sentence is None
+    else:
+        assert times in sentence and f"of {len(took_s)} steps" in sentence and "end what else runs on it" in sentence
+
+
+def watched(monkeypatch, took_s, waits=(0.0,), every=20):
+    """What a Pace says of steps that take so long, looked at every so many steps with these data waits, in percent."""
+    clock = iter([at for start, s in enumerate(took_s) for at in (100.0 * start, 100.0 * start + s)])
+    monkeypatch.setattr("inscon.meters.now", lambda device: next(clock))
+    pace, said = Pace(CPU), []
+    for number in range(1, len(took_s) + 1):
+        with pace.step():
+            pass
+        if number <= Pace.FIRST:
+            next(clock)
+        if number % every == 0:
+            said += [(number, sentence) for sentence in pace.look(waits[min(number // every - 1, len(waits) - 1)])]
+    return said
+
+
+def test_a_shared_machine_is_named_once_and_no_other(monkeypatch):
+    uneven = [0.4, 2.0] * 60
+    assert [number for number, _ in watched(monkeypatch, uneven)] == [60]  # 40 steps after the first ten
+    assert watched(monkeypatch, uneven, waits=(30.0,)) == []  # the loader's doing
+    assert [number for number, _ in watched(monkeypatch, uneven, waits=(30.0, 30.0, 0.0))] == [80]
+    assert watched(monkeypatch, [5.0] * 10 + [0.4] * 110) == []  # the first steps
+
+
+def test_the_trainer_names_a_shared_machine(tmp_path, monkeypatch, capsys):
+    def step(training, model, batch):
+        time.sleep(0.06 if training.step % 3 == 0 else 0.002)
+        total = torch.zeros(())
+        return Losses(single=total, multi=None, cell=None, total=total, top1={"single": total})
+
+    monkeypatch.setattr(train, "run_step", step)
+    config = changed(make_config(tmp_path), "run", log_every=55, checkpoint_every=1000)
+    training, batch = train.set_up(config, CPU, "set A"), batch_of(0)
+    train.train(training, (batch for _ in range(55)), PER_EPOCH, 55)
+    assert "warning at step 55: this machine seems to be shared: of 45 steps" in capsys.readouterr().out
+    assert "seems to be shared" in (tmp_path / "warnings.jsonl").read_text()
 
 
 def test_tensorboard_gets_every_value(tmp_path):

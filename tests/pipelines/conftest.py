@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from tests.packed import Sample, write_set
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train"
 SIZES = [(1, 1), (1, 90), (200, 3), (64, 64), (75, 500), (500, 75)] + [(90 + 7 * i, 160 - 5 * i) for i in range(14)]
@@ -41,6 +40,8 @@ def as_jpeg(image: Image.Image) -> bytes:
 def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: dict[int, tuple] | None = None) -> Path:
     """Twenty pictures in several shards, and in a .beton beside them (`data_for`); `jpegs` and `sizes` replace what is stored of
     single samples."""
+    from tests.packed import Sample, write_set  # what it needs may be missing: tests/conftest.py
+
     samples = []
     for i, (height, width) in enumerate(SIZES):
         image = draw_picture(i, height, width)

@@ -1,10 +1,13 @@
 """The device tail against torchvision's PIL functions, each operation alone and whole plans; here on the CPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
+from torch.overrides import TorchFunctionMode
 
 from inscon.config import ViewConfig
 from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, SATURATION, ViewPlan, plan_views
@@ -67,15 +70,67 @@ def test_each_operation_equals_torchvision(name, device):
         np.testing.assert_array_equal(made[i], np.asarray(adjust(Image.fromarray(pixels[i]))))
 
 
+def some_colours() -> np.ndarray:
+    """One in 27 of the 16.7 million colours, greys and borders included, as a picture."""
+    shades = np.r_[0:256:3].astype(np.uint8)
+    return np.resize(np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1), (1, 798, 798, 3))
+
+
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.001, 0.037, 0.1])
 def test_hue_of_every_colour_equals_torchvision(turns, device):
-    """One in 27 of the 16.7 million colours, greys and borders included."""
-    shades = np.r_[0:256:3].astype(np.uint8)
-    cube = np.resize(np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1), (1, 798, 798, 3))
+    cube = some_colours()
     shift = torch.tensor(np.trunc(np.float64(np.float32(turns)) * 255), dtype=torch.float32, device=device)
     made = colour.shift_hue(torch.from_numpy(cube).to(device).float(), shift.view(1, 1, 1))
     wanted = np.asarray(F.adjust_hue(Image.fromarray(cube[0]), float(np.float32(turns))))
     np.testing.assert_array_equal(made[0].cpu().numpy(), wanted)
+
+
+class LikeCuda(TorchFunctionMode):
+    """Divisions as CUDA compiles them: by a number as a product with its reciprocal, and so are means."""
+
+    DIVISIONS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.__truediv__, torch.Tensor.div_)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.DIVISIONS and not torch.is_tensor(args[1]):
+            return args[0] * (torch.ones((), dtype=args[0].dtype) / args[1])
+        if function in (torch.mean, torch.Tensor.mean):
+            summed = args[0].sum(*args[1:], **kwargs)
+            return summed * (torch.ones((), dtype=summed.dtype) / (args[0].numel() // summed.numel()))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("turns", [0.0, -0.1])
+def test_hue_divides_exactly_where_a_number_would_become_its_reciprocal(turns):
+    """A CUDA device's arithmetic, on the CPU; with `/ 6` some of the colours were up to 6 levels off."""
+    cube = torch.from_numpy(some_colours()).float()
+    shift = torch.full((1, 1, 1), float(np.trunc(turns * 255)))
+    with LikeCuda():
+        made = colour.shift_hue(cube, shift)
+        assert float(torch.full((), 41.0) / 41) != 1  # the mode is on
+    assert torch.equal(made, colour.shift_hue(cube, shift))
+
+
+def test_a_mean_grey_of_one_half_is_rounded_up_everywhere():
+    """As PIL does; of 7 x 7 pixels and so on, a product with the reciprocal falls below."""
+    for side, level in itertools.product((14, 28, 56, 224), range(0, 255, 5)):
+        pixels = np.full((1, side, side, 3), level, np.uint8)
+        pixels[0, : side // 2] += 1
+        plan = plan_of([[CONTRAST]], (1, 0.0, 1, 0))
+        with LikeCuda():
+            made = colour.jitter(torch.from_numpy(pixels).float(), plan)
+        assert (made == level + 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("turns", [-0.5, -0.1, -0.001, 0.0, 0.037, 0.1])
+def test_on_a_gpu_the_hue_of_all_colours_is_the_cpus(turns):
+    shift = torch.full((1, 1, 1), float(np.trunc(turns * 255)))
+    shades = torch.arange(256.0)
+    cube = torch.stack(torch.meshgrid(shades, shades, shades, indexing="ij"), -1).view(16, 1024, 1024, 3)
+    for some in cube.split(1):
+        assert torch.equal(colour.shift_hue(some.cuda(), shift.cuda()).cpu(), colour.shift_hue(some, shift))
 
 
 def test_blur_equals_pil(device):

@@ -108,6 +108,17 @@ def test_random_crops_resume_and_differ_between_epochs(views):
     assert sorted(np.bincount(labels[:20])) != [0, 0, 20] and len(labels) == 40
 
 
+def test_nothing_is_tried_out_for_an_evaluation(labelled, monkeypatch):
+    """Where a training would measure three ways to decode first, as on a GPU."""
+    dali = pytest.importorskip("pipelines.dali", reason="DALI is not installed", exc_type=ImportError)
+    monkeypatch.setattr(dali, "candidates", lambda *_: [dali.Decode("cpu", None), dali.Decode("mixed", None)])
+    monkeypatch.setattr(dali, "try_out", lambda *_: pytest.fail("a trial"))
+    views = LabelledViews(labelled, SIDE, 5, "dali", threads=1)
+    assert len(joined(views.centre_crops())[0]) == COUNT
+    with views.random_crops(0, 1) as batches:
+        assert len(joined(batches)[0]) == 5
+
+
 def test_a_set_without_labels_is_refused(tmp_path):
     samples = [
         Sample(as_jpeg(Image.new("RGB", (70, 70), (9 * i,) * 3)), 70, 70, NO_LABEL, f"{i}.jpg") for i in range(8)

@@ -45,6 +45,8 @@ SWITCHES = {
     "--schedule cosine-step": ("optim", "schedule", "cosine-step"),
     "--precision bf16": ("optim", "precision", "bf16"),
     "--scale 0.08 1.0": ("views", "scale", (0.08, 1.0)),
+    "--change-on-resume lr momentum --lr 0.01": ("run", "change_on_resume", ("lr", "momentum")),
+    "--lr 0.015 --change-on-resume lr --resume never": ("optim", "lr", 0.015),
 }
 
 

@@ -151,13 +151,17 @@ class FineTuning:
             bad = [name for name in losses if not math.isfinite(figures[name])]
             raise FineTuningError(
                 f"the loss is not finite any more. Found: {figures['loss']} ({', '.join(bad)}) at iteration {iteration} with lr "
-                f"{lr:g}; set a smaller --base-lr than {self.schedule.base_lr:g}, or a longer --warmup"
+                f"{lr:g}; {self._slower}"
             )
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return figures
+
+    @property
+    def _slower(self) -> str:
+        return f"set a smaller --base-lr than {self.schedule.base_lr:g}, or a longer --warmup, and another --out"
 
     @property
     def _mixed(self) -> bool:
@@ -168,7 +172,10 @@ class FineTuning:
             "step": self.iteration, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "identity": self._identity, **self._about,
         }  # fmt: skip
-        checkpoint.save(self.folder, contents, KEPT)
+        try:
+            checkpoint.save(self.folder, contents, KEPT)
+        except FloatingPointError as error:
+            raise FineTuningError(f"{error}; {self._slower}") from None
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.folder)
