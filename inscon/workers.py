@@ -19,6 +19,8 @@ from inscon import guard
 
 SHARED_MEMORY = "/dev/shm"
 _POLL_S = 1.0
+_KILLED_S = 10.0
+"""How long a killed worker may take to be gone."""
 _PLENTY_MB = 1000
 """Free shared memory that the death of a worker is not blamed on."""
 
@@ -156,3 +158,5 @@ def _room() -> str:
 def _kill(processes: list) -> None:
     for process in processes:
         process.kill()
+    for process in processes:
+        process.join(_KILLED_S)

@@ -635,6 +635,15 @@ def test_a_loss_that_is_not_finite_stops(scenes, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_weights_that_are_not_finite_are_not_saved(scenes, tmp_path):
+    run = begin(scenes, tmp_path, small_schedule(), "fasterrcnn-c4")
+    with torch.no_grad():
+        run.model.roi_heads.box_predictor.cls_score.bias.fill_(torch.inf)
+    with pytest.raises(loop.FineTuningError, match=r"cls_score.bias is not finite.* smaller --base-lr .*another --out"):
+        run._save()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     "changed, words",
     [

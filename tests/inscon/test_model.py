@@ -282,7 +282,7 @@ def test_a_step_on_a_gpu_equals_the_cpus():
             assert getattr(gpu_losses, name).item() == pytest.approx(getattr(losses, name).item(), rel=1e-2)
         gpu_losses.total.backward()
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            assert gpu(there)[0].total.item() == pytest.approx(losses.total.item(), rel=0.1)
+            assert gpu(there)[0].total.item() == pytest.approx(losses.total.item(), rel=2e-2)
         cpu.enqueue(keys), gpu.enqueue(gpu_keys)
         cpu.update_key_encoder(), gpu.update_key_encoder()
 

@@ -501,6 +501,18 @@ def test_a_shared_machine_is_named_once_and_no_other(monkeypatch):
     assert watched(monkeypatch, [5.0] * 10 + [0.4] * 110) == []  # the first steps
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_is_the_devices_time_that_varies():
+    """The host hands out all steps equally fast."""
+    pace = Pace(torch.device("cuda"))
+    for number in range(60):
+        with pace.step():
+            torch.cuda._sleep(30_000_000 if number % 3 == 0 else 1_000_000)
+    torch.cuda.synchronize()
+    assert ["of 50 steps" in sentence for sentence in pace.look(0.0)] == [True]
+
+
 def test_the_trainer_names_a_shared_machine(tmp_path, monkeypatch, capsys):
     def step(training, model, batch):
         time.sleep(0.06 if training.step % 3 == 0 else 0.002)
