@@ -1,8 +1,8 @@
-"""Every way to decode and every place for colour, on the device that is there: the loader alone, and training against noise.
+"""Every way to decode and every place for color, on the device that is there: the loader alone, and training against noise.
 
     python benchmarks/decode_modes.py --data SHARDS [--seconds 20] [--out FILE.json] -- [flags of scripts/train.py]
 
-For each pair of `--decode` and `--colour` that the device allows: source images/s of the pipeline dali with nobody behind it,
+For each pair of `--decode` and `--color` that the device allows: source images/s of the pipeline dali with nobody behind it,
 the time until the first batch, and the device memory that it takes. Then the model alone, on `--pipeline synthetic`, and
 trained end to end through the pair that was fastest. Prints the README's table. On a CPU there is one way to decode.
 """
@@ -83,17 +83,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve(parse([*flags, "--data", str(settings.data)]), 1)
     rates = {}
-    for decode, colour in pairs(device):
-        loader = dataclasses.replace(config.loader, decode=decode, colour=colour)
-        rates[decode, colour] = loader_alone(dataclasses.replace(config, loader=loader), device, settings.seconds)
-        print(decode, colour, json.dumps(rates[decode, colour]), flush=True)
-    decode, colour = max(rates, key=lambda pair: rates[pair]["images_per_s"])
+    for decode, color in pairs(device):
+        loader = dataclasses.replace(config.loader, decode=decode, color=color)
+        rates[decode, color] = loader_alone(dataclasses.replace(config, loader=loader), device, settings.seconds)
+        print(decode, color, json.dumps(rates[decode, color]), flush=True)
+    decode, color = max(rates, key=lambda pair: rates[pair]["images_per_s"])
     synthetic = trained([*flags, "--pipeline", "synthetic"], settings.steps)
-    data = ["--data", str(settings.data), "--decode", decode, "--colour", colour]
+    data = ["--data", str(settings.data), "--decode", decode, "--color", color]
     through = trained([*flags, "--pipeline", "dali", *data], settings.steps)
     ceiling = synthetic["images_per_s"]
     print(
-        "| --decode | --colour | loader alone, images/s | against the step on noise | first batch, s | device memory, MB |"
+        "| --decode | --color | loader alone, images/s | against the step on noise | first batch, s | device memory, MB |"
     )
     print("|---|---|---|---|---|---|")
     for (d, c), r in rates.items():
@@ -101,11 +101,11 @@ def main() -> None:
         print(f"| {d} | {c} | {cells} | {r.get('loader_device_mb', 0):.0f} |")
     share = through["images_per_s"] / ceiling
     print(
-        f"trained on noise {ceiling:.1f} images/s, through dali ({decode}, {colour}) {through['images_per_s']:.1f}: {share:.1%}"
+        f"trained on noise {ceiling:.1f} images/s, through dali ({decode}, {color}) {through['images_per_s']:.1f}: {share:.1%}"
     )
     report = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "flags": flags}
-    report["loaders"] = [{"decode": d, "colour": c, **r} for (d, c), r in rates.items()]
-    report |= {"synthetic": synthetic, "end_to_end": {"decode": decode, "colour": colour, **through, "share": share}}
+    report["loaders"] = [{"decode": d, "color": c, **r} for (d, c), r in rates.items()]
+    report |= {"synthetic": synthetic, "end_to_end": {"decode": decode, "color": color, **through, "share": share}}
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(report, indent=1) + "\n")
 

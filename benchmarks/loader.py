@@ -13,13 +13,13 @@ Contenders, each given the same number of threads or worker processes:
     decode      libjpeg-turbo (simplejpeg) decoding every picture whole and doing nothing else, in as many processes: the floor
     pil_decode  the same by PIL, whose decoder is libjpeg-turbo too, in threads
     dali        pipelines/dali.py, full views and mosaic
-    crops       the same, crops alone as uint8: what a host does when colour happens on a GPU
+    crops       the same, crops alone as uint8: what a host does when color happens on a GPU
     ffcv        pipelines/ffcv.py, full views and mosaic
     ffcv_crops  the same, crops alone
-    ffcv_own    FFCV as it comes: its own Loader with two pipelines on one field, crops alone (no colour, no mosaic), seeds ignored
+    ffcv_own    FFCV as it comes: its own Loader with two pipelines on one field, crops alone (no color, no mosaic), seeds ignored
     dali_400    pipelines/dali.py from JPEGs whose longer side was shrunk to 400 px, quality 90, 4:2:0
     ffcv_400    pipelines/ffcv.py from the same
-    ffcv_444    pipelines/ffcv.py from the same with whole colour resolution, 4:4:4
+    ffcv_444    pipelines/ffcv.py from the same with whole color resolution, 4:4:4
     ffcv_raw    pipelines/ffcv.py from their pixels
     reference   pipelines/reference.py, full views and mosaic, decoded once
     moco_v2     the two-view torchvision transforms and DataLoader of MoCo v2, which decodes once and lays no mosaic
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="tar shards written by data_prep/make_dali.py")
     parser.add_argument("--beton", type=Path, help="the same samples, packed by data_prep/make_ffcv.py")
     parser.add_argument("--shrunk", type=Path, help="a .beton of JPEGs shrunk to 400 px, 4:2:0")
-    parser.add_argument("--shrunk-444", type=Path, help="the same with whole colour resolution")
+    parser.add_argument("--shrunk-444", type=Path, help="the same with whole color resolution")
     parser.add_argument("--raw", type=Path, help="a .beton of the pixels of these")
     parser.add_argument("--threads", type=int, default=2, help="threads or worker processes of each contender")
     parser.add_argument("--rounds", type=int, default=5)
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loader_cpu.json"))
     arguments = parser.parse_args()
-    # The consumer only normalises; OpenMP threads that spin for work would be counted as cost.
+    # The consumer only normalizes; OpenMP threads that spin for work would be counted as cost.
     torch.set_num_threads(1)
     sets = {"data": arguments.data, "beton": arguments.beton, "shrunk": arguments.shrunk, "raw": arguments.raw}
     sets["shrunk_444"] = arguments.shrunk_444

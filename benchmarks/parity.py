@@ -3,9 +3,9 @@
     python benchmarks/parity.py --data FOLDER_OF_JPEGS [--out benchmarks/results/parity.json]
 
 The reference is pipelines/reference.py: `torchvision.transforms.functional` on PIL images. Compared with it are the
-compiled tail (pipelines/kernels.py), the device tail (pipelines/colour.py), DALI's own operators where they are used:
+compiled tail (pipelines/kernels.py), the device tail (pipelines/color.py), DALI's own operators where they are used:
 its JPEG decoder, and the crop it makes on a GPU, run on the CPU here, with the device tail behind it; the decoder of
-pipelines/ffcv.py, and, for comparison, FFCV's own decoder and crop, which that one does without. Differences are in grey
+pipelines/ffcv.py, and, for comparison, FFCV's own decoder and crop, which that one does without. Differences are in gray
 levels, 0..255.
 """
 
@@ -25,9 +25,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon.config import ViewConfig
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan, plan_views
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NOTHING, SATURATION, ViewPlan, plan_views
 from inscon.profiling.rates import versions
-from pipelines import colour, kernels, reference
+from pipelines import color, kernels, reference
 
 try:
     from nvidia.dali import Pipeline as Graph
@@ -45,7 +45,7 @@ except (ImportError, ValueError):  # not installed, or it does not load
     ffcv = None
 
 SIDE = 224
-ALWAYS = ViewConfig(view_size=SIDE, jitter_probability=1, grey_probability=1, blur_probability=1)
+ALWAYS = ViewConfig(view_size=SIDE, jitter_probability=1, gray_probability=1, blur_probability=1)
 OPERATIONS = {
     "crop + resize": None,
     "flip": None,
@@ -53,7 +53,7 @@ OPERATIONS = {
     "contrast": CONTRAST,
     "saturation": SATURATION,
     "hue": HUE,
-    "grey": GREY,
+    "gray": GRAY,
     "blur": None,
 }
 WHOLE = "whole view"
@@ -61,7 +61,7 @@ DECODE = "decode"
 
 
 class Differences:
-    """A histogram of absolute differences in whole grey levels."""
+    """A histogram of absolute differences in whole gray levels."""
 
     def __init__(self):
         self._counts = np.zeros(256, np.int64)
@@ -87,20 +87,20 @@ def only(plan: ViewPlan, operation: str) -> ViewPlan:
     return dataclasses.replace(
         plan,
         flipped=np.full(len(plan), operation == "flip"),
-        colour_ops=np.where((plan.colour_ops == code) & (code is not None), plan.colour_ops, NOTHING).astype(np.uint8),
+        color_ops=np.where((plan.color_ops == code) & (code is not None), plan.color_ops, NOTHING).astype(np.uint8),
         blur_sigma=plan.blur_sigma if operation == "blur" else np.zeros(len(plan), np.float32),
     )
 
 
-def render(image: np.ndarray, plan: ViewPlan, *, with_colour: bool) -> np.ndarray:
+def render(image: np.ndarray, plan: ViewPlan, *, with_color: bool) -> np.ndarray:
     out = np.empty((len(plan), SIDE, SIDE, 3), np.uint8)
-    kernels.render_views(image, plan.rows(), out, with_colour)
+    kernels.render_views(image, plan.rows(), out, with_color)
     return out
 
 
 def device_tail(crops: np.ndarray, plan: ViewPlan) -> np.ndarray:
-    levels = colour.jitter(torch.from_numpy(crops).float(), plan)
-    return colour.blur(levels, plan.blur_sigma).numpy().astype(np.uint8)
+    levels = color.jitter(torch.from_numpy(crops).float(), plan)
+    return color.blur(levels, plan.blur_sigma).numpy().astype(np.uint8)
 
 
 def run_dali(inputs, build) -> np.ndarray:
@@ -129,7 +129,7 @@ def crop_by_ffcv(pixels: np.ndarray, row: np.ndarray) -> np.ndarray:
 def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]:
     """{executor: {operation: differences}} over all pictures, two views per picture and epoch."""
     found: dict[str, dict[str, Differences]] = {
-        "kernels": {}, "colour.py": {}, "DALI": {}, "ffcv.py": {}, "FFCV itself": {},
+        "kernels": {}, "color.py": {}, "DALI": {}, "ffcv.py": {}, "FFCV itself": {},
     }  # fmt: skip
 
     def note(executor, operation, made, wanted):
@@ -152,9 +152,9 @@ def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]
         for epoch in range(epochs):
             for operation, plan in plans_of(number, epoch, image):
                 wanted = np.stack([np.asarray(reference.render_view(image, plan, i, SIDE)) for i in range(len(plan))])
-                note("kernels", operation, render(pixels, plan, with_colour=True), wanted)
+                note("kernels", operation, render(pixels, plan, with_color=True), wanted)
                 if operation not in ("crop + resize", "flip"):
-                    note("colour.py", operation, device_tail(render(pixels, plan, with_colour=False), plan), wanted)
+                    note("color.py", operation, device_tail(render(pixels, plan, with_color=False), plan), wanted)
                 if Graph and operation in ("crop + resize", "flip", WHOLE):
                     inputs = [([pixels], [row]) for row in plan.rows()]
                     crops = np.stack([run_dali(pair, lambda a, b: crop_by_dali(a, b, SIDE)) for pair in inputs])
@@ -178,7 +178,7 @@ def join(a: ViewPlan, b: ViewPlan) -> ViewPlan:
 
 
 def show(figures: dict[str, dict[str, dict]], console: Console) -> None:
-    table = Table(title="absolute difference to PIL/torchvision, grey levels: mean / 99.9 % / max")
+    table = Table(title="absolute difference to PIL/torchvision, gray levels: mean / 99.9 % / max")
     table.add_column("operation")
     for executor in figures:
         table.add_column(executor, justify="right")

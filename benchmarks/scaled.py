@@ -5,7 +5,7 @@
 libjpeg-turbo can decode to half the size in its transform, which spares half of that and of the upsampling, but no
 entropy decoding. Over the plan of several epochs: the share of pictures whose query and key crops both have at least twice
 the view's side in either direction; what their decoding costs at half scale against whole (alternating rounds, medians of CPU
-time); and how far their views then are from those of the whole picture, which must be 0.15 grey levels at most in the mean.
+time); and how far their views then are from those of the whole picture, which must be 0.15 gray levels at most in the mean.
 """
 
 import argparse

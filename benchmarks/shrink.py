@@ -4,7 +4,7 @@
 
 Per setting of the writers, over all pictures: bytes stored and CPU time of one decode to RGB against the originals'
 (alternating rounds, medians), CPU time of packing one picture, PSNR in dB of the query views that training would cut (the
-plan's crop boxes, 224 px, antialiased bilinear, no colours) against the same views of the original, and the share of
+plan's crop boxes, 224 px, antialiased bilinear, no colors) against the same views of the original, and the share of
 views whose crop has fewer pixels than the view, so that it is enlarged.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/transfer.py [--out transfer]
 
 Draws scenes, packs them, pre-trains a ResNet-18 on all three heads for a few minutes, and compares it with the network before
-training by nearest neighbours, by a linear probe and by a short Mask R-CNN fine-tuning. Writes OUT/report.md, report.json and
+training by nearest neighbors, by a linear probe and by a short Mask R-CNN fine-tuning. Writes OUT/report.md, report.json and
 report.png; under 15 minutes on 2 cores. So short a training says that the parts fit together, not how good the method is.
 """
 

@@ -210,7 +210,7 @@ def check_pixels(here: PlainSet, sample_ids: NDArray[np.int64]) -> Iterator[Find
 
 def _check_jpeg(here: PlainSet, sample_id: int, record: np.void, content: bytes) -> Iterator[Finding]:
     try:
-        # Grey is half the work: it takes every coefficient all the same, and there is where damage shows.
+        # Gray is half the work: it takes every coefficient all the same, and there is where damage shows.
         height, width = simplejpeg.decode_jpeg(content, "GRAY", strict=True).shape[:2]
     except ValueError as error:
         shard = here.manifest.shards[record["shard"]].name

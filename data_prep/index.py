@@ -295,7 +295,7 @@ class DatasetIndex:
                 os.posix_fadvise(self._file(shard).fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED)
 
     def expect_runs(self, runs: Iterable[range]) -> None:
-        """As `expect`, for runs of neighbouring sample ids: long pieces of shards, so that a disk seldom has to seek."""
+        """As `expect`, for runs of neighboring sample ids: long pieces of shards, so that a disk seldom has to seek."""
         if not hasattr(os, "posix_fadvise"):
             return
         for run in runs:

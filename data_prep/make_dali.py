@@ -4,7 +4,7 @@
     python data_prep/make_dali.py --data ~/ILSVRC2012_img_train.tar --out ~/shards/train --plan
     torchrun --nnodes 4 data_prep/make_dali.py --data /nfs/train --out /nfs/shards
 
-Sound RGB and grey JPEGs are stored byte for byte; what not every decoder reads (CMYK, PNG under a JPEG's name, EXIF
+Sound RGB and gray JPEGs are stored byte for byte; what not every decoder reads (CMYK, PNG under a JPEG's name, EXIF
 orientation, 16 bit) is encoded once as a plain JPEG. Each picture is decoded once, so that no broken one meets the
 training; what is broken is left out and listed in rejected.jsonl. After a stop of any kind the same command goes on.
 """

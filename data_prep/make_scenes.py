@@ -3,7 +3,7 @@
     python data_prep/make_scenes.py --out scenes
     python data_prep/make_dali.py --data scenes/train --out shards/train
 
-A class is a shape with a texture; colours, sizes, angles and places are drawn anew for every object, so colour tells
+A class is a shape with a texture; colors, sizes, angles and places are drawn anew for every object, so color tells
 nothing. An image's class is that of the object of which most is seen.
 
     scenes/train/<class>/scene_000123.jpg    scenes/annotations.json        COCO: boxes, areas, masks as plain RLE
@@ -173,7 +173,7 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Smooth random colours, [height width 3]."""
+    """Smooth random colors, [height width 3]."""
     coarse = rng.integers(40, 216, size=(*rng.integers(2, 6, 2), 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -199,9 +199,9 @@ def _draw_object(
     u, v = np.cos(angle) * right + np.sin(angle) * up, np.cos(angle) * up - np.sin(angle) * right
     inside = SHAPES[shape](u, v) & (u**2 + v**2 < 1)
     u, v = u[inside], v[inside]
-    colours = np.stack([rng.integers(0, 110, 3), rng.integers(146, 256, 3)]).astype(np.uint8)  # always told apart
+    colors = np.stack([rng.integers(0, 110, 3), rng.integers(146, 256, 3)]).astype(np.uint8)  # always told apart
     lit = TEXTURES[texture](u, v, rng)
-    pixels[y0:y1, x0:x1][inside] = colours[lit.astype(int)]
+    pixels[y0:y1, x0:x1][inside] = colors[lit.astype(int)]
     owner[y0:y1, x0:x1][inside] = number
 
 

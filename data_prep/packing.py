@@ -62,7 +62,7 @@ class PackConfig:
     quality: int = 95
     """JPEG quality, 1 to 100, of what has to be encoded again; sound pictures that need no shrinking are not."""
     chroma: Literal["444", "420"] = "444"
-    """Colour resolution of the same: 420 halves it in either direction, which decodes faster and is less exact."""
+    """Color resolution of the same: 420 halves it in either direction, which decodes faster and is less exact."""
     workers: int | None = None
     """Processes that read, check and write; None: as many as there are CPU cores for this process."""
     on_bad: Literal["skip", "fail"] = "skip"

@@ -51,8 +51,8 @@ _BEGINNINGS = {
 }
 BEGINNING_BYTES = 64
 """Of a file, from which `picture_format` knows it."""
-_GREY_MODES = ("1", "L", "LA")
-_COLOUR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr")
+_GRAY_MODES = ("1", "L", "LA")
+_COLOR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr")
 
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # starts of frame; those three are other segments
 _COMMON_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # sequential and progressive, also arithmetic-coded
@@ -90,7 +90,7 @@ class Treatment:
     quality: int = 95
     """JPEG quality of whatever has to be encoded again, 1 to 100."""
     chroma: Literal["444", "420"] = "444"
-    """Colour resolution of the same: whole, or half in either direction, which decodes faster and is less exact."""
+    """Color resolution of the same: whole, or half in either direction, which decodes faster and is less exact."""
     write_mode: Literal["jpg", "raw", "smart"] = "jpg"
     """jpg: JPEG files. raw: pixels. smart: pixels where they take at most `smart_threshold` times the JPEG's bytes."""
     smart_threshold: float = 4.0
@@ -214,23 +214,23 @@ def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
         changes.append("EXIF orientation")  # some readers turn it, some do not
     if not changes and target == (height, width):
         raw = treatment.prefers_pixels(height, width, len(source))
-        # To grey, every coefficient of every component is decoded all the same, and it is there that damage is found;
-        # what is saved is the chroma's inverse transform and the colours.
+        # To gray, every coefficient of every component is decoded all the same, and it is there that damage is found;
+        # what is saved is the chroma's inverse transform and the colors.
         pixels, jpeg = _decode_strictly(source, "RGB" if raw else "GRAY")
         changes = () if jpeg is source else ("repaired",)
         return Prepared(pixels.tobytes() if raw else jpeg, RAW if raw else JPEG, height, width, changes)
 
-    grey = len(header.sampling) == 1
+    gray = len(header.sampling) == 1
     reduction = 1 if cmyk else _largest_reduction((height, width), target)
     least = math.ceil(height / reduction), math.ceil(width / reduction)
-    pixels, jpeg = _decode_strictly(source, "GRAY" if grey else "CMYK" if cmyk else "RGB", *least)
+    pixels, jpeg = _decode_strictly(source, "GRAY" if gray else "CMYK" if cmyk else "RGB", *least)
     if jpeg is not source:
         changes.append("repaired")
     if cmyk:  # whole, as is known now; Pillow knows which of them are stored inverted
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as opened:
             picture = opened.convert("RGB")
     else:
-        picture = Image.fromarray(pixels[:, :, 0] if grey else pixels)
+        picture = Image.fromarray(pixels[:, :, 0] if gray else pixels)
     # The last row and column of a scaled picture may stand for less than the others, so the picture's part of it has a
     # fractional size. Taken for whole, they would shift the grid by up to a pixel: 28 dB instead of 45.
     part = (0, 0, width / reduction, height / reduction)
@@ -249,14 +249,14 @@ def _largest_reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
 
 
 def _decode_strictly(
-    jpeg: bytes, colour_space: str, least_height: int = 0, least_width: int = 0
+    jpeg: bytes, color_space: str, least_height: int = 0, least_width: int = 0
 ) -> tuple[np.ndarray, bytes]:
     """Pixels, uint8 [height width channel], and the JPEG that gave them: `jpeg` itself, or its lossless repair.
 
     They are scaled down as far as the least sizes allow. BadPicture for whatever libjpeg warns of, but what is no part
     of the picture.
     """
-    options = {"colorspace": colour_space, "min_height": least_height, "min_width": least_width, "min_factor": 2}
+    options = {"colorspace": color_space, "min_height": least_height, "min_width": least_width, "min_factor": 2}
     try:
         return simplejpeg.decode_jpeg(jpeg, **options, strict=True), jpeg
     except ValueError as error:
@@ -324,7 +324,7 @@ class _Header(NamedTuple):
     """As decoded, px; the orientation is not applied."""
     width: int
     sampling: bytes
-    """Horizontal and vertical sampling factor of each component, four bits each: 1 grey, 3 colour, 4 CMYK."""
+    """Horizontal and vertical sampling factor of each component, four bits each: 1 gray, 3 color, 4 CMYK."""
     orientation: int
     """EXIF's, 1 to 8."""
 
@@ -341,7 +341,7 @@ def _read_header(jpeg: bytes) -> _Header:
     bits, height, width = struct.unpack_from(">BHH", jpeg, frame.content)
     if bits != 8:
         raise BadPicture("not 8 bit", f"its samples have {bits} bits; convert it to 8")
-    if frame.marker not in _COMMON_FRAMES:  # FFCV decodes none, DALI no grey one
+    if frame.marker not in _COMMON_FRAMES:  # FFCV decodes none, DALI no gray one
         raise BadPicture("lossless JPEG", "convert it to PNG")
     if not height or not width:
         raise BadPicture("damaged", f"its header names a size of {width} x {height} px")
@@ -387,10 +387,10 @@ def _prepare_other(source: bytes, treatment: Treatment) -> Prepared:
             bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if opened.format == "TIFF" else 16  # or 12
             picture = Image.fromarray((np.asarray(opened) >> (bits - 8)).astype(np.uint8))  # Pillow's conversion clips
             changes.append("16 bit")
-        elif opened.mode in _GREY_MODES + _COLOUR_MODES:  # alpha is dropped, as torchvision's loader does
-            picture = opened.convert("L" if opened.mode in _GREY_MODES else "RGB")
+        elif opened.mode in _GRAY_MODES + _COLOR_MODES:  # alpha is dropped, as torchvision's loader does
+            picture = opened.convert("L" if opened.mode in _GRAY_MODES else "RGB")
         else:
-            raise BadPicture("unusual pixels", f"its mode is {opened.mode}; convert it to 8 bit RGB or grey")
+            raise BadPicture("unusual pixels", f"its mode is {opened.mode}; convert it to 8 bit RGB or gray")
         orientation = _exif_orientation(opened.info.get("exif", b""))
     if orientation != 1:
         changes.append("EXIF orientation")
@@ -420,7 +420,7 @@ def _store_pixels(
     changes: list[str],
     treatment: Treatment,
 ) -> Prepared:
-    """`picture`, RGB or grey: its `part` (left, top, right, bottom) resized to `target`, turned and encoded.
+    """`picture`, RGB or gray: its `part` (left, top, right, bottom) resized to `target`, turned and encoded.
 
     `target` is height and width before turning.
     """
@@ -435,9 +435,9 @@ def _store_pixels(
     if treatment.write_mode != "raw":
         # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4 unless asked, for at quality 90 and above
         # 4:2:0 takes more bytes for the same error in RGB, and at 75 as many.
-        grey = picture.mode == "L"
-        pixels = np.asarray(picture)[:, :, None] if grey else np.asarray(picture)
-        jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if grey else "RGB", treatment.chroma)
+        gray = picture.mode == "L"
+        pixels = np.asarray(picture)[:, :, None] if gray else np.asarray(picture)
+        jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if gray else "RGB", treatment.chroma)
         if not treatment.prefers_pixels(height, width, len(jpeg)):
             return Prepared(jpeg, JPEG, height, width, tuple(changes))
     return Prepared(picture.convert("RGB").tobytes(), RAW, height, width, tuple(changes))

@@ -19,7 +19,7 @@ class View:
     """One augmented view of each image of a batch, as the encoder sees it."""
 
     pixels: Float[Tensor, "B 3 S S"]
-    """Normalised by ImageNet's mean and standard deviation, channels-last in memory, on the training device."""
+    """Normalized by ImageNet's mean and standard deviation, channels-last in memory, on the training device."""
     crop_box: Float[Tensor, "B 4"]
     """x0 y0 x1 y1 of the crop in source px (see `inscon.geometry`), float32, on the training device."""
     flipped: Bool[Tensor, "B"]

@@ -17,7 +17,7 @@ STAGES = {"res4": 16, "res5": 32}
 Changeable = Literal["lr", "momentum", "weight_decay", "epochs", "schedule"]
 """Settings of the optimizer that a resumed run may change where it says so."""
 NORM_GROUP = 32
-"""Images normalised together: a GPU's share of the paper's batch of 256 on 8."""
+"""Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class LoaderConfig:
     """Finished batches that wait for the trainer at most, at least 1. DALI and FFCV have one or two more in work."""
     shuffle_window: int | None = None
     """None: every epoch is one shuffle of the whole set. For sets larger than memory on disks that seek slowly: shuffle within
-    windows of so many samples, whose neighbours are read in long runs; two windows must fit in memory, e.g. 65536."""
+    windows of so many samples, whose neighbors are read in long runs; two windows must fit in memory, e.g. 65536."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes JPEGs. auto: on a GPU whichever of cpu and mixed (nvJPEG, and the GPU's JPEG engine where it has one)
     a short measurement at the start finds faster; cpu without a GPU."""
-    colour: Literal["auto", "host", "device"] = "auto"
-    """Where colour, blur and normalisation happen. auto: on the training device. host: finished views travel to a GPU."""
+    color: Literal["auto", "host", "device"] = "auto"
+    """Where color, blur and normalization happen. auto: on the training device. host: finished views travel to a GPU."""
     on_bad_sample: Literal["fail", "substitute"] = "fail"
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one of the samples that the epoch leaves over."""
@@ -54,9 +54,9 @@ class LoaderConfig:
             raise ValueError(
                 f"stall_timeout must be more than 0 seconds. Found: {self.stall_timeout}; set --stall-timeout 600"
             )
-        if self.decode == "mixed" and self.colour == "host":
+        if self.decode == "mixed" and self.color == "host":
             raise ValueError(
-                "decode=mixed leaves the crops on the GPU, and colour=host needs them on the host; set --colour device or "
+                "decode=mixed leaves the crops on the GPU, and color=host needs them on the host; set --color device or "
                 "--decode cpu"
             )
 
@@ -74,19 +74,19 @@ class ViewConfig:
     flip_probability: float = 0.5
     """Independent for each view (METHOD 7)."""
     jitter_probability: float = 0.8
-    """How often colour jitter is applied at all."""
+    """How often color jitter is applied at all."""
     brightness: float = 0.4
     """Factor drawn from 1 +- this."""
     contrast: float = 0.4
-    """Factor drawn from 1 +- this, around the mean grey of the view at that point of the order."""
+    """Factor drawn from 1 +- this, around the mean gray of the view at that point of the order."""
     saturation: float = 0.4
     """Factor drawn from 1 +- this."""
     hue: float = 0.1
-    """Shift drawn from +- this, in turns of the colour circle; at most 0.5."""
-    grey_probability: float = 0.2
-    """How often a view becomes grey."""
-    grey_first: bool = False
-    """Grey before jitter, as MoCo v1 did; MoCo v2 does it after."""
+    """Shift drawn from +- this, in turns of the color circle; at most 0.5."""
+    gray_probability: float = 0.2
+    """How often a view becomes gray."""
+    gray_first: bool = False
+    """Gray before jitter, as MoCo v1 did; MoCo v2 does it after."""
     blur_probability: float = 0.5
     """How often a view is blurred."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -113,7 +113,7 @@ class ViewConfig:
                 raise ValueError(f"{name} must be a range 0 < low <= high. Found: {low} {high}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the image area, at most 1. Found: {self.scale[1]}")
-        for name in ("flip_probability", "jitter_probability", "grey_probability", "blur_probability"):
+        for name in ("flip_probability", "jitter_probability", "gray_probability", "blur_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1. Found: {getattr(self, name)}")
         for name in ("brightness", "contrast", "saturation"):
@@ -262,7 +262,7 @@ class RunConfig:
     tensorboard: bool = True
     """Write TensorBoard files too, if the tensorboard package is installed."""
     eval_data: Path | None = None
-    """Labelled packed set, held out; every `eval_every` steps each of its pictures is classified by its nearest neighbours among
+    """Labelled packed set, held out; every `eval_every` steps each of its pictures is classified by its nearest neighbors among
     the others, on the features of that moment. None: no such monitor."""
     eval_every: int = 1000
     """Steps between two of these, with eval_data."""
@@ -280,7 +280,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")
         if self.eval_pictures < 2:
             raise ValueError(
-                f"eval_pictures must be at least 2, of which one is the other's neighbour. Found: {self.eval_pictures}"
+                f"eval_pictures must be at least 2, of which one is the other's neighbor. Found: {self.eval_pictures}"
             )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative. Found: {self.seed}")
@@ -380,9 +380,9 @@ def moco_v2() -> Config:
 
 
 def moco_v1() -> Config:
-    """MoCo v1: one linear head, temperature 0.07, v1's augmentation (grey first, strong hue, no blur). Expected: VOC 55.9 AP."""
+    """MoCo v1: one linear head, temperature 0.07, v1's augmentation (gray first, strong hue, no blur). Expected: VOC 55.9 AP."""
     return Config(
-        views=ViewConfig(jitter_probability=1.0, hue=0.4, grey_first=True, blur_probability=0.0),
+        views=ViewConfig(jitter_probability=1.0, hue=0.4, gray_first=True, blur_probability=0.0),
         model=ModelConfig(heads=("single",), mlp=False, temperature=0.07),
     )
 

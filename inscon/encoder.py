@@ -37,7 +37,7 @@ class Trunk(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Trunk and heads. `heads` says which exist; all outputs are L2-normalised float32 (float64 in a float64 model)."""
+    """Trunk and heads. `heads` says which exist; all outputs are L2-normalized float32 (float64 in a float64 model)."""
 
     def __init__(self, config: ModelConfig, heads: tuple[str, ...], num_groups: int = 1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The projection heads: features to embeddings. Outputs are not normalised here."""
+"""The projection heads: features to embeddings. Outputs are not normalized here."""
 
 from torch import nn
 

@@ -2,7 +2,7 @@
 
 A key encoder that stands still, a queue that isn't renewed, embeddings that fall into one point, BatchNorm that gives the
 answer away: losses go on and look like losses. Looking costs some small kernels and one wait for the device per log line; who
-is normalised with whom is tried out once, on the first batch, for about what a step costs.
+is normalized with whom is tried out once, on the first batch, for about what a step costs.
 """
 
 import copy
@@ -38,7 +38,7 @@ RENEWED = 0.5
 
 @torch.no_grad()
 def shared_statistics(model: InsCon, batch: Batch) -> float | None:
-    """Share, 0..1, of the images that the first image's query is normalised among, which its key is normalised among, too.
+    """Share, 0..1, of the images that the first image's query is normalized among, which its key is normalized among, too.
 
     Found from outside: the first image becomes another one, and whose embeddings change is counted, over all ranks. Works on
     a copy of the model. None where the queries are mosaics only. All ranks must call it.
@@ -74,7 +74,7 @@ def _queries(probe: InsCon, view: View, boxes: Tensor) -> dict[str, Tensor]:
 def leaking(share: float, norm: str) -> str:
     """The sentence about what `shared_statistics` found."""
     return (
-        f"BatchNorm leaks: the key of an image is normalised among {100 * share:.0f} % of the images that its query was, so the "
+        f"BatchNorm leaks: the key of an image is normalized among {100 * share:.0f} % of the images that its query was, so the "
         f"batch can give the answer away, and does so late and silently (is norm, {norm}, without a shuffle?)"
     )
 
@@ -139,7 +139,7 @@ class Health:
         return figures, new
 
     def look_at_norm(self, batch: Batch) -> list[str]:
-        """The warning, if there is one, about who is normalised with whom in `batch`; none where norm = sync was asked for."""
+        """The warning, if there is one, about who is normalized with whom in `batch`; none where norm = sync was asked for."""
         if self._model.config.norm == "sync":
             return []
         share = shared_statistics(self._model, batch)

@@ -108,7 +108,7 @@ def joint_term(logits: RowLogits, positives_each: int) -> Float[Tensor, "N"]:
 def info_nce(
     queries: Float[Tensor, "N D"], positives: Float[Tensor, "N D"], negatives: Float[Tensor, "K D"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Mean InfoNCE of N queries, each against its own positive and all K negatives. Inputs are L2-normalised rows.
+    """Mean InfoNCE of N queries, each against its own positive and all K negatives. Inputs are L2-normalized rows.
 
     With equal similarities it is log(1 + K).
     """

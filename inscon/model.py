@@ -173,7 +173,7 @@ class InsCon(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, key: View, overlap: Overlap) -> dict[str, Tensor]:
-        """Keys of the key views in the order of the batch, normalised among other images than their queries were."""
+        """Keys of the key views in the order of the batch, normalized among other images than their queries were."""
         inputs = (key.pixels, overlap.key_box, key.flipped)
         if self.key_order is None or not self.training:
             return self.key_encoder(*inputs)

@@ -2,7 +2,7 @@
 
 `tile="full"`: `[B 3 S S]` views become `[B/4 3 2S 2S]` canvases, images 4m..4m+3 on canvas m. `tile="half"`: every view is
 halved first and lies on four canvases `[B 3 S S]`, once in each corner: canvas 4g+r carries images 4g + (t + r) mod 4,
-t = 0..3. Both stay inside groups of four neighbours, so the split of a batch over ranks changes no mosaic. Same FLOPs.
+t = 0..3. Both stay inside groups of four neighbors, so the split of a batch over ranks changes no mosaic. Same FLOPs.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """BatchNorm that does not give the answer away (METHOD 13).
 
-A query and its key normalised among the same images carry the same batch's signature, and the loss can be solved by
+A query and its key normalized among the same images carry the same batch's signature, and the loss can be solved by
 reading it (MoCo, section 3.3, "Shuffling BN"). So the images whose statistics an image's key meets must be others than
 those its query met: over ranks by exchanging images, within one process by splitting the batch into groups.
 """
@@ -100,7 +100,7 @@ def take_groups_one_by_one(module: nn.Module) -> None:
 def frozen_statistics(module: nn.Module):
     """While inside, forward passes of `module` leave BatchNorm's running statistics as they are (METHOD 14).
 
-    Batch statistics still normalise. Works for every BatchNorm, synchronised ones too: their momentum is 0 meanwhile.
+    Batch statistics still normalize. Works for every BatchNorm, synchronized ones too: their momentum is 0 meanwhile.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -114,7 +114,7 @@ def frozen_statistics(module: nn.Module):
 
 
 def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
-    """Which image each slot of the key pass takes: slots `[k*group_size, (k+1)*group_size)` are normalised together.
+    """Which image each slot of the key pass takes: slots `[k*group_size, (k+1)*group_size)` are normalized together.
 
     A fixed assignment: the images at given places of a batch are other ones in every step, so it is as good as a random one,
     and every rank knows it without a word. An image never meets the group of its own number again (with two groups: every

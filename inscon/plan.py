@@ -1,6 +1,6 @@
 """Every random choice of a run, as a pure function of (seed, epoch, sample id): plan first, execute later.
 
-`plan_views` draws, for any set of samples, where each view is cropped, mirrored, jittered, made grey and blurred. The
+`plan_views` draws, for any set of samples, where each view is cropped, mirrored, jittered, made gray and blurred. The
 numbers come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011), keyed by the seed and counted by (sample id, epoch, purpose). So there is no state: the same numbers on every
 machine, in any order, for every way to split a batch, and a run resumes from two integers.
@@ -16,12 +16,12 @@ from inscon.config import ViewConfig
 from inscon.geometry import find_overlap
 from inscon.philox import philox
 
-NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY = range(6)
-"""Codes of the colour operations in `ViewPlan.colour_ops`."""
+NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(6)
+"""Codes of the color operations in `ViewPlan.color_ops`."""
 ROW = 16
 """Floats per view in `ViewPlan.rows`."""
 ATTEMPTS = 10
-"""torchvision's RandomResizedCrop tries this often before it falls back to a centre crop."""
+"""torchvision's RandomResizedCrop tries this often before it falls back to a center crop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class ViewPlan:
     """[B 4] float32, x0 y0 x1 y1 in source px, whole numbers; resized to S x S, antialiased bilinear."""
     flipped: np.ndarray
     """[B] bool: mirrored left to right after the resize."""
-    colour_ops: np.ndarray
+    color_ops: np.ndarray
     """[B 5] uint8: codes of this module in order of execution; NOTHING where there is none."""
     factors: np.ndarray
     """[B 4] float32: factors of brightness, contrast, saturation (1 = unchanged) and the shift of hue in turns."""
@@ -47,9 +47,9 @@ class ViewPlan:
         return ViewPlan(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
 
     def rows(self) -> np.ndarray:
-        """[B 16] float32 for compiled executors: crop_box 0:4, flipped 4, colour_ops 5:10, factors 10:14, blur_sigma 14, 0."""
+        """[B 16] float32 for compiled executors: crop_box 0:4, flipped 4, color_ops 5:10, factors 10:14, blur_sigma 14, 0."""
         rows = np.zeros((len(self), ROW), np.float32)
-        rows[:, 0:4], rows[:, 4], rows[:, 5:10] = self.crop_box, self.flipped, self.colour_ops
+        rows[:, 0:4], rows[:, 4], rows[:, 5:10] = self.crop_box, self.flipped, self.color_ops
         rows[:, 10:14], rows[:, 14] = self.factors, self.blur_sigma
         return rows
 
@@ -97,8 +97,8 @@ def plan_views(seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray,
     )
 
 
-def plan_centre(sizes: np.ndarray, view_size: int) -> ViewPlan:
-    """The view of ImageNet's evaluation: the shorter side to 256/224 of `view_size`, the centre cut out; nothing is random.
+def plan_center(sizes: np.ndarray, view_size: int) -> ViewPlan:
+    """The view of ImageNet's evaluation: the shorter side to 256/224 of `view_size`, the center cut out; nothing is random.
 
     `sizes`: [B 2] (height, width), px. Said as a box of source px, edges rounded to whole ones, as every engine executes it.
     """
@@ -109,7 +109,7 @@ def plan_centre(sizes: np.ndarray, view_size: int) -> ViewPlan:
     return ViewPlan(
         crop_box=np.stack([x, y, x + side, y + side], 1).astype(np.float32),
         flipped=np.zeros(n, bool),
-        colour_ops=np.full((n, 5), NOTHING, np.uint8),
+        color_ops=np.full((n, 5), NOTHING, np.uint8),
         factors=np.tile(np.array([1, 1, 1, 0], np.float32), (n, 1)),
         blur_sigma=np.zeros(n, np.float32),
     )
@@ -161,11 +161,11 @@ def _crop_boxes(
     y = np.floor(u[..., 2] * (height - h + 1))
     first = fits.argmax(-1)[..., None]
     box = np.stack([np.take_along_axis(a, first, -1)[..., 0] for a in (x, y, x + w, y + h)], -1)
-    return np.where(fits.any(-1)[..., None], box, _centre_box(sizes, config)[:, None, None, :]).astype(np.float32)
+    return np.where(fits.any(-1)[..., None], box, _center_box(sizes, config)[:, None, None, :]).astype(np.float32)
 
 
-def _centre_box(sizes: np.ndarray, config: ViewConfig) -> np.ndarray:
-    """[B 4]: the crop torchvision falls back to, the largest centred one whose ratio is allowed."""
+def _center_box(sizes: np.ndarray, config: ViewConfig) -> np.ndarray:
+    """[B 4]: the crop torchvision falls back to, the largest centerd one whose ratio is allowed."""
     height, width = sizes[:, 0], sizes[:, 1]
     ratio = width / height
     w = np.where(ratio > config.ratio[1], np.rint(height * config.ratio[1]), width)
@@ -175,29 +175,29 @@ def _centre_box(sizes: np.ndarray, config: ViewConfig) -> np.ndarray:
 
 
 def _view_plan(draw: "_Draw", view: int, boxes: np.ndarray, config: ViewConfig) -> ViewPlan:
-    """Flip, jitter, grey and blur of one view: three blocks of four numbers."""
-    u = draw.uniforms(_stream(view, _COLOUR, 0, np.arange(3)))
+    """Flip, jitter, gray and blur of one view: three blocks of four numbers."""
+    u = draw.uniforms(_stream(view, _COLOR, 0, np.arange(3)))
     coin, factor_u, rest = u[:, 0], u[:, 1], u[:, 2]
     spans = np.array([config.brightness, config.contrast, config.saturation, config.hue])
-    centres = np.array([1.0, 1.0, 1.0, 0.0])
-    low, high = np.maximum(centres - spans, [0, 0, 0, -0.5]), centres + spans
+    centers = np.array([1.0, 1.0, 1.0, 0.0])
+    low, high = np.maximum(centers - spans, [0, 0, 0, -0.5]), centers + spans
     jittered = coin[:, 1] < config.jitter_probability
     # A random permutation of four operations: 24 equally likely ones, picked by one number.
     orders = _ORDERS[np.minimum((rest[:, 0] * len(_ORDERS)).astype(np.int64), len(_ORDERS) - 1)]
     jitter_ops = np.where(jittered[:, None], orders, NOTHING)
-    grey_op = np.where(coin[:, 2] < config.grey_probability, GREY, NOTHING)[:, None]
-    ops = [grey_op, jitter_ops] if config.grey_first else [jitter_ops, grey_op]
+    gray_op = np.where(coin[:, 2] < config.gray_probability, GRAY, NOTHING)[:, None]
+    ops = [gray_op, jitter_ops] if config.gray_first else [jitter_ops, gray_op]
     sigma = config.blur_sigma[0] + rest[:, 1] * (config.blur_sigma[1] - config.blur_sigma[0])
     return ViewPlan(
         crop_box=np.ascontiguousarray(boxes),
         flipped=coin[:, 0] < config.flip_probability,
-        colour_ops=np.concatenate(ops, 1).astype(np.uint8),
-        factors=np.where(jittered[:, None], low + factor_u * (high - low), centres).astype(np.float32),
+        color_ops=np.concatenate(ops, 1).astype(np.uint8),
+        factors=np.where(jittered[:, None], low + factor_u * (high - low), centers).astype(np.float32),
         blur_sigma=np.where(coin[:, 3] < config.blur_probability, sigma, 0.0).astype(np.float32),
     )
 
 
-_CROP, _COLOUR = 1, 2
+_CROP, _COLOR = 1, 2
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), np.uint8)
 
 

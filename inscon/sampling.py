@@ -15,7 +15,7 @@ from inscon.philox import philox
 
 _ROUNDS = 8
 BLOCK = 256
-"""Neighbours on the disk that a windowed order reads in one run: 28 MB of ImageNet."""
+"""Neighbors on the disk that a windowed order reads in one run: 28 MB of ImageNet."""
 _WHOLE, _BLOCKS = 0xFFFFFFFF, 0xFFFFFFFE
 """Which permutation of an epoch: of all samples, of the blocks; a smaller number is that of a window's samples."""
 
@@ -27,7 +27,7 @@ class EpochOrder:
         num_samples: size of the data set.
         batch_size: images per step over all ranks.
         seed: 0 .. 2**64-1.
-        window: None shuffles the whole set. Else blocks of `BLOCK` neighbours are shuffled and then the samples of each
+        window: None shuffles the whole set. Else blocks of `BLOCK` neighbors are shuffled and then the samples of each
             `window // BLOCK` blocks, so that only two windows need be in memory.
 
     Raises ValueError if there is not one whole batch, or not one whole block in a window.
@@ -91,7 +91,7 @@ class EpochOrder:
         return self._samples(np.arange(self.whole, self.num_samples), epoch)
 
     def runs(self, step: int, starting: bool = False) -> list[range]:
-        """Runs of neighbouring sample ids to be read ahead while `step` is made: its share of the window after its own,
+        """Runs of neighboring sample ids to be read ahead while `step` is made: its share of the window after its own,
         and, `starting` there, all of its own window too. None for an order without windows."""
         if self._windows is None:
             return []
@@ -111,7 +111,7 @@ class EpochOrder:
 
 
 class _Windows:
-    """A shuffle that reads the disk in runs: blocks of neighbours in a random order, and the samples of each few blocks mixed.
+    """A shuffle that reads the disk in runs: blocks of neighbors in a random order, and the samples of each few blocks mixed.
 
     Every sample is once in an epoch, whatever the sizes; the last block may be short, and lies anywhere. The set was shuffled
     when it was packed, so a block is a fair mixture; what is lost is that a sample meets its block's others more often
@@ -153,7 +153,7 @@ class _Windows:
     def describe(self, batch_size: int) -> str:
         size = min(self._per_window * BLOCK, self._n)
         return (
-            f"shuffled in windows of {size} samples, {self._per_window} blocks of {BLOCK} neighbours; two of a block share a batch "
+            f"shuffled in windows of {size} samples, {self._per_window} blocks of {BLOCK} neighbors; two of a block share a batch "
             f"with probability {(batch_size - 1) / (size - 1):.2%} instead of {(batch_size - 1) / (self._n - 1):.2%}"
         )
 
@@ -234,7 +234,7 @@ def _feistel_back(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

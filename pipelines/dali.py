@@ -2,7 +2,7 @@
 
 Where the host decodes, DALI's threads decode and then call the compiled kernels of pipelines/kernels.py, which write views
 and mosaic tiles straight into the memory of the batch (pipelines/slots.py): finished float32 for training on a CPU, uint8 for a
-GPU, as finished views or as crops that the GPU colours (pipelines/colour.py). With decode "mixed", DALI decodes with nvJPEG,
+GPU, as finished views or as crops that the GPU colors (pipelines/color.py). With decode "mixed", DALI decodes with nvJPEG,
 and the GPU's JPEG engine where it has one, and cuts the crops there.
 
 The order, the bytes and the plan come from our own source, never from a DALI reader: a run of the graph makes one part of
@@ -35,14 +35,14 @@ from torch import Tensor
 from data_prep.index import ShardError
 from inscon.batch import Batch
 from inscon.config import Config
-from pipelines.colour import normalisation
+from pipelines.color import normalization
 from pipelines.decoding import Decode, candidates, choose
 from pipelines.feed import (
     Feed,
     Pipeline,
     Refusal,
     Work,
-    colour_on_host,
+    color_on_host,
     open_feed,
     threads_per_rank,
     undecodable,
@@ -181,7 +181,7 @@ def crop_by_dali(images, row, view_size: int):
 def _render(view_size: int) -> NumbaFunction:
     """The operator (picture, rows, places) -> a byte; kept, because DALI takes a second to wrap a compiled function."""
     # numba freezes what these two find around them, which is meant here.
-    subtract, multiply = (row.ctypes.data for row in normalisation(view_size))  # whose cache keeps them
+    subtract, multiply = (row.ctypes.data for row in normalization(view_size))  # whose cache keeps them
     render_picture = render_at()
 
     def shape(outs, ins):
@@ -210,7 +210,7 @@ class Engine:
 
     Args:
         decode: where JPEGs are decoded.
-        host_colour: colour and blur by the compiled kernels; else on `device`.
+        host_color: color and blur by the compiled kernels; else on `device`.
     """
 
     def __init__(
@@ -221,10 +221,10 @@ class Engine:
         dtype: torch.dtype,
         threads: int,
         decode: Decode,
-        host_colour: bool,
+        host_color: bool,
     ):
         self._feed, self._steps, self.device, self._decode, self._threads = feed, steps, device, decode, threads
-        self._finish = Finish(feed, device, dtype, host_colour)
+        self._finish = Finish(feed, device, dtype, host_color)
         self.clock = StageClock()
         self.substituted = 0
         """Samples that stood in for bad ones, in the batches made so far."""
@@ -242,7 +242,7 @@ class Engine:
         for work, made in self.steps():
             self.substituted += work.substituted
             try:
-                with self.clock.at("colour and copy", "finish"):
+                with self.clock.at("color and copy", "finish"):
                     batch = self._finish(work, made)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise self._explain(error) from None
@@ -377,17 +377,17 @@ def open_dali(
         check_dali(driver_cuda_version(), installed_flavour())
     elif loader.decode == "mixed":
         raise ValueError("decode=mixed needs a GPU, and the device is cpu; set --decode cpu or auto")
-    host_colour = colour_on_host(config, device)
+    host_color = color_on_host(config, device)
     arguments = device, dtype, threads
     decode, why = Decode(loader.decode, None), ""
     if loader.decode == "auto":
-        ways = candidates(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, host_colour)
-        rates = try_out(feed, ways, arguments, host_colour, start_step) if len(ways) > 1 else {}
+        ways = candidates(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, host_color)
+        rates = try_out(feed, ways, arguments, host_color, start_step) if len(ways) > 1 else {}
         decode, why = choose(ways, rates)
-    engine = Engine(feed, range(start_step, total_steps), *arguments, decode, host_colour)
+    engine = Engine(feed, range(start_step, total_steps), *arguments, decode, host_color)
     description = (
-        f"dali {nvidia.dali.__version__}: decode {decode.describe()}{why}, colour on the "
-        f"{'host' if host_colour else device.type}, {threads} threads, {loader.prefetch} batches ahead, {feed.index.path}"
+        f"dali {nvidia.dali.__version__}: decode {decode.describe()}{why}, color on the "
+        f"{'host' if host_color else device.type}, {threads} threads, {loader.prefetch} batches ahead, {feed.index.path}"
     )
     ahead = Ahead(
         engine.batches(), depth=loader.prefetch, device=device, clock=engine.clock, timeout_s=loader.stall_timeout
@@ -395,17 +395,15 @@ def open_dali(
     return Pipeline(ahead, engine.end, feed, description, engine.read)
 
 
-def try_out(
-    feed: Feed, ways: list[Decode], arguments: tuple, host_colour: bool, start_step: int
-) -> dict[Decode, float]:
-    """Source images/s of each way to decode, colour included, over the run's own first batches; 0 for a way that fails.
+def try_out(feed: Feed, ways: list[Decode], arguments: tuple, host_color: bool, start_step: int) -> dict[Decode, float]:
+    """Source images/s of each way to decode, color included, over the run's own first batches; 0 for a way that fails.
 
     What a trial stumbles over is no verdict on a sample: the way that is taken meets it again, or decodes it.
     """
     rates, known = dict.fromkeys(ways, 0.0), set(feed.bad)
     for way in ways:
         try:
-            rates[way] = _rate(Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_colour))
+            rates[way] = _rate(Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_color))
         except (RuntimeError, MemoryError, ShardError) as error:  # no nvJPEG for this driver, say, or too little memory
             LOG.warning("decode %s is left out, it fails: %s", way.describe(), str(error).strip().splitlines()[0])
         feed.bad = set(known)

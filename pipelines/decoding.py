@@ -28,13 +28,13 @@ class Decode:
         )
 
 
-def candidates(capability: tuple[int, int] | None, host_colour: bool) -> list[Decode]:
+def candidates(capability: tuple[int, int] | None, host_color: bool) -> list[Decode]:
     """The ways to decode where the GPU has this compute capability; None is no GPU.
 
-    Colour on the host needs the crops there, which leaves decoding there.
+    Color on the host needs the crops there, which leaves decoding there.
     """
     cpu = Decode("cpu", None)
-    if capability is None or host_colour:
+    if capability is None or host_color:
         return [cpu]
     if capability < FIRST_WITH_ENGINE:
         return [cpu, Decode("mixed", None)]

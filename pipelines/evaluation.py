@@ -1,7 +1,7 @@
 """Labelled views for frozen evaluation, one of each sample, from the engines that feed training: another plan, nothing else.
 
-A centre crop is a box that nothing is random about, a random crop is the query view without colour; so decoding, resizing and
-normalising are those of pipelines/kernels.py and its peers, and the speed is theirs too.
+A center crop is a box that nothing is random about, a random crop is the query view without color; so decoding, resizing and
+normalizing are those of pipelines/kernels.py and its peers, and the speed is theirs too.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_prep.index import NO_LABEL, DatasetIndex
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from inscon.plan import Plans, plan_centre
+from inscon.plan import Plans, plan_center
 from pipelines import open_pipeline
 from pipelines.feed import Feed, Work
 
@@ -35,13 +35,13 @@ class RandomFeed(Feed):
         return Plans(query=super().plan(epoch, sample_ids, sizes).query, key=None, tile=None)
 
 
-class CentreFeed(RandomFeed):
-    """Centre crops in the order of the index, once; the last sample fills up the last step."""
+class CenterFeed(RandomFeed):
+    """Center crops in the order of the index, once; the last sample fills up the last step."""
 
     def work(self, step: int) -> Work:
         ids = self._ids(step)
         sizes = self.index.sizes(ids)
-        plans = Plans(query=plan_centre(sizes, self.config.views.view_size), key=None, tile=None)
+        plans = Plans(query=plan_center(sizes, self.config.views.view_size), key=None, tile=None)
         return Work(step=step, epoch=0, sample_ids=ids, sizes=sizes, plans=plans, substituted=0)
 
     def expect(self, step: int) -> None:
@@ -57,9 +57,9 @@ def random_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[i
     return RandomFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
 
 
-def centre_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[int, ...] = ()) -> CentreFeed:
+def center_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[int, ...] = ()) -> CenterFeed:
     """See `pipelines.feed.open_feed`."""
-    return CentreFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
+    return CenterFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
 
 
 class LabelledViews:
@@ -71,7 +71,7 @@ class LabelledViews:
         batch_size: over all ranks; at most the set.
         pipeline: see `Engine`.
         scale: range of a random crop's share of the image area.
-        limit: how many samples `centre_crops` takes at most, the first ones; packing has shuffled them.
+        limit: how many samples `center_crops` takes at most, the first ones; packing has shuffled them.
 
     Raises ValueError where the set has no labels, or is smaller than a batch of random crops.
     """
@@ -111,20 +111,20 @@ class LabelledViews:
         self._count = min(limit or len(self.index), len(self.index))
         # One candidate, so that the other view, which nobody sees, doesn't decide about this one.
         self._views = ViewConfig(
-            view_size=view_size, scale=scale, jitter_probability=0.0, grey_probability=0.0, blur_probability=0.0,
+            view_size=view_size, scale=scale, jitter_probability=0.0, gray_probability=0.0, blur_probability=0.0,
             overlap_candidates=1,
         )  # fmt: skip
 
-    def centre_crops(self, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def center_crops(self, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(pixels [b 3 S S] channels-last on the device, labels [b] int64 on the CPU): this rank's share of every sample, once.
 
-        The shorter side is resized to 256/224 of S, then the centre is cut, as ImageNet evaluation does. `done` samples have
+        The shorter side is resized to 256/224 of S, then the center is cut, as ImageNet evaluation does. `done` samples have
         been seen before and are left out: whole batches of them, for one rank.
         """
         rank, world = self._place["rank"], self._place["world_size"]
         own = max(min(self._batch_size, self._count) // world, 1)
         first, steps = done // (own * world), -(-self._count // (own * world))
-        with self._open(own * world, centre_feed, first, steps) as batches:
+        with self._open(own * world, center_feed, first, steps) as batches:
             for step, batch in zip(range(first, steps), batches):
                 new = min(max(self._count - (step * world + rank) * own, 0), own)
                 seen = max(done - (step * world + rank) * own, 0)

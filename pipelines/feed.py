@@ -244,9 +244,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def colour_on_host(config: Config, device: torch.device) -> bool:
-    """Whether views leave the host finished, or as crops that `pipelines.colour` finishes on `device`."""
-    return config.loader.colour == "host" or (config.loader.colour == "auto" and device.type == "cpu")
+def color_on_host(config: Config, device: torch.device) -> bool:
+    """Whether views leave the host finished, or as crops that `pipelines.color` finishes on `device`."""
+    return config.loader.color == "host" or (config.loader.color == "auto" and device.type == "cpu")
 
 
 def threads_per_rank(asked: int | None) -> int:

@@ -32,13 +32,13 @@ from data_prep.index import BETON_NAME, DatasetIndex, ShardError
 from inscon.batch import Batch
 from inscon.config import Config
 from inscon.plan import ROW
-from pipelines.colour import normalisation
+from pipelines.color import normalization
 from pipelines.feed import (
     Feed,
     Pipeline,
     Refusal,
     Work,
-    colour_on_host,
+    color_on_host,
     not_its_pixels,
     open_feed,
     threads_per_rank,
@@ -187,7 +187,7 @@ class ViewDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable:
         # numba freezes what it finds around the function, which is meant here.
-        subtract, multiply = (row.ctypes.data for row in normalisation(self._view_size))  # whose cache keeps them
+        subtract, multiply = (row.ctypes.data for row in normalization(self._view_size))  # whose cache keeps them
         find, render, jpg = self.memory_read, render_at(), IMAGE_MODES["jpg"]
         read_header, decompress = _read_header, _decompress
 
@@ -293,14 +293,14 @@ class Engine:
     """Threads that run the compiled graph, and the batches they make; iterated in one thread.
 
     Args:
-        host_colour: colour and blur by the compiled kernels; else on `device`.
+        host_color: color and blur by the compiled kernels; else on `device`.
     """
 
     def __init__(
-        self, feed: Feed, steps: range, device: torch.device, dtype: torch.dtype, threads: int, host_colour: bool
+        self, feed: Feed, steps: range, device: torch.device, dtype: torch.dtype, threads: int, host_color: bool
     ):
         self._feed, self._steps, self._device = feed, steps, device
-        self._finish, self._run = Finish(feed, device, dtype, host_colour), compile_decoder(feed.config.views.view_size)
+        self._finish, self._run = Finish(feed, device, dtype, host_color), compile_decoder(feed.config.views.view_size)
         self.clock = StageClock()
         self.substituted = 0
         """Samples that stood in for bad ones, in the batches made so far."""
@@ -315,7 +315,7 @@ class Engine:
         try:
             for work, slot in self.steps():
                 self.substituted += work.substituted
-                with self.clock.at("colour and copy", "finish"):
+                with self.clock.at("color and copy", "finish"):
                     batch = self._finish(work, slot)
                 yield batch
                 del batch, slot
@@ -460,10 +460,10 @@ def open_ffcv(
     """See `pipelines.open_pipeline`. `loader.threads` decode; compiling is over when this returns."""
     feed = feeds(config, rank, world_size, bad_samples)
     check_beton(feed.index)
-    loader, threads, host_colour = (
+    loader, threads, host_color = (
         config.loader,
         threads_per_rank(config.loader.threads),
-        colour_on_host(config, device),
+        color_on_host(config, device),
     )
     if threads < 1:
         raise ValueError(f"the pipeline ffcv needs at least 1 thread. Found: {threads}; set --threads 1 or more")
@@ -471,9 +471,9 @@ def open_ffcv(
         raise ValueError(
             "the pipeline ffcv decodes on the host, and decode is mixed; set --decode cpu or --pipeline dali"
         )
-    engine = Engine(feed, range(start_step, total_steps), device, dtype, threads, host_colour)
+    engine = Engine(feed, range(start_step, total_steps), device, dtype, threads, host_color)
     description = (
-        f"ffcv {importlib.metadata.version('ffcv')}: decode cpu, colour on the {'host' if host_colour else device.type}, {threads} "
+        f"ffcv {importlib.metadata.version('ffcv')}: decode cpu, color on the {'host' if host_color else device.type}, {threads} "
         f"threads, {loader.prefetch} batches ahead, {feed.index.path / BETON_NAME}"
     )
     ahead = Ahead(

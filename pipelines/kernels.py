@@ -1,13 +1,13 @@
 """The compiled tail for CPUs: a decoded picture and rows of the plan in, finished uint8 views out.
 
 One call makes all views of a picture, one after the other, while its pixels are in the cache: crop, antialiased bilinear
-resize, flip, colour, blur. Every step repeats PIL's own arithmetic (fixed point for resize and blur, truncated float32
+resize, flip, color, blur. Every step repeats PIL's own arithmetic (fixed point for resize and blur, truncated float32
 blends, 8-bit HSV), so a view equals torchvision's PIL transforms bit for bit; docs/parity.md has the figures. The
 functions release the GIL and keep no state, so any number of threads may run them; DALI calls them from its own threads.
 
-Three facts about numba shape this file. Loops are vectorised over one contiguous row, so rows are sliced first and
+Three facts about numba shape this file. Loops are vectorized over one contiguous row, so rows are sliced first and
 indexed after. Integers widen to 64 bits, so sums go through arrays, or casts, of the width that is meant. Divisions check
-for zero unless `error_model="numpy"`, and the check keeps a loop from being vectorised.
+for zero unless `error_model="numpy"`, and the check keeps a loop from being vectorized.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from numba import carray, cfunc, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, ROW, SATURATION
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, ROW, SATURATION
 
 RESIZE_BITS = 22
 """Fixed point of resize weights, as PIL's for 8-bit channels."""
@@ -62,20 +62,20 @@ except RuntimeError:  # neither beside this file nor in the home folder, as in a
 
 
 @compiled
-def render_views(image, rows, out, colour):
+def render_views(image, rows, out, color):
     """Make all views of one picture.
 
     Args:
         image: [H W 3] uint8 RGB, C-contiguous.
         rows: [V 16] float32, `ViewPlan.rows`; boxes are clamped into the picture, so a wrong one cannot read past it.
         out: [V S S 3] uint8, C-contiguous, overwritten; S is a multiple of 8.
-        colour: bool; False stops after the flip, for when colour and blur happen on the device.
+        color: bool; False stops after the flip, for when color and blur happen on the device.
     """
     for view in range(rows.shape[0]):
         row = rows[view]
         crop_resize(image, row, out[view])
-        if colour:
-            colour_view(out[view], row)
+        if color:
+            color_view(out[view], row)
             if row[14] > 0:
                 blur(out[view], row[14])
 
@@ -86,11 +86,11 @@ def render_into(image, rows, places, subtract, multiply):
 
     Args:
         image, rows: as for `render_views`.
-        places: [4 + 2V] int64, a row of `pipelines.slots.Slot.places`: the side S of a view in px; 1 for colour; 1 if levels
-            become normalised float32 (S is then a multiple of 16, and addresses are of 64), 0 if they stay uint8; bytes
+        places: [4 + 2V] int64, a row of `pipelines.slots.Slot.places`: the side S of a view in px; 1 for color; 1 if levels
+            become normalized float32 (S is then a multiple of 16, and addresses are of 64), 0 if they stay uint8; bytes
             from a row of the mosaic's canvas to the next; then for each view the addresses of its `[S S 3]` block and of its
             tile's first pixel on the canvas, 0 for none.
-        subtract, multiply: [3 S] float32, `pipelines.colour.normalisation` of a row of pixels.
+        subtract, multiply: [3 S] float32, `pipelines.color.normalization` of a row of pixels.
     """
     side = places[0]
     made = np.empty((1, side, side, 3), np.uint8)
@@ -99,7 +99,7 @@ def render_into(image, rows, places, subtract, multiply):
         if places[2]:
             render_views(image, rows[view : view + 1], made, places[1] != 0)
             for y in range(side):
-                _normalise_row(made[0, y].reshape(-1), subtract, multiply, block, tile)
+                _normalize_row(made[0, y].reshape(-1), subtract, multiply, block, tile)
                 block += 12 * side if block else 0
                 tile += places[3] if tile else 0
             _fence()
@@ -145,7 +145,7 @@ def pointer_to(typingctx, address):
 
 
 @intrinsic
-def _normalise_row(typingctx, levels, subtract, multiply, block, tile):
+def _normalize_row(typingctx, levels, subtract, multiply, block, tile):
     """(level - subtract) * multiply of one row of levels to each of both addresses that is not 0, as float32.
 
     Past the caches: they would first read what is going to be overwritten, and nobody needs it soon. Subtracted before
@@ -237,12 +237,12 @@ def resize_weights(source, target):
     weights = np.zeros((target, taps), np.int32)
     exact = np.empty(taps, np.float64)
     for i in range(target):
-        centre = (i + 0.5) * scale
-        low = max(int(centre - support + 0.5), 0)
-        size = min(int(centre + support + 0.5), source) - low
+        center = (i + 0.5) * scale
+        low = max(int(center - support + 0.5), 0)
+        size = min(int(center + support + 0.5), source) - low
         total = 0.0
         for k in range(size):
-            exact[k] = max(1.0 - abs((k + low - centre + 0.5) * (1.0 / support)), 0.0)
+            exact[k] = max(1.0 - abs((k + low - center + 0.5) * (1.0 / support)), 0.0)
             total += exact[k]
         first[i] = min(low, source - taps)
         for k in range(size):
@@ -415,19 +415,19 @@ def _finish(sums, out):
 
 
 @compiled
-def colour_view(view, row):
-    """Apply the colour operations `row[5:10]` with the factors `row[10:14]` to `view [S S 3]` uint8, in place."""
+def color_view(view, row):
+    """Apply the color operations `row[5:10]` with the factors `row[10:14]` to `view [S S 3]` uint8, in place."""
     for slot in range(5, 10):
         operation = int(row[slot])
         if operation == BRIGHTNESS:
             blend_with(view, 0, row[10])
         elif operation == CONTRAST:
-            blend_with(view, mean_grey(view), row[11])
+            blend_with(view, mean_gray(view), row[11])
         elif operation == SATURATION:
             saturate(view, row[12])
         elif operation == HUE:
             shift_hue(view, row[13])
-        elif operation == GREY:
+        elif operation == GRAY:
             saturate(view, np.float32(0.0))
 
 
@@ -447,7 +447,7 @@ def _blend(base, value, factor):
 
 
 @compiled
-def mean_grey(view):
+def mean_gray(view):
     """The mean of PIL's L image of `view [S S 3]`, rounded to a whole level."""
     flat = view.reshape(-1)
     pixels = flat.shape[0] // 3
@@ -459,26 +459,26 @@ def mean_grey(view):
 
 @compiled
 def saturate(view, factor):
-    """Blend every pixel of `view [S S 3]` with its own grey level, as PIL's Color enhancer; 0 = grey. In place."""
+    """Blend every pixel of `view [S S 3]` with its own gray level, as PIL's Color enhancer; 0 = gray. In place."""
     flat = view.reshape(-1)
     f32, i32, u32 = np.float32, np.int32, np.uint32
     for i in range(flat.shape[0] // 3):
         red, green, blue = u32(flat[3 * i]), u32(flat[3 * i + 1]), u32(flat[3 * i + 2])
         luma = u32(red * u32(RED)) + u32(green * u32(GREEN)) + u32(blue * u32(BLUE)) + u32(0x8000)
-        grey = f32(i32(u32(luma) >> u32(16)))
-        flat[3 * i] = _blend(grey, f32(i32(red)), factor)
-        flat[3 * i + 1] = _blend(grey, f32(i32(green)), factor)
-        flat[3 * i + 2] = _blend(grey, f32(i32(blue)), factor)
+        gray = f32(i32(u32(luma) >> u32(16)))
+        flat[3 * i] = _blend(gray, f32(i32(red)), factor)
+        flat[3 * i + 1] = _blend(gray, f32(i32(green)), factor)
+        flat[3 * i + 2] = _blend(gray, f32(i32(blue)), factor)
 
 
 @compiled
 def shift_hue(view, turns):
     """Turn the hue of `view [S S 3]` by `turns` (-0.5..0.5) through PIL's 8-bit HSV, as torchvision; in place.
 
-    Without branches, and in float32 alone, where PIL has float64 in places, so that it vectorises. It was compared with
-    arithmetic as PIL's over all 2**24 colours and all 255 shifts: no level differs. A grey pixel has saturation 0, which
+    Without branches, and in float32 alone, where PIL has float64 in places, so that it vectorizes. It was compared with
+    arithmetic as PIL's over all 2**24 colors and all 255 shifts: no level differs. A gray pixel has saturation 0, which
     makes every channel equal to its value. Back in RGB a channel is value * (1 - saturation * w), where w is 0 within a
-    sixth of the circle around its colour, 1 beyond a third, and runs from 0 to 1 in between: PIL's p, q and t in one.
+    sixth of the circle around its color, 1 beyond a third, and runs from 0 to 1 in between: PIL's p, q and t in one.
     """
     shift = np.int32(turns * 255)
     flat = view.reshape(-1)
@@ -497,8 +497,8 @@ def shift_hue(view, turns):
         before = blues if reds == zero else before
         after = greens if reds == zero else after
         base = zero if reds == zero else base
-        quotient, coloured = min(before, after) / max(span, one), min(span, one)
-        late, early = (base + coloured) - quotient, (base - coloured) + quotient
+        quotient, colored = min(before, after) / max(span, one), min(span, one)
+        late, early = (base + colored) - quotient, (base - colored) + quotient
         turn = (late if before >= after else early) / six
         wrapped = turn + one
         turn = wrapped if turn < zero else turn
@@ -575,8 +575,8 @@ def _blur_along(flat, stride, inner, outer, radius, out):
     if radius == 0:  # what views are blurred with: sigma up to 2
         _box_of_one(before, flat[margin : margin + size], after, inner, outer, made)
     elif radius == 1:
-        left, centre, right = flat[stride:], flat[2 * stride :], flat[3 * stride :]
-        _box_of_three(before, (left[:size], centre[:size], right[:size]), after, inner, outer, made)
+        left, center, right = flat[stride:], flat[2 * stride :], flat[3 * stride :]
+        _box_of_three(before, (left[:size], center[:size], right[:size]), after, inner, outer, made)
     else:
         sums = np.zeros(size, np.uint16)
         for k in range(1, 2 * radius + 2):
@@ -628,10 +628,10 @@ def _box_of_one(before, middle, after, inner, outer, out):
 def _box_of_three(before, middle, after, inner, outer, out):
     """`_box` of radius 1, where the sum is one of three pixels: not written down and read again."""
     u32 = np.uint32
-    left, centre, right = middle
+    left, center, right = middle
     for j in range(out.shape[0]):
         beyond = u32(u32(before[j]) + u32(after[j]))
-        whole = u32(u32(u32(left[j]) + u32(centre[j]) + u32(right[j])) * inner)
+        whole = u32(u32(u32(left[j]) + u32(center[j]) + u32(right[j])) * inner)
         out[j] = u32(whole + u32(beyond * outer) + u32(1 << (BLUR_BITS - 1))) >> u32(BLUR_BITS)
 
 

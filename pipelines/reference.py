@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.index import RAW, DatasetIndex
 from inscon.config import Config
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, NOTHING, SATURATION, ViewPlan
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NOTHING, SATURATION, ViewPlan
 from inscon.workers import alive, shared, worker_init
-from pipelines.colour import colour_views, normalise
+from pipelines.color import color_views, normalize
 from pipelines.feed import (
     Feed,
     Pipeline,
     Refusal,
     Work,
-    colour_on_host,
+    color_on_host,
     make_batch,
     not_its_pixels,
     open_feed,
@@ -37,21 +37,21 @@ from pipelines.feed import (
     wrong_size,
 )
 
-COLOUR = {
+COLOR = {
     NOTHING: lambda image, factor: image,
     BRIGHTNESS: F.adjust_brightness,
     CONTRAST: F.adjust_contrast,
     SATURATION: F.adjust_saturation,
     HUE: F.adjust_hue,
-    GREY: lambda image, factor: F.to_grayscale(image, num_output_channels=3),
+    GRAY: lambda image, factor: F.to_grayscale(image, num_output_channels=3),
 }
 """Code of an operation -> function of a PIL image and a factor."""
 
 
-def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, colour: bool = True) -> Image.Image:
+def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, color: bool = True) -> Image.Image:
     """Row `i` of `plan` applied to a whole RGB picture: the view as an RGB picture of `view_size` px square.
 
-    Without `colour` it ends with the flip.
+    Without `color` it ends with the flip.
     """
     x0, y0, x1, y1 = (int(edge) for edge in plan.crop_box[i])
     view = F.resized_crop(
@@ -59,11 +59,11 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, colo
     )
     if plan.flipped[i]:
         view = F.hflip(view)
-    if not colour:
+    if not color:
         return view
-    for operation in plan.colour_ops[i]:
+    for operation in plan.color_ops[i]:
         factor = float(plan.factors[i, operation - 1]) if BRIGHTNESS <= operation <= HUE else 0.0
-        view = COLOUR[int(operation)](view, factor)
+        view = COLOR[int(operation)](view, factor)
     if plan.blur_sigma[i] > 0:
         view = view.filter(ImageFilter.GaussianBlur(radius=float(plan.blur_sigma[i])))
     return view
@@ -91,7 +91,7 @@ def picture_of(index: DatasetIndex, sample_id: int) -> Image.Image:
         raise refusal.args[1] from None
 
 
-def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor, dict[str, float]]:
+def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, Tensor, dict[str, float]]:
     """The work of a step, its views [V B S S 3] uint8, and the seconds that stages took. Bad samples go to `Feed.reject`."""
     spent = {"read": 0.0, "decode": 0.0}
     while True:
@@ -100,14 +100,14 @@ def render_step(feed: Feed, step: int, colour: bool) -> tuple[Work, Tensor, dict
         loaded = time.perf_counter()
         spent["read"] += loaded - start
         try:
-            views = _render(feed, work, jpegs, colour)
+            views = _render(feed, work, jpegs, color)
             spent["decode"] += time.perf_counter() - loaded
             return work, views, spent
         except Refusal as refusal:
             feed.reject(*refusal.args)
 
 
-def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], colour: bool) -> Tensor:
+def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], color: bool) -> Tensor:
     side = feed.config.views.view_size
     views = np.empty((len(work.views), feed.batch_size, side, side, 3), np.uint8)
     for i, (sample_id, jpeg) in enumerate(zip(map(int, work.sample_ids), jpegs, strict=True)):
@@ -116,7 +116,7 @@ def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], colour: bool) -> Te
         if wrong is not None:
             raise Refusal(*wrong)
         for view, plan in zip(views, work.views, strict=True):
-            view[i] = render_view(image, plan, i, side, colour)
+            view[i] = render_view(image, plan, i, side, color)
     return torch.from_numpy(views)
 
 
@@ -127,17 +127,17 @@ class _Steps(Dataset):
     and only the process that has seen every step knows them.
     """
 
-    def __init__(self, feed: Feed, colour: bool, feeds: Callable[..., Feed]):
+    def __init__(self, feed: Feed, color: bool, feeds: Callable[..., Feed]):
         loader = dataclasses.replace(feed.config.loader, on_bad_sample="fail")
         self._open = dataclasses.replace(feed.config, loader=loader), feed.rank, feed.world_size
-        self._colour, self._feed, self._feeds = colour, None, feeds
+        self._color, self._feed, self._feeds = color, None, feeds
 
     def __getitem__(self, step: int):
         try:
             if self._feed is None:
                 # A worker opens the shards itself when the first step is asked for, where a failure can be told as any other.
                 self._feed = self._feeds(*self._open)
-            return render_step(self._feed, step, self._colour)
+            return render_step(self._feed, step, self._color)
         except ValueError as error:
             # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
             return error
@@ -156,11 +156,11 @@ def open_reference(
     feeds: Callable[..., Feed] = open_feed,
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are worker processes here; 0 works in this process."""
-    feed, host_colour = feeds(config, rank, world_size, bad_samples), colour_on_host(config, device)
+    feed, host_color = feeds(config, rank, world_size, bad_samples), color_on_host(config, device)
     workers = threads_per_rank(config.loader.threads)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
     loader = DataLoader(
-        _Steps(feed, host_colour, feeds),
+        _Steps(feed, host_color, feeds),
         batch_size=None,
         sampler=range(start_step, total_steps),
         num_workers=workers,
@@ -179,15 +179,15 @@ def open_reference(
             if isinstance(made, ValueError) and config.loader.on_bad_sample == "fail":
                 raise made
             if isinstance(made, ValueError) or (feed.bad and feed.work(step).substituted):
-                made = render_step(feed, step, host_colour)
+                made = render_step(feed, step, host_color)
             work, views, spent = made
             start = time.perf_counter()
             views = views.to(device, non_blocking=True)
             counted["loader_substituted"] += work.substituted
-            if host_colour:
-                pixels = [normalise(view, dtype) for view in views]
+            if host_color:
+                pixels = [normalize(view, dtype) for view in views]
             else:
-                pixels = [colour_views(view, plan, dtype) for view, plan in zip(views, work.views, strict=True)]
+                pixels = [color_views(view, plan, dtype) for view, plan in zip(views, work.views, strict=True)]
             batch = make_batch(work, pixels, feed)
             since.update(spent | {"finish": time.perf_counter() - start, "steps": 1})
             yield batch

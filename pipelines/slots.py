@@ -1,6 +1,6 @@
 """Memory of whole batches: allocated once, written by compiled kernels through addresses, used again when it is free.
 
-A `Slot` holds the views of one batch and its mosaics, in the form that the trainer wants: normalised float32 on a CPU, uint8
+A `Slot` holds the views of one batch and its mosaics, in the form that the trainer wants: normalized float32 on a CPU, uint8
 levels, page-locked, where a GPU finishes them. `Slot.places` tells `pipelines.kernels.render_into` where each view of each
 picture goes, so that no pixel is copied on its way to the batch, and the mosaic's tiles are written with the views.
 
@@ -27,8 +27,8 @@ class Slots:
         views: V, how many views of each image are made.
         kept: which of these become a `[B 3 S S]` tensor of their own.
         tiles: which view lies on mosaics of 2S px, or None for no mosaic.
-        normalised: float32, ready for the model; else uint8.
-        colour: whether the kernel applies colour and blur.
+        normalized: float32, ready for the model; else uint8.
+        color: whether the kernel applies color and blur.
         pinned: page-locked, for copies to a GPU that nobody waits for.
     """
 
@@ -40,14 +40,14 @@ class Slots:
         views: int,
         kept: tuple[int, ...],
         tiles: int | None,
-        normalised: bool,
-        colour: bool,
+        normalized: bool,
+        color: bool,
         pinned: bool = False,
     ):
         assert batch_size % 4 == 0 or tiles is None
         self.batch_size, self.view_size, self.views, self.kept, self.tiles = batch_size, view_size, views, kept, tiles
-        self.normalised, self.colour, self.pinned = normalised, colour, pinned
-        self.dtype = np.dtype(np.float32 if normalised else np.uint8)
+        self.normalized, self.color, self.pinned = normalized, color, pinned
+        self.dtype = np.dtype(np.float32 if normalized else np.uint8)
         self.view_bytes = 3 * view_size**2 * self.dtype.itemsize
         self.num_bytes = self.view_bytes * batch_size * (len(kept) + (tiles is not None))
         self.allocated = 0
@@ -92,7 +92,7 @@ class Slot:
     def tensors(self, memory: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """As `hand_out`, of a copy of its `memory`, or of that itself, without a claim on the slot."""
         s = self._slots
-        parts = memory.view(torch.float32 if s.normalised else torch.uint8).chunk(len(s.kept) + (s.tiles is not None))
+        parts = memory.view(torch.float32 if s.normalized else torch.uint8).chunk(len(s.kept) + (s.tiles is not None))
         views = [part.view(s.batch_size, s.view_size, s.view_size, 3) for part in parts[: len(s.kept)]]
         canvas = (s.batch_size // 4, 2 * s.view_size, 2 * s.view_size, 3)
         return views, parts[-1].view(canvas) if s.tiles is not None else None
@@ -110,7 +110,7 @@ def _places(slots: Slots, start: int) -> np.ndarray:
     side, pixel = slots.view_size, 3 * slots.dtype.itemsize
     canvas_row = 2 * side * pixel
     places = np.zeros((slots.batch_size, 4 + 2 * slots.views), np.int64)
-    places[:, 0:4] = side, slots.colour, slots.normalised, canvas_row
+    places[:, 0:4] = side, slots.color, slots.normalized, canvas_row
     image = np.arange(slots.batch_size)
     for number, view in enumerate(slots.kept):
         places[:, 4 + 2 * view] = start + (number * slots.batch_size + image) * slots.view_bytes

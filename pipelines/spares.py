@@ -2,7 +2,7 @@
 
 An epoch is whole batches; what is left over, less than a batch, is shown to nobody and serves as spares. Who stands in for
 whom is a pure function of the step and of the set of bad samples met so far, so a resumed run makes the same choices once
-it is told that set. Positions of a batch are dealt into lanes of neighbours, and every lane has spares of its own, so
+it is told that set. Positions of a batch are dealt into lanes of neighbors, and every lane has spares of its own, so
 ranks, which hold whole lanes, need not ask each other and never choose the same sample.
 """
 

@@ -14,13 +14,13 @@ from data_prep.index import RAW
 from inscon.config import Config
 from inscon.mosaic import assemble
 from inscon.plan import ROW
-from pipelines.colour import colour_views
+from pipelines.color import color_views
 from pipelines.feed import Feed, open_feed
 
-READ, PLAN, DECODE, CROP, COLOUR, COPY, DEVICE = STAGES = (
-    "read", "plan", "decode", "crop", "colour", "copy", "device augmentation and mosaic",
+READ, PLAN, DECODE, CROP, COLOR, COPY, DEVICE = STAGES = (
+    "read", "plan", "decode", "crop", "color", "copy", "device augmentation and mosaic",
 )  # fmt: skip
-"""In the order of an image's path. The last two exist on a GPU alone; colour is there or on the host."""
+"""In the order of an image's path. The last two exist on a GPU alone; color is there or on the host."""
 PICTURES = 128
 """Over so many are the host's stages measured."""
 REPEATS = 10
@@ -30,14 +30,14 @@ REPEATS = 10
 def stages_alone(config: Config, step: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds per source image of each stage by itself, of one core or of the device, from the batch of `step` on.
 
-    Stages that cannot be measured here are missing: crop and colour of the host without numba. ShardError as a pipeline.
+    Stages that cannot be measured here are missing: crop and color of the host without numba. ShardError as a pipeline.
     """
     feed = open_feed(config, 0, 1)
     numbers = range(step, step + max(PICTURES // feed.batch_size, 1))
-    spent = dict.fromkeys((PLAN, READ, DECODE, CROP, COLOUR), 0.0)
+    spent = dict.fromkeys((PLAN, READ, DECODE, CROP, COLOR), 0.0)
     decode, render = simplejpeg.decode_jpeg, _compiled_kernel(feed.config.views.view_size)
     if render is None:
-        del spent[CROP], spent[COLOUR]
+        del spent[CROP], spent[COLOR]
 
     def timed(stage: str, call: Callable):
         start = time.perf_counter()
@@ -54,9 +54,9 @@ def stages_alone(config: Config, step: int, device: torch.device, dtype: torch.d
             picture = content.reshape(height, width, 3) if is_raw else timed(DECODE, lambda c=content: decode(c))
             if render is not None:
                 crops = timed(CROP, lambda p=picture, r=row: render(p, r, False))
-                before = spent[COLOUR]
-                timed(COLOUR, lambda p=picture, r=row: render(p, r, True))
-                spent[COLOUR] = before + max(spent[COLOUR] - before - crops[1], 0.0)
+                before = spent[COLOR]
+                timed(COLOR, lambda p=picture, r=row: render(p, r, True))
+                spent[COLOR] = before + max(spent[COLOR] - before - crops[1], 0.0)
     images = len(numbers) * feed.batch_size
     found = {stage: 1e3 * seconds / images for stage, seconds in spent.items()}
     if device.type == "cuda":
@@ -65,22 +65,22 @@ def stages_alone(config: Config, step: int, device: torch.device, dtype: torch.d
 
 
 def _compiled_kernel(side: int) -> Callable | None:
-    """(picture, rows, colour) -> (views, seconds), compiled; None without numba."""
+    """(picture, rows, color) -> (views, seconds), compiled; None without numba."""
     try:
         from pipelines.kernels import render_views
     except ModuleNotFoundError:
         return None
 
-    def render(picture, rows, colour):
+    def render(picture, rows, color):
         start = time.perf_counter()
-        render_views(picture, rows, out[: len(rows)], colour)
+        render_views(picture, rows, out[: len(rows)], color)
         return out, time.perf_counter() - start
 
     out = np.empty((3, side, side, 3), np.uint8)
     nothing = np.zeros((1, ROW), np.float32)
     nothing[:, 2:4] = 8
-    for colour in (False, True):  # compiles
-        render(np.zeros((8, 8, 3), np.uint8), nothing, colour)
+    for color in (False, True):  # compiles
+        render(np.zeros((8, 8, 3), np.uint8), nothing, color)
     return render
 
 
@@ -90,7 +90,7 @@ def _on_device(feed: Feed, work, device: torch.device, dtype: torch.dtype) -> di
     arrived = levels.to(device)
 
     def augment():
-        views = [colour_views(view, plan, dtype) for view, plan in zip(arrived, work.views, strict=True)]
+        views = [color_views(view, plan, dtype) for view, plan in zip(arrived, work.views, strict=True)]
         if feed.wants_mosaic:
             assemble(views[-1 if feed.num_views == 3 else 0], feed.config.views.tile)
 

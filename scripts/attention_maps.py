@@ -25,7 +25,7 @@ from inscon import guard
 from inscon.encoder import Trunk
 from inscon.transfer.attention import attention, heat
 from inscon.transfer.export import any_trunk
-from pipelines.colour import MEAN, STD
+from pipelines.color import MEAN, STD
 
 GAP, TITLE = 8, 18
 
@@ -90,7 +90,7 @@ def picture_of(path: Path, side: int) -> Image.Image:
 
 
 def overlaid(picture: Image.Image, trunk: Trunk, stage: str) -> np.ndarray:
-    """[H W 3] uint8: the picture in grey, and over it where the trunk is strong."""
+    """[H W 3] uint8: the picture in gray, and over it where the trunk is strong."""
     levels = torch.from_numpy(np.array(picture)).float() / 255
     pixels = ((levels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
     strength = attention(trunk, pixels, stage)[0]

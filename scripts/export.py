@@ -70,7 +70,7 @@ def main(config: ExportConfig) -> dict:
 
 
 def estimate_statistics(config: ExportConfig) -> tuple[dict[str, torch.Tensor], int]:
-    """BatchNorm's buffers over `norm_batches` batches of the crops the run was trained on, without their colours."""
+    """BatchNorm's buffers over `norm_batches` batches of the crops the run was trained on, without their colors."""
     if config.data is None:
         raise ValueError("norm_batches needs pictures: set --data SHARDS, or --norm-batches 0")
     trunk, settings = load_trunk(config.run)

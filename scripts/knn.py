@@ -1,4 +1,4 @@
-"""k nearest neighbours on the frozen features of a run, beside the same network before training.
+"""k nearest neighbors on the frozen features of a run, beside the same network before training.
 
 python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS
 python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS --keep features   # goes on where it stopped
@@ -26,7 +26,7 @@ from pipelines.evaluation import Engine, LabelledViews, joined_classes
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
-    """Frozen evaluation by nearest neighbours."""
+    """Frozen evaluation by nearest neighbors."""
 
     run: Path
     """A run folder, whose newest checkpoint is taken, a checkpoint, or a file of scripts/export.py."""
@@ -35,11 +35,11 @@ class KnnConfig:
     val: Path
     """Labelled shards to classify."""
     k: int = 200
-    """Neighbours that vote; at most the bank."""
+    """Neighbors that vote; at most the bank."""
     temperature: float = 0.1
     """Of the vote's weights exp(similarity / temperature)."""
     view_size: int | None = None
-    """Side of the centre crop, px. None: as the run was trained."""
+    """Side of the center crop, px. None: as the run was trained."""
     untrained: bool = True
     """Classify with the untrained network too."""
     batch_size: int = 64
@@ -90,12 +90,12 @@ def features_of(trunk, views: LabelledViews, name: str, config: KnnConfig, devic
     with Progress(transient=True) as progress:
         bar = progress.add_task(name, total=count)
         if config.keep is None:
-            crops = views.centre_crops()
+            crops = views.center_crops()
             told = (progress.advance(bar, len(labels)) or (pixels, labels) for pixels, labels in crops)
             return knn.features(trunk, told, device, amp_dtype)
         identity = f"{digest(trunk.state_dict())} {views.fingerprint} {views.view_size} {amp_dtype}"
         return knn.kept_features(
-            config.keep, name, trunk, lambda done: views.centre_crops(done), count, identity, device, amp_dtype,
+            config.keep, name, trunk, lambda done: views.center_crops(done), count, identity, device, amp_dtype,
             lambda done: progress.update(bar, completed=done),
         )  # fmt: skip
 

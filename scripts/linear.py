@@ -128,7 +128,7 @@ def probe(config: LinearConfig, device) -> None:
             )
 
     def evaluate() -> dict[str, float]:
-        return run.evaluate((pixels, joined[labels]) for pixels, labels in val.centre_crops())
+        return run.evaluate((pixels, joined[labels]) for pixels, labels in val.center_crops())
 
     found = run.train(train.random_crops, train.steps_per_epoch, evaluate, say, config.evaluate_every)
     if found is None:

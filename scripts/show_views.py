@@ -4,7 +4,7 @@
     python scripts/show_views.py --data SHARDS --out views.png --recipe imagenet_r50 --step 0 --pipeline reference
 
 The plan is a pure function, so this is exactly what step N of a run with the same seed and batch size trains on. Cells
-with the same number and colour in the two views of a row are positives of each other. Any setting of the recipe is a flag.
+with the same number and color in the two views of a row are positives of each other. Any setting of the recipe is a flag.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from inscon.batch import Batch, View
 from inscon.config import Config, resolve
 from inscon.geometry import find_overlap
 from pipelines import open_pipeline
-from pipelines.colour import MEAN, STD
+from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
 from scripts.train import parse
 
@@ -88,7 +88,7 @@ def _overlap(batch: Batch, config: Config):
 
 
 def to_image(pixels, zoom: int = 1) -> Image.Image:
-    """Normalised [3 H W] back to a picture, enlarged `zoom` times."""
+    """Normalized [3 H W] back to a picture, enlarged `zoom` times."""
     levels = pixels.float().cpu().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
     picture = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
@@ -100,9 +100,9 @@ def source(index: DatasetIndex, sample_id: int, boxes: dict[str, object], size: 
     scale = min(size[0] / picture.width, size[1] / picture.height)
     fitted = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
     pen = ImageDraw.Draw(fitted)
-    for colour, box in boxes.items():
+    for color, box in boxes.items():
         x0, y0, x1, y1 = (float(edge) * scale for edge in box)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=2)
+        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=color, width=2)
     return fitted
 
 
@@ -117,12 +117,12 @@ def with_cells(view: View, row: int, box, grid: int, frame: str, zoom: int) -> I
             column = grid - 1 - q if bool(view.flipped[row]) else q
             left, top = x0 + column * width, y0 + p * height
             hue = colorsys.hsv_to_rgb((p * grid + q) / grid**2, 0.9, 1.0)
-            colour = tuple(round(255 * c) for c in hue)
-            pen.rectangle((left, top, left + width - 1, top + height - 1), outline=colour)
+            color = tuple(round(255 * c) for c in hue)
+            pen.rectangle((left, top, left + width - 1, top + height - 1), outline=color)
             pen.text(
                 (left + width / 2, top + height / 2),
                 str(p * grid + q + 1),
-                fill=colour,
+                fill=color,
                 anchor="mm",
                 stroke_width=1,
                 stroke_fill="black",

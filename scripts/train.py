@@ -88,7 +88,7 @@ def knn_monitor(training: train.Training) -> train.Monitor | None:
 
     def evaluate(leave_off: Callable[[], bool]) -> dict[str, float]:
         trunk, amp_dtype = training.model.query_encoder.trunk, training.precision.autocast_dtype
-        with contextlib.closing(views.centre_crops()) as crops:
+        with contextlib.closing(views.center_crops()) as crops:
             batches = itertools.takewhile(lambda _: not leave_off(), crops)
             return {"knn": knn.monitor(trunk, batches, device, amp_dtype)}
 

@@ -182,7 +182,7 @@ def loader_stages(report: dict) -> Section:
     for stage, ms in alone.items():
         on_device = stage in ("copy", "device augmentation and mosaic")
         rate = f"{1e3 / ms * (1 if on_device else cores):,.0f}" if ms else ""
-        elsewhere = "within decode" if stage in ("crop", "colour") else "not told apart"
+        elsewhere = "within decode" if stage in ("crop", "color") else "not told apart"
         told = in_run.get(stage)
         rows.append((stage, f"{ms:.3f}", rate, elsewhere if told is None else f"{told:.3f}"))
     queues = starved(engine["said"], ready)
@@ -328,7 +328,7 @@ LOADER_WORDS = {
     "graph_starved_percent": "runs of the loader's graph not ready, %",
     "read_ms": "read and plan, ms per image",
     "decode_ms": "decode and crop, ms per image",
-    "finish_ms": "colour and copy, ms per image",
+    "finish_ms": "color and copy, ms per image",
     "substituted": "samples substituted so far, all ranks",
     "device_mb": "device memory, MB",
 }

@@ -94,7 +94,7 @@ ADVICE = {
     "read": "bring the data nearer: a local SSD, or memory that holds the set; on a slow disk --shuffle-window 65536",
     "decode": "more cores for --threads, --pipeline ffcv where the host decodes, --decode auto on a GPU, or a set packed with "
     "--short-side 400",
-    "finish": "--colour device if the host colours, --colour host if the device does",
+    "finish": "--color device if the host colors, --color host if the device does",
 }
 """By the loader's stage."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def attention(trunk: nn.Module, pixels: Float[Tensor, "B 3 H W"], stage: str = "res5") -> Float[Tensor, "B H W"]:
     """Strength of `stage` (res4 or res5) at every pixel, bilinearly enlarged, 0..1 within each picture; all 0 where it is flat.
 
-    `trunk`: an `inscon.encoder.Trunk`, or what gives maps as it does, in eval mode (ValueError). `pixels`: normalised as for
+    `trunk`: an `inscon.encoder.Trunk`, or what gives maps as it does, in eval mode (ValueError). `pixels`: normalized as for
     training, sides a multiple of 32.
     """
     if trunk.training:
@@ -30,5 +30,5 @@ def attention(trunk: nn.Module, pixels: Float[Tensor, "B 3 H W"], stage: str = "
 
 
 def heat(strength: Float[Tensor, "H W"]) -> Float[Tensor, "H W 3"]:
-    """Colours 0..1 for 0..1: black, red, yellow, white."""
+    """Colors 0..1 for 0..1: black, red, yellow, white."""
     return torch.stack([(3 * strength).clamp(0, 1), (3 * strength - 1).clamp(0, 1), (3 * strength - 2).clamp(0, 1)], -1)

@@ -1,6 +1,6 @@
-"""k nearest neighbours on frozen features: is the run healthy, today, without training anything.
+"""k nearest neighbors on frozen features: is the run healthy, today, without training anything.
 
-Protocol of Wu et al. (2018): pooled res5 features, L2-normalised, cosine similarity, the k nearest vote with weight
+Protocol of Wu et al. (2018): pooled res5 features, L2-normalized, cosine similarity, the k nearest vote with weight
 exp(similarity / temperature).
 """
 
@@ -96,7 +96,7 @@ def monitor(
     amp_dtype: torch.dtype | None = None,
     k: int = 20,
 ) -> float:
-    """Share, 0..1, of a held-out set's pictures whose class wins among their `k` neighbours in the same set.
+    """Share, 0..1, of a held-out set's pictures whose class wins among their `k` neighbors in the same set.
 
     For a trunk in training, whose mode is as it was afterwards; its weights and statistics aren't touched. Each rank gives
     the features of its own `batches`; all ranks know the answer.

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def picture(height=24, width=32, mode="RGB", seed=0):
-    """Smooth colours."""
+    """Smooth colors."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, len(mode)), dtype=np.uint8)
     small = Image.frombytes(mode, (4, 4), coarse.tobytes())
     return small.resize((width, height), Image.Resampling.BILINEAR)

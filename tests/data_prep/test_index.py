@@ -415,7 +415,7 @@ def test_a_fingerprint_tells_data_sets_apart(tmp_path):
 
 
 @pytest.mark.parametrize("container", ["tar", "beton"])
-def test_runs_of_neighbours_are_announced_in_one_piece_per_shard(tmp_path, monkeypatch, container):
+def test_runs_of_neighbors_are_announced_in_one_piece_per_shard(tmp_path, monkeypatch, container):
     index = write_set(
         tmp_path / "set", [Sample(bytes([i]) * (50 + i)) for i in range(9)], per_shard=4, container=container
     )

@@ -82,7 +82,7 @@ def test_annotations_agree_with_masks_and_files(scenes, split, count):
 
 
 def test_masks_are_where_the_pixels_show_objects():
-    """Objects have two colours each; take those away and only the smooth background is left."""
+    """Objects have two colors each; take those away and only the smooth background is left."""
     scene = draw_scene(seed=0, split="train", number=3, num_classes=8, size=160)
     for mask in scene.masks:
         assert len(np.unique(scene.pixels[mask], axis=0)) <= 2

@@ -65,8 +65,8 @@ def exif_of(orientation):
     return exif
 
 
-def grey_16(picture):
-    """Its grey as 16 bits whose lower eight are noise."""
+def gray_16(picture):
+    """Its gray as 16 bits whose lower eight are noise."""
     high = np.asarray(picture.convert("L")).astype(np.uint16) << 8
     return Image.fromarray(high | np.random.default_rng(1).integers(0, 256, high.shape, dtype=np.uint16))
 
@@ -105,9 +105,9 @@ SOUND = {
     "4:2:0": encoded(scene(), subsampling=2),
     "4:2:2": encoded(scene(), subsampling=1),
     "4:4:4": encoded(scene(), subsampling=0),
-    "grey": encoded(scene(mode="L")),
+    "gray": encoded(scene(mode="L")),
     "progressive": encoded(scene(), progressive=True),
-    "progressive grey": encoded(scene(mode="L"), progressive=True),
+    "progressive gray": encoded(scene(mode="L"), progressive=True),
     "restart markers": encoded(scene(), restart_marker_blocks=2),
     "RGB inside": encoded(scene(), keep_rgb=True),
     "arithmetic": ARITHMETIC,
@@ -183,18 +183,18 @@ def test_smart_takes_pixels_up_to_the_threshold():
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_decoding_to_grey_refuses_exactly_what_decoding_to_rgb_refuses(name):
-    """That is why a picture that is kept needs no colours decoded."""
+def test_decoding_to_gray_refuses_exactly_what_decoding_to_rgb_refuses(name):
+    """That is why a picture that is kept needs no colors decoded."""
 
-    def complaint(content, colour_space):
+    def complaint(content, color_space):
         try:
-            simplejpeg.decode_jpeg(content, colour_space, strict=True)
+            simplejpeg.decode_jpeg(content, color_space, strict=True)
         except ValueError as error:
             return str(error)
 
     complaints = [(complaint(m, "GRAY"), complaint(m, "RGB")) for m in mutants(SOUND[name], 300, seed=2)]
-    assert all(grey == colour for grey, colour in complaints)
-    assert len({grey for grey, _ in complaints}) > 5
+    assert all(gray == color for gray, color in complaints)
+    assert len({gray for gray, _ in complaints}) > 5
 
 
 def test_what_pillow_takes_though_libjpeg_warns_is_damaged():
@@ -265,8 +265,8 @@ def test_what_libjpeg_warns_of_is_taken_out_where_no_pixel_is_lost(source):
         (patched(encoded(scene(), "PNG"), b"IDAT", 900, b"\0\0\0"), "damaged: unrecognized data stream"),
         (encoded(scene(), "WEBP")[:-50], "damaged: "),
         (encoded(scene(), "BMP")[:-50], "damaged: image file is truncated"),
-        (encoded(Image.new("F", (3, 2)), "TIFF"), "unusual pixels: its mode is F; convert it to 8 bit RGB or grey"),
-        (encoded(Image.new("I", (3, 2)), "TIFF"), "unusual pixels: its mode is I; convert it to 8 bit RGB or grey"),
+        (encoded(Image.new("F", (3, 2)), "TIFF"), "unusual pixels: its mode is F; convert it to 8 bit RGB or gray"),
+        (encoded(Image.new("I", (3, 2)), "TIFF"), "unusual pixels: its mode is I; convert it to 8 bit RGB or gray"),
         (encoded(scene(), "TGA"), "not a picture: it begins with b'"),
         (encoded(scene(), "PPM")[:-50], "damaged: image file is truncated"),
         (b"\0\0\0\x18ftypheic" + bytes(99), "no decoder for HEIC: convert it to JPEG or PNG"),
@@ -332,9 +332,9 @@ ALPHA = scene()
 ALPHA.putalpha(scene(mode="L", seed=1))
 OTHERS = {
     "PNG": (encoded(scene(), "PNG"), ("PNG",)),
-    "PNG grey": (encoded(scene(mode="L"), "PNG"), ("PNG",)),
+    "PNG gray": (encoded(scene(mode="L"), "PNG"), ("PNG",)),
     "PNG alpha": (encoded(ALPHA, "PNG"), ("PNG",)),
-    "PNG grey alpha": (encoded(ALPHA.convert("LA"), "PNG"), ("PNG",)),
+    "PNG gray alpha": (encoded(ALPHA.convert("LA"), "PNG"), ("PNG",)),
     "PNG palette": (encoded(PALETTE, "PNG"), ("PNG",)),
     "PNG transparent palette": (encoded(PALETTE, "PNG", transparency=bytes(range(64))), ("PNG",)),
     "PNG 1 bit": (encoded(scene(mode="1"), "PNG"), ("PNG",)),
@@ -373,11 +373,11 @@ def test_other_kinds_have_the_pixels_of_torchvisions_loader_and_become_jpegs(nam
     assert noise_db(pixels_of(stored), expected) > 40
     assert len(prepare_picture(source, Treatment(quality=50)).content) < len(stored.content)
     assert prepare_picture(stored.content, Treatment()).changes == (), "one time is enough"
-    grey = Image.open(io.BytesIO(source)).mode in ("1", "L", "LA")
-    assert simplejpeg.decode_jpeg_header(stored.content) == (70, 93, *(("Gray", "Gray") if grey else ("YCbCr", "444")))
+    gray = Image.open(io.BytesIO(source)).mode in ("1", "L", "LA")
+    assert simplejpeg.decode_jpeg_header(stored.content) == (70, 93, *(("Gray", "Gray") if gray else ("YCbCr", "444")))
     halved = prepare_picture(source, Treatment(quality=100, chroma="420")).content
-    assert simplejpeg.decode_jpeg_header(halved)[2:] == (("Gray", "Gray") if grey else ("YCbCr", "420"))
-    assert halved == stored.content if grey else len(halved) < len(stored.content)
+    assert simplejpeg.decode_jpeg_header(halved)[2:] == (("Gray", "Gray") if gray else ("YCbCr", "420"))
+    assert halved == stored.content if gray else len(halved) < len(stored.content)
 
 
 @pytest.mark.parametrize("file_format", ["PPM", "JPEG2000", "AVIF"])
@@ -399,7 +399,7 @@ def test_a_12_bit_tiff_is_not_black():
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_of_16_bits_the_upper_8_are_kept(file_format):
-    picture = grey_16(scene())
+    picture = gray_16(scene())
     prepared = prepare_picture(encoded(picture, file_format), RAW_MODE)
     assert prepared.changes == (file_format, "16 bit")
     expected = np.asarray(scene(mode="L"))[:, :, None].repeat(3, axis=2)
@@ -553,7 +553,7 @@ def test_whoever_reads_a_picture_sees_what_packing_sees(orientation, tmp_path):
     seen = read_picture(tmp_path / "turned.jpg")
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(source))))
     np.testing.assert_array_equal(np.asarray(seen), expected)
-    for content in (encoded(grey_16(scene()), "PNG"), encoded(scene(mode="CMYK")), *OTHERS.values()):
+    for content in (encoded(gray_16(scene()), "PNG"), encoded(scene(mode="CMYK")), *OTHERS.values()):
         content = content if isinstance(content, bytes) else content[0]
         seen = read_picture(content)
         assert seen.mode == "RGB"

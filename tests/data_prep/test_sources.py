@@ -358,10 +358,10 @@ def test_a_list_keeps_its_order_and_its_paths(tmp_path, listed):
 @pytest.mark.parametrize("separator", ["\t", ",", " ", ", ", " \t "])
 def test_labels_of_a_list(tmp_path, listed, separator):
     path = tmp_path / "list.csv"
-    texts = {"b/2.jpg": "zebra", "my cat.PNG": "house cat, grey", "a.jpg": "Ape", "c.jpg": "zebra", "d.jpg": "10"}
+    texts = {"b/2.jpg": "zebra", "my cat.PNG": "house cat, gray", "a.jpg": "Ape", "c.jpg": "zebra", "d.jpg": "10"}
     path.write_bytes(b"\xef\xbb\xbf" + "".join(f"{name}{separator}{text}\r\n" for name, text in texts.items()).encode())
     listing = listed(path)
-    assert listing.class_names == ("10", "Ape", "house cat, grey", "zebra")
+    assert listing.class_names == ("10", "Ape", "house cat, gray", "zebra")
     assert labels(listing) == texts
     assert {entry.fault for entry in entries(listing)} == {"unreadable: No such file or directory"}
 

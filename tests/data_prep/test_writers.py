@@ -51,7 +51,7 @@ def packer(container):
 BYTE_FOR_BYTE = {
     "good/plain.jpg": jpeg_of(64, 64),
     "good/one pixel.jpg": jpeg_of(1, 1),
-    "good/grey.JPEG": jpeg_of(9, 5, "L"),
+    "good/gray.JPEG": jpeg_of(9, 5, "L"),
     "good/progressive.Jpg": jpeg_of(33, 47, progressive=True),
     "good/wide.jpeg": jpeg_of(20, 20_000),
     "good/nine megabytes.jpg": noisy_jpeg(9_300_000),
@@ -232,7 +232,7 @@ def test_ffcvs_own_loader_reads_the_beton(packed_hostile, tmp_path, os_cache):
     assert read["metadata"].tolist() == index.sizes(range(len(index)))[:, 1].tolist()
     for i in range(len(index)):
         name = index.name(i)
-        if name in ("good/one pixel.jpg", "good/grey.JPEG"):
+        if name in ("good/one pixel.jpg", "good/gray.JPEG"):
             continue
         image = Image.open(io.BytesIO(index.jpeg_bytes(i))).convert("RGB")
         side = min(image.size)
@@ -320,7 +320,7 @@ def test_the_order_is_one_shuffle_of_all_classes(tmp_path):
     data = write_files(tmp_path / "data", {f"{i // 100}/{i % 100:02d}.jpg": jpeg_of(4, 4) for i in range(400)})
     index = pack_folder(data, tmp_path / "out")
     labels = index.labels(range(400))
-    assert 200 < np.count_nonzero(np.diff(labels)) < 399  # of 399 neighbours, 3 in 4 differ in a random order
+    assert 200 < np.count_nonzero(np.diff(labels)) < 399  # of 399 neighbors, 3 in 4 differ in a random order
     assert {len(set(labels[start : start + 50])) for start in range(0, 400, 50)} == {4}
     other = pack_folder(data, tmp_path / "other", seed=1)
     assert [other.name(i) for i in range(400)] != [index.name(i) for i in range(400)]

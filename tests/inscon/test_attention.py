@@ -41,7 +41,7 @@ def test_a_trunk_in_training_is_refused():
         attention(Trunk("resnet18").train(), torch.zeros(1, 3, 64, 64))
 
 
-def test_colours_run_from_black_to_white():
+def test_colors_run_from_black_to_white():
     assert heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]])).tolist()[0] == [
         [0, 0, 0], pytest.approx([1, 0, 0]), pytest.approx([1, 1, 0]), pytest.approx([1, 1, 1])
     ]  # fmt: skip

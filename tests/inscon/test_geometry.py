@@ -83,8 +83,8 @@ def coordinate_features(axis: int, size: tuple[int, int], crop: np.ndarray, flip
     image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(ramp, size)))
     view = np.asarray(image.resize((side, side), Image.BILINEAR, box=tuple(float(c) for c in crop)))
     view = torch.from_numpy((view[:, ::-1] if flipped else view).copy())[None, None]
-    centres = torch.arange(side // stride + 1) * stride / (side / 2) - 1
-    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)[None]
+    centers = torch.arange(side // stride + 1) * stride / (side / 2) - 1
+    grid = torch.stack(torch.meshgrid(centers, centers, indexing="xy"), -1)[None]
     return torch.nn.functional.grid_sample(view, grid, padding_mode="border", align_corners=False)
 
 
@@ -104,8 +104,8 @@ def test_a_ramp_pooled_in_both_views_gives_the_same_source_coordinates():
             cells = precise_roi_pool(torch.cat(maps), view_boxes, 3, 1 / stride)[:, 0]
             pooled.append(torch.where(torch.from_numpy(view.flipped)[:, None, None], cells.flip(-1), cells))
         low, high = torch.from_numpy(shared[:, axis]), torch.from_numpy(shared[:, axis + 2])
-        centres = low[:, None] + (high - low)[:, None] * (torch.arange(3) + 0.5) / 3
-        expected = (centres[:, None, :] if axis == 0 else centres[:, :, None]).expand(-1, 3, 3)
+        centers = low[:, None] + (high - low)[:, None] * (torch.arange(3) + 0.5) / 3
+        expected = (centers[:, None, :] if axis == 0 else centers[:, :, None]).expand(-1, 3, 3)
         # Half a source px of slack: the antialiased resize bends the ramp at the crop's edges.
         assert (pooled[0] - expected).abs().max() < 0.6
         assert (pooled[0] - pooled[1]).abs().max() < 0.8

@@ -137,13 +137,13 @@ def test_statistics_that_leak_are_noticed_on_the_first_batch(tmp_path, plant):
     _, warnings = run(tmp_path)
     assert [w["step"] for w in warnings] == [0]
     assert warnings[0]["warning"].startswith(
-        "BatchNorm leaks: the key of an image is normalised among 100 % of the images that its query was"
+        "BatchNorm leaks: the key of an image is normalized among 100 % of the images that its query was"
     )
 
 
 @pytest.mark.parametrize("cut", ["joint", "passes", "groups"])
 @pytest.mark.parametrize(("batch_size", "split_size"), [(8, 4), (16, 4), (24, 8)])
-def test_who_is_normalised_with_whom_is_found_from_outside(cut, batch_size, split_size):
+def test_who_is_normalized_with_whom_is_found_from_outside(cut, batch_size, split_size):
     """Against the groups written out: query i is in group i // size, the key in slot s in group s // size."""
     settings = dataclasses.replace(
         smoke().model, norm="split", split_size=split_size, queue_size=48, cell_queue_size=432

@@ -19,7 +19,7 @@ CPU, STEPS = torch.device("cpu"), 3
 
 
 def batches(start, stop):
-    """Pictures of three colours, which are their classes."""
+    """Pictures of three colors, which are their classes."""
     for step in range(start, stop):
         generator = torch.Generator().manual_seed(step)
         labels = torch.randint(3, (8,), generator=generator)
@@ -201,7 +201,7 @@ def test_features_that_are_not_finite_are_no_features():
         knn.monitor(trunk, batches(0, 3), k=3)
 
 
-# ------------------------------------------------------------------------------------------------------------ neighbours
+# ------------------------------------------------------------------------------------------------------------ neighbors
 
 
 def rows_of(count, seed):

@@ -177,7 +177,7 @@ def changed_rows(a, b):
     return ((a - b).flatten(1).abs().amax(1) > 1e-9).nonzero().flatten().tolist()
 
 
-def test_keys_are_normalised_in_other_company_than_their_queries():
+def test_keys_are_normalized_in_other_company_than_their_queries():
     """Changing image j changes the queries of j's group and the keys of j's *other* group: nobody keeps all its company."""
     model, batch = make_model(batch=16, split_size=4), make_batch(batch=16)
     boxes = find_overlap(batch.query.crop_box, batch.query.flipped, batch.key.crop_box, batch.key.flipped, SIDE)

@@ -43,7 +43,7 @@ def test_half_tiles_put_every_image_once_in_every_corner():
         assert [int(c) for c in corners] == order[m].tolist()
         assert {image // 4 for image in order[m].tolist()} == {
             m // 4
-        }  # never beyond four neighbours, so never beyond a rank
+        }  # never beyond four neighbors, so never beyond a rank
     for corner in range(4):
         assert sorted(order[:, corner].tolist()) == list(range(8))
 
@@ -136,7 +136,7 @@ def test_frozen_statistics_leave_running_values_alone():
     with frozen_statistics(trunk):
         inside = trunk(10 * torch.randn(4, 3, 32, 32))["res5"]
     assert all(torch.equal(before[k], trunk.state_dict()[k]) for k in before)
-    assert inside.abs().mean() < 10  # normalised by its own statistics all the same
+    assert inside.abs().mean() < 10  # normalized by its own statistics all the same
     trunk(torch.randn(4, 3, 32, 32))
     assert not torch.equal(before["bn1.running_mean"], trunk.state_dict()["bn1.running_mean"])
 

@@ -12,7 +12,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from inscon.config import ViewConfig
 from inscon.geometry import find_overlap
 from inscon.philox import philox
-from inscon.plan import GREY, HUE, NOTHING, ViewPlan, plan_views
+from inscon.plan import GRAY, HUE, NOTHING, ViewPlan, plan_views
 
 REAL = sorted((Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train").glob("*/*.JPEG"))
 FIELDS = ViewPlan.__dataclass_fields__
@@ -85,7 +85,7 @@ def test_crops_follow_torchvisions_random_resized_crop(size):
 
 
 @pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (1, 1), (1, 50)])
-def test_impossible_ratios_fall_back_to_torchvisions_centre_crop(size):
+def test_impossible_ratios_fall_back_to_torchvisions_center_crop(size):
     config = ViewConfig(scale=(1.0, 1.0)) if max(size) > 50 else ViewConfig()
     ours = plan_views(0, 0, np.arange(50), np.tile(size, (50, 1)), config).query.crop_box
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_impossible_ratios_fall_back_to_torchvisions_centre_crop(size):
 def test_jitter_follows_torchvisions_get_params():
     n, config = 6000, ViewConfig()
     plan = plan_views(5, 2, np.arange(n), np.full((n, 2), 256), config).key
-    jittered = (plan.colour_ops[:, :4] != NOTHING).any(1)
+    jittered = (plan.color_ops[:, :4] != NOTHING).any(1)
     assert abs(jittered.mean() - 0.8) < 0.02
     torch.manual_seed(1)
     spans = ([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1])
@@ -105,9 +105,9 @@ def test_jitter_follows_torchvisions_get_params():
     for i in range(4):
         assert stats.ks_2samp(plan.factors[jittered, i], np.array([d[1 + i] for d in drawn])).pvalue > 1e-3
     assert (plan.factors[~jittered] == [1, 1, 1, 0]).all()
-    orders, counts = np.unique(plan.colour_ops[jittered, :4], axis=0, return_counts=True)
+    orders, counts = np.unique(plan.color_ops[jittered, :4], axis=0, return_counts=True)
     assert len(orders) == 24 and stats.chisquare(counts).pvalue > 1e-3
-    assert abs((plan.colour_ops[:, 4] == GREY).mean() - 0.2) < 0.02
+    assert abs((plan.color_ops[:, 4] == GRAY).mean() - 0.2) < 0.02
     blurred = plan.blur_sigma > 0
     assert abs(blurred.mean() - 0.5) < 0.02
     assert stats.kstest(plan.blur_sigma[blurred], stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
@@ -115,10 +115,10 @@ def test_jitter_follows_torchvisions_get_params():
     assert abs(np.corrcoef(plan.flipped, blurred)[0, 1]) < 0.05
 
 
-def test_grey_can_come_first_as_in_moco_v1():
-    config = ViewConfig(grey_first=True, jitter_probability=1.0, hue=0.4)
-    ops = plan_views(0, 0, np.arange(100), np.full((100, 2), 256), config).query.colour_ops
-    assert set(np.unique(ops[:, 0])) == {NOTHING, GREY} and (np.sort(ops[:, 1:], 1) == [1, 2, 3, HUE]).all()
+def test_gray_can_come_first_as_in_moco_v1():
+    config = ViewConfig(gray_first=True, jitter_probability=1.0, hue=0.4)
+    ops = plan_views(0, 0, np.arange(100), np.full((100, 2), 256), config).query.color_ops
+    assert set(np.unique(ops[:, 0])) == {NOTHING, GRAY} and (np.sort(ops[:, 1:], 1) == [1, 2, 3, HUE]).all()
 
 
 def first_pairs(sizes, epoch):
@@ -162,7 +162,7 @@ def test_rows_hold_every_field():
     plan = plan_views(0, 0, np.arange(10), np.full((10, 2), 300), ViewConfig()).query
     rows = plan.rows()
     assert rows.shape == (10, 16) and rows.dtype == np.float32
-    expected = [plan.crop_box, plan.flipped[:, None], plan.colour_ops, plan.factors, plan.blur_sigma[:, None]]
+    expected = [plan.crop_box, plan.flipped[:, None], plan.color_ops, plan.factors, plan.blur_sigma[:, None]]
     np.testing.assert_array_equal(rows[:, :15], np.concatenate(expected, 1).astype(np.float32))
 
 

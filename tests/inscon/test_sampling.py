@@ -60,7 +60,7 @@ def test_orders_look_random():
     for position in (0, 1, 29, 59):
         assert stats.chisquare(np.bincount(table[:, position], minlength=n)).pvalue > 1e-4
     ascending = (np.diff(table, axis=1) == 1).mean()
-    assert abs(ascending - 1 / n) < 0.003  # neighbours in the data set stay neighbours no more often than by chance
+    assert abs(ascending - 1 / n) < 0.003  # neighbors in the data set stay neighbors no more often than by chance
     big = permute(np.arange(1_281_167), 1_281_167, 0, 0)
     assert abs(stats.spearmanr(np.arange(len(big)), big).statistic) < 0.005
     halves = np.corrcoef(big[:-1], big[1:])[0, 1]
@@ -125,7 +125,7 @@ def test_the_log_says_how_well_windows_shuffle():
     """Its probability against a count over whole epochs."""
     order = EpochOrder(4096, 64, 0, 1024)
     said = order.describe()
-    assert "windows of 1024 samples, 4 blocks of 256 neighbours" in said and "6.16% instead of 1.54%" in said
+    assert "windows of 1024 samples, 4 blocks of 256 neighbors" in said and "6.16% instead of 1.54%" in said
     together = []
     for epoch in range(30):
         step_of = order.positions(np.arange(256), epoch) // 64

@@ -1,4 +1,4 @@
-"""Frozen features: nearest neighbours against a loop, the right trunk out of a checkpoint, the report's arithmetic."""
+"""Frozen features: nearest neighbors against a loop, the right trunk out of a checkpoint, the report's arithmetic."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def test_the_trunk_of_a_checkpoint_is_the_query_encoders(tmp_path):
 
 @pytest.fixture(scope="module")
 def classes_apart(tmp_path_factory):
-    """A run, a training set of three classes of plain colours, and copies of those of its last two classes."""
+    """A run, a training set of three classes of plain colors, and copies of those of its last two classes."""
     folder = tmp_path_factory.mktemp("classes")
     run(make_config(folder / "run"), total=2)
     for number, (name, color) in enumerate({"ape": (250, 20, 20), "bee": (20, 250, 20), "cat": (20, 20, 250)}.items()):

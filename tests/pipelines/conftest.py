@@ -17,12 +17,12 @@ from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunCon
 REAL = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train"
 SIZES = [(1, 1), (1, 90), (200, 3), (64, 64), (75, 500), (500, 75)] + [(90 + 7 * i, 160 - 5 * i) for i in range(14)]
 """(height, width), px."""
-GREY = (3, 8)
+GRAY = (3, 8)
 """Which of the pictures have one channel."""
 
 
 def draw_picture(number: int, height: int, width: int) -> Image.Image:
-    """Smooth colours with some detail: what a JPEG keeps."""
+    """Smooth colors with some detail: what a JPEG keeps."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -45,7 +45,7 @@ def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: 
     samples = []
     for i, (height, width) in enumerate(SIZES):
         image = draw_picture(i, height, width)
-        jpeg = (jpegs or {}).get(i) or as_jpeg(image.convert("L") if i in GREY else image)
+        jpeg = (jpegs or {}).get(i) or as_jpeg(image.convert("L") if i in GRAY else image)
         stored = (sizes or {}).get(i, (height, width))
         samples.append(Sample(jpeg, *stored, label=0, name=f"a/picture_{i}.jpg"))
     write_set(folder, samples, per_shard=6, class_names=["a"], seed=0)

@@ -59,7 +59,7 @@ def test_dalis_own_crop_is_where_the_plan_says(box, flipped):
     coarse = np.random.default_rng(0).integers(0, 256, (14, 16, 3), np.uint8)
     image = Image.fromarray(coarse).resize((320, 260), Image.Resampling.BICUBIC)
     plan = ViewPlan(
-        crop_box=np.float32([box]), flipped=np.array([bool(flipped)]), colour_ops=np.zeros((1, 5), np.uint8),
+        crop_box=np.float32([box]), flipped=np.array([bool(flipped)]), color_ops=np.zeros((1, 5), np.uint8),
         factors=np.float32([[1, 1, 1, 0]]), blur_sigma=np.zeros(1, np.float32),
     )  # fmt: skip
     graph = Graph(batch_size=1, num_threads=1, device_id=None)
@@ -76,7 +76,7 @@ def test_dalis_own_crop_is_where_the_plan_says(box, flipped):
 @pytest.mark.parametrize("part", [3, 64])
 @pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half"}])
 def test_the_path_of_a_gpu_on_a_cpu(views, part, make_config, monkeypatch):
-    """Decoding and crops by DALI's operators, colour by the device tail, batches put together from several runs. Only the
+    """Decoding and crops by DALI's operators, color by the device tail, batches put together from several runs. Only the
     device differs; the pixels, by DALI's resize."""
     monkeypatch.setattr(dali, "MIXED", "cpu")
     monkeypatch.setattr(dali, "DEVICE_PART", part)
@@ -172,12 +172,12 @@ def test_the_installed_flavour_is_found():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    ("decode", "colour"), [("cpu", "device"), ("cpu", "host"), ("mixed", "device"), ("auto", "auto")]
+    ("decode", "color"), [("cpu", "device"), ("cpu", "host"), ("mixed", "device"), ("auto", "auto")]
 )
-def test_on_a_gpu_views_are_those_of_the_cpu(make_config, decode, colour):
+def test_on_a_gpu_views_are_those_of_the_cpu(make_config, decode, color):
     """Not the reference's, whose pixels are those of the Pillow that is installed; on a CPU they are compared."""
     config = make_config()
-    there = dataclasses.replace(config, loader=dataclasses.replace(config.loader, decode=decode, colour=colour))
+    there = dataclasses.replace(config, loader=dataclasses.replace(config.loader, decode=decode, color=color))
     with (
         open_pipeline("dali", config=there, total_steps=5, device="cuda") as made,
         open_pipeline("dali", config=config, total_steps=5) as wanted,

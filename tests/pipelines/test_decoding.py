@@ -5,7 +5,7 @@ from pipelines.decoding import Decode, candidates, choose
 CPU, MIXED = Decode("cpu", None), Decode("mixed", None)
 
 
-def test_without_a_gpu_or_with_colour_on_the_host_there_is_one_way():
+def test_without_a_gpu_or_with_color_on_the_host_there_is_one_way():
     assert candidates(None, True) == candidates(None, False) == candidates((9, 0), True) == [CPU]
     assert choose([CPU], {}) == (CPU, "")
 

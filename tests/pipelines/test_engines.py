@@ -17,7 +17,7 @@ from data_prep.index import DatasetIndex
 from inscon.batch import Batch
 from inscon.mosaic import assemble
 from pipelines import ENGINES, open_pipeline
-from pipelines.colour import MEAN, STD
+from pipelines.color import MEAN, STD
 from pipelines.feed import open_feed, threads_per_rank
 from tests.packed import Sample, write_set
 from tests.pipelines.conftest import REAL, beton_beside, data_for
@@ -89,9 +89,9 @@ def test_boxes_and_ids_are_the_plans(name, make_config):
 
 
 @pytest.mark.parametrize("name", ["dali", "ffcv"])
-@pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half"}, {"grey_first": True, "hue": 0.4}])
+@pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half"}, {"gray_first": True, "hue": 0.4}])
 def test_engines_equal_the_reference(name, views, make_config):
-    """Twenty pictures over nine steps: greys, 1x1 px, slivers, all of them."""
+    """Twenty pictures over nine steps: grays, 1x1 px, slivers, all of them."""
     config = make_config(**views)
     made, wanted = batches(name, config, 9), batches("reference", config, 9)
     assert {int(i) for batch in made for i in batch.sample_ids} == set(range(20))
@@ -126,7 +126,7 @@ def test_real_jpegs_equal_the_reference(name, make_config, tmp_path):
 
 @pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_pixels_are_the_pictures(name, make_config, make_shards):
-    """Not against another engine: a picture of one grey keeps it wherever it is cropped."""
+    """Not against another engine: a picture of one gray keeps it wherever it is cropped."""
     plain = {i: as_jpeg(Image.new("RGB", (90, 70), (10 * i,) * 3)) for i in range(20)}
     config = make_config(make_shards(jpegs=plain, sizes=dict.fromkeys(range(20), (70, 90))), jitter_probability=0.0)
     for batch in batches(name, config, 2):
@@ -183,10 +183,10 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(name, star
 
 @pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 @pytest.mark.parametrize("views", [{}, {"tiles_from": "third"}, {"tile": "half", "tiles_from": "third"}])
-def test_colour_on_the_device_gives_the_same_pixels(name, views, make_config):
-    """Here the device is the CPU too. What a GPU gets are crops; `pipelines.colour` finishes them."""
+def test_color_on_the_device_gives_the_same_pixels(name, views, make_config):
+    """Here the device is the CPU too. What a GPU gets are crops; `pipelines.color` finishes them."""
     host = make_config(**views)
-    device = dataclasses.replace(host, loader=dataclasses.replace(host.loader, colour="device"))
+    device = dataclasses.replace(host, loader=dataclasses.replace(host.loader, color="device"))
     for one, other in zip(batches(name, host, 6), batches(name, device, 6), strict=True):
         assert_same(one, other)
 
@@ -342,7 +342,7 @@ def test_noise_has_unit_variance(make_config):
     assert abs(float(batch.query.pixels.mean())) < 0.05 and abs(float(batch.query.pixels.std()) - 1) < 0.05
 
 
-def test_normalisation_is_imagenets():
+def test_normalization_is_imagenets():
     assert MEAN == (0.485, 0.456, 0.406) and STD == (0.229, 0.224, 0.225)
 
 

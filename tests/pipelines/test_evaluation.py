@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data_prep.index import NO_LABEL
-from pipelines.colour import MEAN, STD
+from pipelines.color import MEAN, STD
 from pipelines.evaluation import LabelledViews, joined_classes
 from pipelines.reference import picture_of
 from tests.packed import Sample, write_set
@@ -56,10 +56,10 @@ def joined(batches):
     return torch.cat(pixels), torch.cat(labels)
 
 
-def test_centre_crops_are_imagenets(views):
+def test_center_crops_are_imagenets(views):
     """torchvision resizes the whole picture and cuts; here the cut is resized. Edges are rounded to whole px before, not after."""
     one = views()
-    pixels, labels = joined(one.centre_crops())
+    pixels, labels = joined(one.center_crops())
     assert pixels.shape == (COUNT, 3, SIDE, SIDE) and labels.tolist() == [i % CLASSES for i in range(COUNT)]
     theirs = v2.Compose([v2.Resize(SIDE * 256 // 224), v2.CenterCrop(SIDE), v2.ToImage(),
                          v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])  # fmt: skip
@@ -73,24 +73,24 @@ def test_centre_crops_are_imagenets(views):
 
 def test_engines_see_the_same(labelled, views):
     exact = LabelledViews(labelled, SIDE, 5, "reference", threads=0)
-    made, expected = joined(views().centre_crops()), joined(exact.centre_crops())
+    made, expected = joined(views().center_crops()), joined(exact.center_crops())
     assert (made[0] - expected[0]).abs().max() < 0.05 and torch.equal(made[1], expected[1])
     with views().random_crops(0, 6) as ours, exact.random_crops(0, 6) as theirs:
         (one, labels), (other, same) = joined(ours), joined(theirs)
     assert len(one) == 30 and (one - other).abs().max() < 0.05 and torch.equal(labels, same)
 
 
-def test_centre_crops_go_on_from_the_middle(views):
-    whole, rest = joined(views().centre_crops()), joined(views().centre_crops(done=13))
+def test_center_crops_go_on_from_the_middle(views):
+    whole, rest = joined(views().center_crops()), joined(views().center_crops(done=13))
     assert torch.equal(whole[0][13:], rest[0]) and torch.equal(whole[1][13:], rest[1])
-    assert list(views().centre_crops(done=COUNT)) == []
-    assert len(joined(views(limit=7).centre_crops())[0]) == 7
+    assert list(views().center_crops(done=COUNT)) == []
+    assert len(joined(views(limit=7).center_crops())[0]) == 7
 
 
-def test_ranks_share_the_centre_crops(views):
+def test_ranks_share_the_center_crops(views):
     """Every sample once, though 23 aren't divided by 2 ranks of 2."""
-    whole, _ = joined(views().centre_crops())
-    parts = [joined(views(batch_size=4, rank=rank, world_size=2).centre_crops())[0] for rank in range(2)]
+    whole, _ = joined(views().center_crops())
+    parts = [joined(views(batch_size=4, rank=rank, world_size=2).center_crops())[0] for rank in range(2)]
     assert sum(map(len, parts)) == COUNT
     numbers = [int((whole - row).abs().amax((1, 2, 3)).argmin()) for part in parts for row in part]
     assert sorted(numbers) == list(range(COUNT))
@@ -114,7 +114,7 @@ def test_nothing_is_tried_out_for_an_evaluation(labelled, monkeypatch):
     monkeypatch.setattr(dali, "candidates", lambda *_: [dali.Decode("cpu", None), dali.Decode("mixed", None)])
     monkeypatch.setattr(dali, "try_out", lambda *_: pytest.fail("a trial"))
     views = LabelledViews(labelled, SIDE, 5, "dali", threads=1)
-    assert len(joined(views.centre_crops())[0]) == COUNT
+    assert len(joined(views.center_crops())[0]) == COUNT
     with views.random_crops(0, 1) as batches:
         assert len(joined(batches)[0]) == 5
 

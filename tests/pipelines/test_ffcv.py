@@ -102,13 +102,13 @@ def test_raw_pixels_of_another_size_are_named_or_replaced(name, make_config, tmp
     assert "5880 bytes" in caplog.text and "stands in for it" in caplog.text
 
 
-def test_centre_crops_of_raw_pixels_are_those_of_the_jpegs(pictures, tmp_path):
+def test_center_crops_of_raw_pixels_are_those_of_the_jpegs(pictures, tmp_path):
     """What kNN and show_views read: any packed set."""
     from pipelines.evaluation import LabelledViews
 
     jpegs = pack_beton(pictures, tmp_path / "jpegs", workers=1, max_resolution=150)
     raw = pack_beton(tmp_path / "jpegs", tmp_path / "raw", workers=1, write_mode="raw")
-    crops = (LabelledViews(data.path, 64, 10).centre_crops() for data in (jpegs, raw))
+    crops = (LabelledViews(data.path, 64, 10).center_crops() for data in (jpegs, raw))
     for (one, labels), (other, same) in zip(*crops, strict=True):
         assert torch.equal(one, other) and torch.equal(labels, same)
 
@@ -499,10 +499,10 @@ def test_real_pictures_shrunk_and_raw_equal_the_reference(make_config, tmp_path)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("colour", ["device", "host", "auto"])
-def test_on_a_gpu_views_are_those_of_the_cpu(make_config, colour):
+@pytest.mark.parametrize("color", ["device", "host", "auto"])
+def test_on_a_gpu_views_are_those_of_the_cpu(make_config, color):
     config = make_config()
-    there = dataclasses.replace(config, loader=dataclasses.replace(config.loader, colour=colour))
+    there = dataclasses.replace(config, loader=dataclasses.replace(config.loader, color=color))
     with (
         opened("ffcv", config=there, total_steps=5, device="cuda") as made,
         opened("ffcv", config=config, total_steps=5) as wanted,

@@ -14,7 +14,7 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
 
 from inscon.config import ViewConfig
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, ROW, SATURATION, ViewPlan, plan_views
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, ROW, SATURATION, ViewPlan, plan_views
 
 kernels = pytest.importorskip("pipelines.kernels", reason="numba is not installed")
 reference = pytest.importorskip("pipelines.reference")
@@ -30,15 +30,15 @@ def plan_of(boxes, *, flipped=False, ops=(), factors=(1, 1, 1, 0), sigma=0.0) ->
     return ViewPlan(
         crop_box=np.array(boxes, np.float32).reshape(n, 4),
         flipped=np.full(n, flipped),
-        colour_ops=np.tile(np.array([*ops, *[0] * (5 - len(ops))], np.uint8), (n, 1)),
+        color_ops=np.tile(np.array([*ops, *[0] * (5 - len(ops))], np.uint8), (n, 1)),
         factors=np.tile(np.array(factors, np.float32), (n, 1)),
         blur_sigma=np.full(n, sigma, np.float32),
     )
 
 
-def render(image: Image.Image, plan: ViewPlan, side=224, colour=True) -> np.ndarray:
+def render(image: Image.Image, plan: ViewPlan, side=224, color=True) -> np.ndarray:
     out = np.empty((len(plan), side, side, 3), np.uint8)
-    kernels.render_views(np.array(image), plan.rows(), out, colour)
+    kernels.render_views(np.array(image), plan.rows(), out, color)
     return out
 
 
@@ -50,13 +50,13 @@ def noise(height, width, seed=0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def agree(made, wanted, *, tall, coloured=False):
-    """Equal; before Pillow 13 a tall crop may be a level off, of noise in a quarter of its values, and colour adds to it."""
+def agree(made, wanted, *, tall, colored=False):
+    """Equal; before Pillow 13 a tall crop may be a level off, of noise in a quarter of its values, and color adds to it."""
     difference = np.abs(made.astype(int) - wanted)
     if VERTICAL_FIRST or not tall:
         assert difference.max() == 0
     else:
-        assert difference.max() <= (16 if coloured else 1) and difference.mean() <= (0.5 if coloured else 0.3)
+        assert difference.max() <= (16 if colored else 1) and difference.mean() <= (0.5 if colored else 0.3)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -92,8 +92,8 @@ def test_a_box_that_leaves_the_picture_is_clamped_into_it(box):
     assert (made == (7, 8, 9)).all()
 
 
-def every_colour() -> Image.Image:
-    """One in 27 of the 16.7 million colours, greys and borders included."""
+def every_color() -> Image.Image:
+    """One in 27 of the 16.7 million colors, grays and borders included."""
     levels = np.r_[0:256:3].astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     return Image.fromarray(np.resize(cube, (812, 812, 3)))
@@ -107,24 +107,24 @@ def every_colour() -> Image.Image:
 def test_blends_equal_torchvision(operation, adjust, factor):
     factors = [1, 1, 1, 0]
     factors[operation - 1] = factor
-    plan, image = plan_of([(0, 0, 1, 1)], ops=[operation], factors=factors), every_colour()
+    plan, image = plan_of([(0, 0, 1, 1)], ops=[operation], factors=factors), every_color()
     view = np.array(image)
-    kernels.colour_view(view, plan.rows()[0])
+    kernels.color_view(view, plan.rows()[0])
     np.testing.assert_array_equal(view, np.asarray(adjust(image, float(np.float32(factor)))))
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.037, -0.001, 0.0, 0.05, 0.1, 0.4, 0.5])
 def test_hue_equals_torchvision(turns):
-    image = every_colour()
+    image = every_color()
     view = np.array(image)
     kernels.shift_hue(view, np.float32(turns))
     np.testing.assert_array_equal(view, np.asarray(F.adjust_hue(image, float(np.float32(turns)))))
 
 
-def test_grey_equals_torchvision():
-    image = every_colour()
+def test_gray_equals_torchvision():
+    image = every_color()
     view = np.array(image)
-    kernels.colour_view(view, plan_of([(0, 0, 1, 1)], ops=[GREY]).rows()[0])
+    kernels.color_view(view, plan_of([(0, 0, 1, 1)], ops=[GRAY]).rows()[0])
     np.testing.assert_array_equal(view, np.asarray(F.to_grayscale(image, 3)))
 
 
@@ -141,14 +141,14 @@ def test_whole_views_of_real_pictures_equal_torchvision(real_pictures):
     for i, image in enumerate(real_pictures):
         plans = plan_views(5, 2, np.array([i]), np.array([[image.height, image.width]]), config)
         for plan in (plans.query, plans.key, plans.tile):
-            agree(render(image, plan), expected(image, plan), tall=True, coloured=True)
+            agree(render(image, plan), expected(image, plan), tall=True, colored=True)
 
 
-def test_colour_is_left_out_on_request():
+def test_color_is_left_out_on_request():
     image = noise(80, 90)
-    coloured = plan_of([(3, 4, 80, 70)], flipped=True, ops=[HUE, GREY], factors=(1, 1, 1, 0.1), sigma=1.0)
+    colored = plan_of([(3, 4, 80, 70)], flipped=True, ops=[HUE, GRAY], factors=(1, 1, 1, 0.1), sigma=1.0)
     plain = plan_of([(3, 4, 80, 70)], flipped=True)
-    np.testing.assert_array_equal(render(image, coloured, colour=False), expected(image, plain))
+    np.testing.assert_array_equal(render(image, colored, color=False), expected(image, plain))
 
 
 def test_threads_do_not_disturb_each_other():

@@ -11,7 +11,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 from inscon.config import ViewConfig
 from inscon.mosaic import assemble
 from inscon.plan import plan_views
-from pipelines.colour import normalisation, normalise
+from pipelines.color import normalization, normalize
 from pipelines.kernels import render_into, render_views
 from pipelines.slots import Slots
 
@@ -19,7 +19,7 @@ SIDE, BATCH = 32, 8
 
 
 def slots(**changes) -> Slots:
-    settings = {"kept": (0, 1), "tiles": 0, "normalised": True, "colour": True, **changes}
+    settings = {"kept": (0, 1), "tiles": 0, "normalized": True, "color": True, **changes}
     return Slots(batch_size=BATCH, view_size=SIDE, views=3, **settings)
 
 
@@ -33,7 +33,7 @@ def fill(slot) -> list[torch.Tensor]:
     plain = np.empty((BATCH, 3, SIDE, SIDE, 3), np.uint8)
     for i, picture in enumerate(pictures):
         render_views(picture, rows[i], plain[i], bool(slot.places[0, 1]))
-        render_into(picture, rows[i], slot.places[i], *normalisation(SIDE))
+        render_into(picture, rows[i], slot.places[i], *normalization(SIDE))
     return list(torch.from_numpy(plain).unbind(1))
 
 
@@ -42,13 +42,13 @@ def test_views_and_mosaics_are_where_they_belong(tiles):
     slot = slots(tiles=tiles).take()
     plain = fill(slot)
     (query, key), mosaic = slot.hand_out()
-    assert torch.equal(query.permute(0, 3, 1, 2), normalise(plain[0], torch.float32))
-    assert torch.equal(key.permute(0, 3, 1, 2), normalise(plain[1], torch.float32))
-    assert torch.equal(mosaic.permute(0, 3, 1, 2), assemble(normalise(plain[tiles], torch.float32)))
+    assert torch.equal(query.permute(0, 3, 1, 2), normalize(plain[0], torch.float32))
+    assert torch.equal(key.permute(0, 3, 1, 2), normalize(plain[1], torch.float32))
+    assert torch.equal(mosaic.permute(0, 3, 1, 2), assemble(normalize(plain[tiles], torch.float32)))
 
 
-def test_levels_stay_levels_and_colour_can_wait():
-    slot = slots(kept=(0, 1, 2), tiles=None, normalised=False, colour=False).take()
+def test_levels_stay_levels_and_color_can_wait():
+    slot = slots(kept=(0, 1, 2), tiles=None, normalized=False, color=False).take()
     plain = fill(slot)
     views, mosaic = slot.tensors(slot.memory)
     assert mosaic is None and all(torch.equal(made, wanted) for made, wanted in zip(views, plain, strict=True))

@@ -38,7 +38,7 @@ SWITCHES = {
     "--data SHARDS": ("loader", "data", Path("SHARDS")),
     "--pipeline reference": ("loader", "pipeline", "reference"),
     "--decode cpu": ("loader", "decode", "cpu"),
-    "--colour host": ("loader", "colour", "host"),
+    "--color host": ("loader", "color", "host"),
     "--on-bad-sample substitute": ("loader", "on_bad_sample", "substitute"),
     "--stall-timeout 30": ("loader", "stall_timeout", 30.0),
     "--optimizer foreach": ("optim", "optimizer", "foreach"),
@@ -65,7 +65,7 @@ def test_every_flag_of_the_method_page_exists():
 
 def test_recipes_can_be_chosen_and_overridden():
     config = parse(["--recipe", "moco_v1", "--lr", "0.5", "--batch-size", "64"])
-    assert config.model.heads == ("single",) and not config.model.mlp and config.views.grey_first
+    assert config.model.heads == ("single",) and not config.model.mlp and config.views.gray_first
     assert (config.optim.lr, config.optim.batch_size) == (0.5, 64)
     assert resolve(config, 1).model.queue_size == 65536
     with pytest.raises(SystemExit):

@@ -32,7 +32,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """20 pictures of odd sizes, one grey, one of 1x1: two steps an epoch at batch 8."""
+    """20 pictures of odd sizes, one gray, one of 1x1: two steps an epoch at batch 8."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(20):
@@ -290,7 +290,7 @@ def test_another_configuration_and_other_shards_are_refused(shards, tmp_path):
 def test_knn_views_and_report_of_a_run(shards, tmp_path):
     run(*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", tmp_path / "run", "--max-steps", "8")
     out = run("--run", tmp_path / "run", "--train", shards, "--val", shards, "--k", "1", script="knn.py").stdout
-    assert "untrained: 100.0 %" in out and ") trained: 100.0 %" in out  # every picture is its own nearest neighbour
+    assert "untrained: 100.0 %" in out and ") trained: 100.0 %" in out  # every picture is its own nearest neighbor
     picture = tmp_path / "views.png"
     run("--recipe", "smoke", "--data", shards, "--batch-size", "8", "--queue-size", "16", "--cell-queue-size", "144",
         "--split-size", "4", "--pipeline", "reference", "--out", picture, script="show_views.py")  # fmt: skip

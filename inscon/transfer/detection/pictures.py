@@ -49,7 +49,7 @@ def draw(image: Tensor, objects: dict[str, Tensor], categories: Categories) -> I
     pixels, labels = (image.permute(1, 2, 0) * 255).round().numpy(), objects["labels"].tolist()
     for mask, label in zip(objects.get("masks", ()), labels, strict="masks" in objects):
         inside = mask.bool().numpy()
-        pixels[inside] = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(colour(label))
+        pixels[inside] = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(color(label))
     picture = Image.fromarray(pixels.astype(np.uint8))
     scale = WIDTH / picture.width
     picture = picture.resize((WIDTH, max(1, round(picture.height * scale))))
@@ -57,16 +57,16 @@ def draw(image: Tensor, objects: dict[str, Tensor], categories: Categories) -> I
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(labels)
     for box, label, score in zip(objects["boxes"].tolist(), labels, scores, strict=True):
         corners = [scale * edge for edge in box]
-        pen.rectangle(corners, outline=colour(label), width=2)
+        pen.rectangle(corners, outline=color(label), width=2)
         words = categories.names[label - 1] + ("" if score is None else f" {score:.2f}")
         place = pen.textbbox((max(corners[0], 0), max(corners[1] - 12, 0)), words)
-        pen.rectangle(place, fill=colour(label))
+        pen.rectangle(place, fill=color(label))
         pen.text(place[:2], words, fill="black", anchor="la")
     return picture
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """A light colour of its own for each category."""
+def color(label: int) -> tuple[int, int, int]:
+    """A light color of its own for each category."""
     turned = Image.new("HSV", (1, 1), (label * 97 % 256, 140, 255)).convert("RGB")
     return turned.getpixel((0, 0))
 

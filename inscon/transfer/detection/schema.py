@@ -233,7 +233,7 @@ def is_flat(segmentation: list | dict) -> bool:
 
 
 def _has_area(polygon: list) -> bool:
-    """Whether any two neighbours among its points and the first one make a triangle."""
+    """Whether any two neighbors among its points and the first one make a triangle."""
     x, y = polygon[:2]
     return any(
         (polygon[n] - x) * (polygon[n + 3] - y) != (polygon[n + 2] - x) * (polygon[n + 1] - y)

@@ -1,4 +1,4 @@
-"""The device tail: jitter, grey, blur and normalisation of a batch, each sample by its own row of the plan.
+"""The device tail: jitter, gray, blur and normalization of a batch, each sample by its own row of the plan.
 
 The levels follow PIL's operation by operation (truncated after each blend, 8-bit hue and saturation, the three box blurs
 of its GaussianBlur), as pipelines/kernels.py does for CPUs; see docs/parity.md. Whatever depends on the plan is worked
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, SATURATION, ViewPlan
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, ViewPlan
 from pipelines.feed import to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,13 +28,13 @@ BLUR_BITS = 24
 """Fixed point of their weights."""
 
 
-def normalise(
+def normalize(
     views: UInt8[Tensor, "B S S 3"] | Float[Tensor, "B S S 3"], dtype: torch.dtype
 ) -> Float[Tensor, "B 3 S S"]:
     """Levels 0..255 to zero mean and unit variance by ImageNet's figures; the result is channels-last in memory."""
     count, side = views.shape[:2]
-    subtract, multiply = (to_device(row, views.device) for row in normalisation(side))
-    # Whole rows of S*3: an innermost dimension of 3 would leave nothing to vectorise. Subtracted first, so that there is
+    subtract, multiply = (to_device(row, views.device) for row in normalization(side))
+    # Whole rows of S*3: an innermost dimension of 3 would leave nothing to vectorize. Subtracted first, so that there is
     # no product and sum to be fused on one machine and not on the next: the same bits as the compiled tail's, anywhere.
     rows = views.reshape(count, side, side * 3).to(torch.float32)
     rows = torch.sub(rows, subtract).mul_(multiply).to(dtype)
@@ -42,23 +42,23 @@ def normalise(
 
 
 @functools.cache
-def normalisation(side: int) -> tuple[np.ndarray, np.ndarray]:
+def normalization(side: int) -> tuple[np.ndarray, np.ndarray]:
     """What to subtract from a row of `side` px, and by what to multiply the rest: [3 side] float32 each."""
     return tuple(
         np.tile(np.array(row, np.float32), side) for row in ([255 * m for m in MEAN], [1 / (255 * s) for s in STD])
     )
 
 
-def colour_views(views: UInt8[Tensor, "B S S 3"], plan: ViewPlan, dtype: torch.dtype) -> Float[Tensor, "B 3 S S"]:
-    """Execute `plan`'s colour operations and blur on crops that are already flipped, and normalise them."""
+def color_views(views: UInt8[Tensor, "B S S 3"], plan: ViewPlan, dtype: torch.dtype) -> Float[Tensor, "B 3 S S"]:
+    """Execute `plan`'s color operations and blur on crops that are already flipped, and normalize them."""
     levels = jitter(views.to(torch.float32), plan)
-    return normalise(blur(levels, plan.blur_sigma), dtype)
+    return normalize(blur(levels, plan.blur_sigma), dtype)
 
 
 def jitter(levels: Float[Tensor, "B S S 3"], plan: ViewPlan) -> Float[Tensor, "B S S 3"]:
-    """The colour operations of `plan`, slot by slot; `levels` are whole numbers 0..255, before and after."""
-    for operations in plan.colour_ops.T:
-        if np.isin(operations, (BRIGHTNESS, CONTRAST, SATURATION, GREY)).any():
+    """The color operations of `plan`, slot by slot; `levels` are whole numbers 0..255, before and after."""
+    for operations in plan.color_ops.T:
+        if np.isin(operations, (BRIGHTNESS, CONTRAST, SATURATION, GRAY)).any():
             levels = _blend(levels, operations, plan.factors)
         turned = np.flatnonzero(operations == HUE)
         if len(turned):
@@ -70,25 +70,25 @@ def jitter(levels: Float[Tensor, "B S S 3"], plan: ViewPlan) -> Float[Tensor, "B
 
 
 def _blend(levels: Tensor, operations: np.ndarray, factors: np.ndarray) -> Tensor:
-    """base + factor * (levels - base), where base is 0, the mean grey of the view, or the grey of each pixel."""
+    """base + factor * (levels - base), where base is 0, the mean gray of the view, or the gray of each pixel."""
     factor = np.ones(len(operations), np.float32)
     for operation in (BRIGHTNESS, CONTRAST, SATURATION):
         chosen = operations == operation
         factor[chosen] = factors[chosen, operation - 1]
-    factor[operations == GREY] = 0
-    per_pixel = (operations == SATURATION) | (operations == GREY)
+    factor[operations == GRAY] = 0
+    per_pixel = (operations == SATURATION) | (operations == GRAY)
     weights = np.stack([factor, operations == CONTRAST, per_pixel]).astype(np.float32)
     factor, by_mean, by_pixel = to_device(weights, levels.device).view(3, -1, 1, 1, 1)
-    grey = grey_levels(levels)
+    gray = gray_levels(levels)
     # In float64: in float32 a mean near one half would round to the other whole level now and then. Not by mean(), which on a
     # GPU multiplies by a reciprocal.
-    total = grey.sum((1, 2, 3), keepdim=True, dtype=torch.float64)
-    mean = torch.floor(total / torch.full_like(total, grey[0].numel()) + 0.5).float()
-    base = by_mean * mean + by_pixel * grey
+    total = gray.sum((1, 2, 3), keepdim=True, dtype=torch.float64)
+    mean = torch.floor(total / torch.full_like(total, gray[0].numel()) + 0.5).float()
+    base = by_mean * mean + by_pixel * gray
     return (levels - base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
-def grey_levels(levels: Float[Tensor, "B S S 3"]) -> Float[Tensor, "B S S 1"]:
+def gray_levels(levels: Float[Tensor, "B S S 3"]) -> Float[Tensor, "B S S 1"]:
     """PIL's L of RGB levels; all sums are whole numbers below 2**24, exact in float32."""
     red, green, blue = (levels[..., c : c + 1] * weight for c, weight in enumerate(LUMA))
     return torch.floor((red + green + blue + 32768) / 65536)
@@ -98,7 +98,7 @@ def shift_hue(levels: Float[Tensor, "n S S 3"], shift: Float[Tensor, "n 1 1"]) -
     """Turn the hue by `shift` 255ths of the circle through PIL's 8-bit HSV.
 
     In float32 alone and without a table, as `pipelines.kernels.shift_hue`, whose docstring tells how: no level of any
-    colour differs from PIL's.
+    color differs from PIL's.
     """
     red, green, blue = levels.unbind(-1)
     value = levels.amax(-1)
@@ -108,14 +108,14 @@ def shift_hue(levels: Float[Tensor, "n S S 3"], shift: Float[Tensor, "n 1 1"]) -
     before = torch.where(red_leads, blues, torch.where(green_leads, reds, greens))
     after = torch.where(red_leads, greens, torch.where(green_leads, blues, reds))
     base = torch.where(red_leads, 0.0, torch.where(green_leads, 2.0, 4.0))
-    quotient, coloured = torch.minimum(before, after) / span.clamp(min=1), span.clamp(max=1)
-    turn = torch.where(before >= after, (base + coloured) - quotient, (base - coloured) + quotient)
+    quotient, colored = torch.minimum(before, after) / span.clamp(min=1), span.clamp(max=1)
+    turn = torch.where(before >= after, (base + colored) - quotient, (base - colored) + quotient)
     turn = turn / turn.new_full((), 6)  # by a tensor: on a GPU a number would be multiplied by as its reciprocal
     turn = torch.where(turn < 0, turn + 1, turn)
     hue = torch.remainder(torch.floor(turn * 255) + shift, 256) * 6
     saturation = torch.floor(span / value.clamp(min=1) * 255) * LEVEL
     from_red = (510 - (hue - 765).abs()).clamp(0, 255) * LEVEL
-    from_green, from_blue = (((hue - centre).abs() - 255).clamp(0, 255) * LEVEL for centre in (510, 1020))
+    from_green, from_blue = (((hue - center).abs() - 255).clamp(0, 255) * LEVEL for center in (510, 1020))
     channels = (torch.floor(value * (1 - saturation * w) + 0.5) for w in (from_red, from_green, from_blue))
     return torch.stack(tuple(channels), -1)
 

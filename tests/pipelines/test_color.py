@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 from torch.overrides import TorchFunctionMode
 
 from inscon.config import ViewConfig
-from inscon.plan import BRIGHTNESS, CONTRAST, GREY, HUE, SATURATION, ViewPlan, plan_views
-from pipelines import colour, reference
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, ViewPlan, plan_views
+from pipelines import color, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -24,7 +24,7 @@ def device(request):
 
 
 def views(count, side=48, seed=0) -> np.ndarray:
-    """Noise, with every second one pale, so that small saturations and greys occur."""
+    """Noise, with every second one pale, so that small saturations and grays occur."""
     made = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
     made[1::2] = made[1::2, :, :, :1] + made[1::2] // 64
     return made
@@ -39,15 +39,15 @@ def plan_of(ops, factors, sigma=0.0) -> ViewPlan:
     return ViewPlan(
         crop_box=np.tile(np.float32([0, 0, 48, 48]), (n, 1)),
         flipped=np.zeros(n, bool),
-        colour_ops=rows,
+        color_ops=rows,
         factors=np.broadcast_to(np.array(factors, np.float32), (n, 4)),
         blur_sigma=np.broadcast_to(np.float32(sigma), (n,)),
     )
 
 
-def coloured(pixels, plan, device) -> np.ndarray:
-    levels = colour.jitter(torch.from_numpy(pixels).to(device).float(), plan)
-    return colour.blur(levels, plan.blur_sigma).cpu().numpy()
+def colored(pixels, plan, device) -> np.ndarray:
+    levels = color.jitter(torch.from_numpy(pixels).to(device).float(), plan)
+    return color.blur(levels, plan.blur_sigma).cpu().numpy()
 
 
 OPERATIONS = {
@@ -55,7 +55,7 @@ OPERATIONS = {
     "contrast": (CONTRAST, (1, 0.63, 1, 0), lambda image: F.adjust_contrast(image, float(np.float32(0.63)))),
     "saturation": (SATURATION, (1, 1, 1.4, 0), lambda image: F.adjust_saturation(image, float(np.float32(1.4)))),
     "hue": (HUE, (1, 1, 1, -0.08), lambda image: F.adjust_hue(image, float(np.float32(-0.08)))),
-    "grey": (GREY, (1, 1, 1, 0), lambda image: F.to_grayscale(image, 3)),
+    "gray": (GRAY, (1, 1, 1, 0), lambda image: F.to_grayscale(image, 3)),
 }
 
 
@@ -64,23 +64,23 @@ def test_each_operation_equals_torchvision(name, device):
     operation, factors, adjust = OPERATIONS[name]
     pixels = views(6)
     # The third sample is left alone: operations are per sample.
-    made = coloured(pixels, plan_of([[operation]] * 2 + [[]] + [[operation]] * 3, factors), device)
+    made = colored(pixels, plan_of([[operation]] * 2 + [[]] + [[operation]] * 3, factors), device)
     np.testing.assert_array_equal(made[2], pixels[2])
     for i in (0, 1, 3, 4, 5):
         np.testing.assert_array_equal(made[i], np.asarray(adjust(Image.fromarray(pixels[i]))))
 
 
-def some_colours() -> np.ndarray:
-    """One in 27 of the 16.7 million colours, greys and borders included, as a picture."""
+def some_colors() -> np.ndarray:
+    """One in 27 of the 16.7 million colors, grays and borders included, as a picture."""
     shades = np.r_[0:256:3].astype(np.uint8)
     return np.resize(np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1), (1, 798, 798, 3))
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.001, 0.037, 0.1])
-def test_hue_of_every_colour_equals_torchvision(turns, device):
-    cube = some_colours()
+def test_hue_of_every_color_equals_torchvision(turns, device):
+    cube = some_colors()
     shift = torch.tensor(np.trunc(np.float64(np.float32(turns)) * 255), dtype=torch.float32, device=device)
-    made = colour.shift_hue(torch.from_numpy(cube).to(device).float(), shift.view(1, 1, 1))
+    made = color.shift_hue(torch.from_numpy(cube).to(device).float(), shift.view(1, 1, 1))
     wanted = np.asarray(F.adjust_hue(Image.fromarray(cube[0]), float(np.float32(turns))))
     np.testing.assert_array_equal(made[0].cpu().numpy(), wanted)
 
@@ -102,41 +102,41 @@ class LikeCuda(TorchFunctionMode):
 
 @pytest.mark.parametrize("turns", [0.0, -0.1])
 def test_hue_divides_exactly_where_a_number_would_become_its_reciprocal(turns):
-    """A CUDA device's arithmetic, on the CPU; with `/ 6` some of the colours were up to 6 levels off."""
-    cube = torch.from_numpy(some_colours()).float()
+    """A CUDA device's arithmetic, on the CPU; with `/ 6` some of the colors were up to 6 levels off."""
+    cube = torch.from_numpy(some_colors()).float()
     shift = torch.full((1, 1, 1), float(np.trunc(turns * 255)))
     with LikeCuda():
-        made = colour.shift_hue(cube, shift)
+        made = color.shift_hue(cube, shift)
         assert float(torch.full((), 41.0) / 41) != 1  # the mode is on
-    assert torch.equal(made, colour.shift_hue(cube, shift))
+    assert torch.equal(made, color.shift_hue(cube, shift))
 
 
-def test_a_mean_grey_of_one_half_is_rounded_up_everywhere():
+def test_a_mean_gray_of_one_half_is_rounded_up_everywhere():
     """As PIL does; of 7 x 7 pixels and so on, a product with the reciprocal falls below."""
     for side, level in itertools.product((14, 28, 56, 224), range(0, 255, 5)):
         pixels = np.full((1, side, side, 3), level, np.uint8)
         pixels[0, : side // 2] += 1
         plan = plan_of([[CONTRAST]], (1, 0.0, 1, 0))
         with LikeCuda():
-            made = colour.jitter(torch.from_numpy(pixels).float(), plan)
+            made = color.jitter(torch.from_numpy(pixels).float(), plan)
         assert (made == level + 1).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.001, 0.0, 0.037, 0.1])
-def test_on_a_gpu_the_hue_of_all_colours_is_the_cpus(turns):
+def test_on_a_gpu_the_hue_of_all_colors_is_the_cpus(turns):
     shift = torch.full((1, 1, 1), float(np.trunc(turns * 255)))
     shades = torch.arange(256.0)
     cube = torch.stack(torch.meshgrid(shades, shades, shades, indexing="ij"), -1).view(16, 1024, 1024, 3)
     for some in cube.split(1):
-        assert torch.equal(colour.shift_hue(some.cuda(), shift.cuda()).cpu(), colour.shift_hue(some, shift))
+        assert torch.equal(color.shift_hue(some.cuda(), shift.cuda()).cpu(), color.shift_hue(some, shift))
 
 
 def test_blur_equals_pil(device):
     sigma = np.float32([0.1, 0.0, 0.5, 1.0, 1.3, 2.0, 3.5, 0.9])
     pixels = views(8)
-    made = coloured(pixels, plan_of([[]] * 8, (1, 1, 1, 0), sigma), device)
+    made = colored(pixels, plan_of([[]] * 8, (1, 1, 1, 0), sigma), device)
     np.testing.assert_array_equal(made[1], pixels[1])
     for i in (0, 2, 3, 4, 5, 6, 7):
         wanted = np.asarray(Image.fromarray(pixels[i]).filter(ImageFilter.GaussianBlur(float(sigma[i]))))
@@ -145,37 +145,37 @@ def test_blur_equals_pil(device):
 
 def test_whole_plans_equal_the_reference(device):
     count = 24
-    config = ViewConfig(view_size=64, jitter_probability=0.9, grey_probability=0.3)
+    config = ViewConfig(view_size=64, jitter_probability=0.9, gray_probability=0.3)
     plan = plan_views(1, 0, np.arange(count), np.full((count, 2), 80), config).query
     pictures = views(count, side=80, seed=4)
     plain = plan_of([[]] * count, (1, 1, 1, 0))
     crops, wanted = [], []
     for i, picture in enumerate(map(Image.fromarray, pictures)):
         only_crop = ViewPlan(
-            crop_box=plan.crop_box, flipped=plan.flipped, colour_ops=plain.colour_ops, factors=plain.factors,
+            crop_box=plan.crop_box, flipped=plan.flipped, color_ops=plain.color_ops, factors=plain.factors,
             blur_sigma=plain.blur_sigma,
         )  # fmt: skip
         crops.append(np.asarray(reference.render_view(picture, only_crop, i, 64)))
         wanted.append(np.asarray(reference.render_view(picture, plan, i, 64)))
-    np.testing.assert_array_equal(coloured(np.stack(crops), plan, device), np.stack(wanted))
-    finished = colour.colour_views(torch.from_numpy(np.stack(crops)).to(device), plan, torch.float32)
-    expected = colour.normalise(torch.from_numpy(np.stack(wanted)), torch.float32)
+    np.testing.assert_array_equal(colored(np.stack(crops), plan, device), np.stack(wanted))
+    finished = color.color_views(torch.from_numpy(np.stack(crops)).to(device), plan, torch.float32)
+    expected = color.normalize(torch.from_numpy(np.stack(wanted)), torch.float32)
     torch.testing.assert_close(finished.cpu(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_normalise_equals_torchvision(dtype):
+def test_normalize_equals_torchvision(dtype):
     pixels = views(3, side=10)
-    made = colour.normalise(torch.from_numpy(pixels), dtype)
+    made = color.normalize(torch.from_numpy(pixels), dtype)
     assert made.dtype == dtype and made.shape == (3, 3, 10, 10)
     assert made.is_contiguous(memory_format=torch.channels_last)
-    wanted = torch.stack([F.normalize(F.to_tensor(view), colour.MEAN, colour.STD) for view in pixels])
+    wanted = torch.stack([F.normalize(F.to_tensor(view), color.MEAN, color.STD) for view in pixels])
     torch.testing.assert_close(made, wanted.to(dtype), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
 
 
 def test_box_taps_have_the_gaussians_variance():
     sigma = np.float32([0.1, 1.0, 2.0, 4.0])
-    taps = colour.box_taps(sigma) / 2**24
+    taps = color.box_taps(sigma) / 2**24
     np.testing.assert_allclose(taps.sum(1), 1, atol=1e-6)
     np.testing.assert_array_equal(taps, taps[:, ::-1])
     # Three boxes have three times the variance of one.
