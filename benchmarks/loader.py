@@ -86,7 +86,7 @@ class MocoViews(Dataset):
         return len(self._index)
 
     def __getitem__(self, i: int):
-        image = Image.open(io.BytesIO(self._index.jpeg_bytes(i))).convert("RGB")
+        image = Image.open(io.BytesIO(self._index.read(i))).convert("RGB")
         return self._transform(image), self._transform(image)
 
 
@@ -107,7 +107,7 @@ def _open_in_worker(data: Path) -> None:
 
 
 def _decode_in_worker(sample_id: int) -> None:
-    simplejpeg.decode_jpeg(_index.jpeg_bytes(sample_id))
+    simplejpeg.decode_jpeg(_index.read(sample_id))
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def pil_decode(config: Config):
     feed = open_feed(config, 0, 1)
 
     def decode(sample_id: int) -> None:
-        Image.open(io.BytesIO(feed.index.jpeg_bytes(sample_id))).convert("RGB")
+        Image.open(io.BytesIO(feed.index.read(sample_id))).convert("RGB")
 
     with ThreadPoolExecutor(config.loader.threads) as pool:
         yield (list(pool.map(decode, feed.order.global_batch(step))) for step in range(ENDLESS))

@@ -200,13 +200,13 @@ def index_times(folder: Path) -> dict:
     ]
     index = DatasetIndex.open(folder)
     rng = np.random.default_rng(0)
-    costs: dict[str, list[float]] = {"records": [], "sizes_and_labels": [], "jpeg_bytes": []}
+    costs: dict[str, list[float]] = {"records": [], "sizes_and_labels": [], "read": []}
     for _ in range(201):
         ids = rng.integers(0, len(index), 256)
         for name, look_up in {
             "records": lambda ids=ids: index.records(ids),
             "sizes_and_labels": lambda ids=ids: (index.sizes(ids), index.labels(ids)),
-            "jpeg_bytes": lambda ids=ids: [index.jpeg_bytes(i) for i in ids],
+            "read": lambda ids=ids: [index.read(i) for i in ids],
         }.items():
             start = time.perf_counter()
             look_up()

@@ -11,7 +11,7 @@
     manifest.json         a `Manifest`; written last, so a folder that has one is complete
     packing/              state of a run that has not ended yet
 
-To read one:    index = DatasetIndex.open("SHARDS"); index.content(17), mapped, or index.read(17), checked
+To read one:    index = DatasetIndex.open("SHARDS"); index.read(17)
 To write one:   data_prep/make_dali.py, data_prep/make_ffcv.py
 To check one:   data_prep/verify.py
 """
@@ -20,15 +20,13 @@ import contextlib
 import functools
 import io
 import json
-import mmap
 import operator
 import os
 import re
 import resource
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -66,18 +64,14 @@ BETON_NAME = "samples.beton"
 STATE_NAME = "packing"
 BEGIN_ANEW = f"remove the folder {STATE_NAME} in --out and pass --overwrite"
 """--overwrite alone goes on with an unfinished packing of the same settings."""
-PARTIAL_SUFFIX = ".partial"
-"""What a file is called until it is whole."""
 MAX_NAMES_IN_MANIFEST = 10_000
 
 _PACK = "python data_prep/make_dali.py --data DIR --out"
 REPAIR = "copy it again or rerun data_prep/make_dali.py"
 _REPAIR_BETON = "copy it again or rerun data_prep/make_ffcv.py"
+_PIECE_BYTES = 1 << 22
 _DESCRIPTORS = 1 << 16
 """As many files as shards may hold open, where the system lets a process have twice as many."""
-
-
-_Opened = TypeVar("_Opened")
 
 
 class ShardError(ValueError):
@@ -91,8 +85,7 @@ class StoredFile:
     name: str
     byte_count: int
     sample_count: int
-    checksum: str
-    """XXH3-128, hexadecimal."""
+    checksum: str  # XXH3-128, hexadecimal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,20 +95,15 @@ class Manifest:
 
     format: str
     version: int
-    container: str
-    """What the samples lie in: "tar" or "beton"."""
+    container: str  # what the samples lie in: "tar" or "beton"
     num_samples: int
-    class_names: tuple[str, ...]
-    """In label order; empty where the pictures have no labels."""
+    class_names: tuple[str, ...]  # in label order; empty where the pictures have no labels
     shuffle_seed: int
-    settings: Mapping[str, int | float | str | bool | None]
-    """The writer's settings that decide the bytes."""
-    rejected: Mapping[str, int]
-    """How many pictures were left out, by kind of fault."""
+    settings: Mapping[str, int | float | str | bool | None]  # the writer's, that decide the bytes
+    rejected: Mapping[str, int]  # how many pictures were left out, by kind of fault
     changed: Mapping[str, int]
     """How many pictures are not as they came, by kind of change; to be stored as pixels is none."""
-    changed_names: tuple[str, ...]
-    """Which ones: the first MAX_NAMES_IN_MANIFEST. changed.jsonl has all."""
+    changed_names: tuple[str, ...]  # which ones: the first MAX_NAMES_IN_MANIFEST; changed.jsonl has all
     ignored: Mapping[str, int] = field(default_factory=dict)
     """How many files of the source were passed over as no pictures, by kind, such as ".txt"."""
     content: str
@@ -125,8 +113,7 @@ class Manifest:
     rejected_list: StoredFile
     changed_list: StoredFile
     shards: tuple[StoredFile, ...]
-    dali_indices: tuple[StoredFile, ...]
-    """One per shard, for DALI's own WebDataset reader; none for a beton."""
+    dali_indices: tuple[StoredFile, ...]  # one per shard, for DALI's own WebDataset reader; none for a beton
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -165,16 +152,14 @@ class Manifest:
 class DatasetIndex:
     """Where every sample of a shard folder lies, and its size and label. Make one with `DatasetIndex.open`.
 
-    Sample ids run from 0 to len(index) - 1. Files are mapped when first needed, so an index costs little to pickle
+    Sample ids run from 0 to len(index) - 1. Files are opened when first needed, so an index costs little to pickle
     and is safe in forked and spawned workers and in threads.
     """
 
-    path: Path
-    """Absolute, so that a later change of directory does no harm."""
+    path: Path  # absolute, so that a later change of directory does no harm
     manifest: Manifest
     _records: np.ndarray
-    _mapped: dict[int | str, NDArray[np.uint8]]
-    _files: dict[int, io.FileIO]
+    _files: dict[str, io.FileIO]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DatasetIndex":
@@ -189,10 +174,10 @@ class DatasetIndex:
         records = _open_records(folder, manifest)
         for stored in (manifest.names, *manifest.shards):
             check_byte_count(folder, stored)
-        return cls(folder.absolute(), manifest, records, {}, {})
+        return cls(folder.absolute(), manifest, records, {})
 
     def __reduce__(self):
-        return DatasetIndex.open, (self.path,)  # maps do not travel; the other process makes its own
+        return DatasetIndex.open, (self.path,)  # open files do not travel; the other process opens its own
 
     def __len__(self) -> int:
         return len(self._records)
@@ -222,23 +207,17 @@ class DatasetIndex:
 
     def name(self, sample_id: int) -> str:
         """The path of the picture it was packed from, relative to the packed folder, with forward slashes."""
-        names = self._map("names", self.manifest.names)
+        file, length = self._file(self.manifest.names.name), 256
         start = int(self._records["name_offset"][self._checked_one(sample_id)])
-        length = 64
-        while (line := names[start : start + length].tobytes()).find(b"\n") < 0:
-            length *= 4
-            if start + length > 4 * len(names):
+        while b"\n" not in (line := os.pread(file.fileno(), length, start)):
+            if len(line) < length:
                 raise ShardError(f"{self.path / self.manifest.names.name} ends within a name: {REPAIR}.")
+            length *= 4
         return line.partition(b"\n")[0].decode("utf-8", "surrogateescape")
 
     def content(self, sample_id: int) -> NDArray[np.uint8]:
-        """The stored bytes of one sample, [byte_count], a read-only view into the mapped shard: nothing is copied.
-
-        ValueError for an id out of range; ShardError where the shard changed or vanished after `open`.
-        """
-        record = self._records[self._checked_one(sample_id)]
-        shard, offset = int(record["shard"]), int(record["offset"])
-        return self._map(shard, self.manifest.shards[shard])[offset : offset + int(record["byte_count"])]
+        """The stored bytes of one sample, JPEG or pixels, [byte_count], as `read` gives them."""
+        return self.read(sample_id, pixels=True)
 
     def read(
         self, sample_id: int, memory: NDArray[np.uint8] | None = None, *, pixels: bool = False
@@ -253,8 +232,11 @@ class DatasetIndex:
         """
         record = self._records[self._checked_one(sample_id)]
         if record["encoding"] != JPEG and not pixels:
-            raise self._no_jpeg(sample_id)
-        size, shard = int(record["byte_count"]), int(record["shard"])
+            raise ShardError(
+                f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
+                "--write-mode jpg."
+            )
+        size, shard = int(record["byte_count"]), self.manifest.shards[record["shard"]].name
         if memory is not None and len(memory) < size:
             raise ValueError(f"memory must hold the {size} bytes of sample {sample_id}. Found: {len(memory)}.")
         try:
@@ -292,32 +274,9 @@ class DatasetIndex:
         columns = (records[name].tolist() for name in ("shard", "offset", "byte_count"))
         for shard, offset, byte_count in zip(*columns, strict=True):
             with contextlib.suppress(OSError, ShardError):  # whose turn comes when the sample is read
-                os.posix_fadvise(self._file(shard).fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED)
-
-    def expect_runs(self, runs: Iterable[range]) -> None:
-        """As `expect`, for runs of neighboring sample ids: long pieces of shards, so that a disk seldom has to seek."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for run in runs:
-            records = self._records[self._checked(np.asarray(run))]
-            for shard in np.unique(records["shard"]).tolist():
-                of_shard = records[records["shard"] == shard]
-                start = int(of_shard["offset"].min())
-                stop = int((of_shard["offset"].astype(np.int64) + of_shard["byte_count"]).max())
-                with contextlib.suppress(OSError, ShardError):
-                    os.posix_fadvise(self._file(shard).fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
-
-    def jpeg_bytes(self, sample_id: int) -> NDArray[np.uint8]:
-        """The JPEG file of one sample, as `content`. ShardError where the sample is stored as raw pixels."""
-        if self._records["encoding"][self._checked_one(sample_id)] != JPEG:
-            raise self._no_jpeg(sample_id)
-        return self.content(sample_id)
-
-    def _no_jpeg(self, sample_id: int) -> ShardError:
-        return ShardError(
-            f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
-            "--write-mode jpg."
-        )
+                os.posix_fadvise(
+                    self._file(self.manifest.shards[shard].name).fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED
+                )
 
     def describe(self, sample_id: int) -> str:
         """For messages: "sample 17 (n01440764/x.JPEG) in shard-000003.tar"."""
@@ -341,38 +300,23 @@ class DatasetIndex:
             raise ValueError(f"Sample ids of {self.path} must be from 0 to {len(self) - 1}. Found: {number}.")
         return number
 
-    def _map(self, key: int | str, stored: StoredFile) -> NDArray[np.uint8]:
-        def open_map() -> NDArray[np.uint8]:
-            check_byte_count(self.path, stored)
-            return _map_file(self.path / stored.name)
-
-        return self._opened(self._mapped, key, open_map)
-
-    def _file(self, shard: int) -> io.FileIO:
-        return self._files.get(shard) or self._opened(self._files, shard, functools.partial(self._open_file, shard))
-
-    def _open_file(self, shard: int) -> io.FileIO:
-        path = self.path / self.manifest.shards[shard].name
-        try:  # of any length: what is read of it is compared with checksums
-            return open(path, "rb", buffering=0)
-        except FileNotFoundError:
-            raise ShardError(f"{path} is missing: {self._repair}.") from None
-
-    def _opened(self, kept: dict, key: int | str, open_one: Callable[[], _Opened]) -> _Opened:
-        found = kept.get(key)
+    def _file(self, name: str) -> io.FileIO:
+        """One of the set's files, opened, of any length: what is read of a shard is compared with checksums."""
+        found = self._files.get(name)
         if found is not None:
             return found
-        while len(self._mapped) + len(self._files) >= _max_open_shards():
-            # The oldest goes. Views of it that are still in use keep a map alive.
-            crowded = kept or (self._files if kept is self._mapped else self._mapped)
-            crowded.pop(next(iter(crowded)), None)
-        return kept.setdefault(key, open_one())
+        while len(self._files) >= _max_open_files():  # the oldest goes; whoever still reads it keeps it open
+            self._files.pop(next(iter(self._files)), None)
+        try:
+            return self._files.setdefault(name, open(self.path / name, "rb", buffering=0))
+        except FileNotFoundError:
+            raise ShardError(f"{self.path / name} is missing: {self._repair}.") from None
 
 
 @functools.cache
-def _max_open_shards() -> int:
-    """Each map holds a file descriptor. The limit is often 1,024, to be raised by whoever needs more; ImageNet has 550
-    shards, and to map one anew costs more than all else in reading a sample."""
+def _max_open_files() -> int:
+    """The limit is often 1,024 descriptors, to be raised by whoever needs more; ImageNet has 550 shards, and to open one anew
+    takes longer than to look for a sample."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 2 * _DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -380,12 +324,6 @@ def _max_open_shards() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return _DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft // 2, _DESCRIPTORS)
-
-
-def _map_file(path: Path) -> NDArray[np.uint8]:
-    """A file that is not empty as read-only bytes, mapped. A plain array: slicing np.memmap is ten times slower."""
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
 def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
@@ -424,6 +362,17 @@ def check_byte_count(folder: Path, stored: StoredFile) -> None:
         )
 
 
+def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lambda byte_count: None) -> StoredFile:
+    """What the manifest says of a file, read for its checksum. `tell` is told of every piece."""
+    checksum, byte_count = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            checksum.update(piece)
+            byte_count += len(piece)
+            tell(len(piece))
+    return StoredFile(name=path.name, byte_count=byte_count, sample_count=sample_count, checksum=checksum.hexdigest())
+
+
 def folder_of_beton(path: Path) -> Path:
     if not path.exists():
         raise ShardError(
@@ -457,9 +406,19 @@ def format_files(folder: Path) -> list[Path]:
     """The files in `folder` that are called as this format calls them, whole or not; sorted."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _FORMAT_FILE.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX)))
+    return sorted(path for path in folder.iterdir() if _FORMAT_FILE.fullmatch(path.name))
 
 
 _FORMAT_FILE = re.compile(
-    r"shard-\d{6,}\.(tar|idx)|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json"
+    r"(shard-\d{6,}\.(tar|idx)|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json)"
+    r"(\..*unfinished|\.partial)?"  # until it is whole; .partial before 2026-11
 )
+
+
+def content_of(records: NDArray[np.void]) -> bytes:
+    """The bytes that `Manifest.content` is the checksum of."""
+    fields = ["checksum", "byte_count", "height", "width", "label", "encoding"]
+    packed = np.empty(len(records), [(name, RECORD_DTYPE[name]) for name in fields])
+    for name in fields:
+        packed[name] = records[name]
+    return packed.tobytes()

@@ -17,11 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.command import run
 from data_prep.index import DatasetIndex
-from data_prep.job import Target
-from data_prep.packing import BYTES_PER_MB, PackConfig, pack
-from data_prep.pictures import Treatment
+from data_prep.pack import BYTES_PER_MB, PackConfig, Target, pack, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +32,8 @@ class DaliConfig(PackConfig):
         """ValueError for settings out of range."""
         if self.shard_mb < 1:
             raise ValueError(f"--shard-mb must be at least 1. Found: {self.shard_mb}.")
-        treatment = Treatment(
-            short_side=self.short_side, max_resolution=self.max_resolution, quality=self.quality, chroma=self.chroma
-        )
-        return Target(
-            container="tar",
-            writer="data_prep/make_dali.py",
-            treatment=treatment,
-            shard_bytes=self.shard_mb * BYTES_PER_MB,
-        )
+        shard_bytes = self.shard_mb * BYTES_PER_MB
+        return Target("tar", "data_prep/make_dali.py", self.treatment, shard_bytes)
 
 
 def pack_folder(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:
@@ -53,4 +43,4 @@ def pack_folder(data: str | os.PathLike[str], out: str | os.PathLike[str], **set
 
 
 if __name__ == "__main__":
-    run(DaliConfig)
+    run("make_dali.py", DaliConfig)

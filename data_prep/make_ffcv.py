@@ -19,11 +19,8 @@ from typing import Literal
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.command import run
 from data_prep.index import DatasetIndex
-from data_prep.job import Target
-from data_prep.packing import BYTES_PER_MB, PackConfig, pack
-from data_prep.pictures import Treatment
+from data_prep.pack import BYTES_PER_MB, PackConfig, Target, pack, run
 
 _PART_MB = 128  # how much one process takes at a time; it doesn't change a byte of the beton
 
@@ -39,20 +36,7 @@ class BetonConfig(PackConfig):
 
     def target(self) -> Target:
         """ValueError for settings out of range."""
-        treatment = Treatment(
-            short_side=self.short_side,
-            max_resolution=self.max_resolution,
-            quality=self.quality,
-            chroma=self.chroma,
-            write_mode=self.write_mode,
-            smart_threshold=self.smart_threshold,
-        )
-        return Target(
-            container="beton",
-            writer="data_prep/make_ffcv.py",
-            treatment=treatment,
-            shard_bytes=_PART_MB * BYTES_PER_MB,
-        )
+        return Target("beton", "data_prep/make_ffcv.py", self.treatment, _PART_MB * BYTES_PER_MB)
 
 
 def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:
@@ -62,4 +46,4 @@ def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **sett
 
 
 if __name__ == "__main__":
-    run(BetonConfig)
+    run("make_ffcv.py", BetonConfig)

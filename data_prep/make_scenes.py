@@ -14,11 +14,9 @@ Image k of a split depends on the seed, the split and k alone, not on how many a
 
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -71,24 +69,6 @@ TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.n
 MAX_CLASSES = len(SHAPES) * len(TEXTURES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScenesConfig:
-    """Draw scenes of several textured objects, with boxes and masks."""
-
-    out: Path
-    """Folder for the scenes; must be new or empty."""
-    num_images: int = 512
-    """Images to train on."""
-    num_val: int = 128
-    """Further images, to judge on; 0 for none."""
-    num_classes: int = 8
-    """Classes, from 2 to 32; as many images of each, but for the rare one whose main object is mostly hidden."""
-    size: int = 160
-    """Typical height and width, px, at least 32; both vary from 0.8 to 1.25 times this."""
-    seed: int = 0
-    """Decides every pixel."""
-
-
 class Scene(NamedTuple):
     """A drawn image and what is seen in it."""
 
@@ -106,18 +86,20 @@ class Scene(NamedTuple):
 
 
 def make_scenes(
-    out: str | os.PathLike[str],
-    *,
-    num_images: int = 512,
-    num_val: int = 128,
-    num_classes: int = 8,
-    size: int = 160,
-    seed: int = 0,
+    out: Path, *, num_images: int = 512, num_val: int = 128, num_classes: int = 8, size: int = 160, seed: int = 0
 ) -> Path:
-    """Draw the train and val scenes into the folder `out` and return it; see `ScenesConfig` for the arguments.
+    """Draw scenes of several textured objects, with boxes and masks, into the folder `out`, and return it.
 
-    Raises ValueError for settings out of range, and for a folder that is not empty or cannot be written. Stopped early, it leaves
-    nothing.
+    Args:
+        out: Folder for the scenes; must be new or empty.
+        num_images: Images to train on.
+        num_val: Further images, to judge on; 0 for none.
+        num_classes: Classes, from 2 to 32; as many images of each, but for the rare one whose main object is mostly hidden.
+        size: Typical height and width, px, at least 32; both vary from 0.8 to 1.25 times this.
+        seed: Decides every pixel.
+
+    Raises ValueError for settings out of range, and for a folder that is not empty or cannot be written. Stopped early, it
+    leaves nothing.
     """
     out = Path(out)
     _check_settings(num_images=num_images, num_val=num_val, num_classes=num_classes, size=size, seed=seed)
@@ -264,9 +246,9 @@ def _check_settings(*, num_images: int, num_val: int, num_classes: int, size: in
 
 
 def main() -> None:
-    config = tyro.cli(ScenesConfig)
-    make_scenes(**vars(config))
-    print(f"Drew {config.num_images} train and {config.num_val} val scenes of {config.num_classes} classes.")
+    out = tyro.cli(make_scenes)
+    counts = {split: sum(1 for _ in (out / split).rglob("*.jpg")) for split in SPLITS}
+    print(f"Drew {counts['train']} train and {counts['val']} val scenes.")
 
 
 if __name__ == "__main__":

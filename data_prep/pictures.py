@@ -59,10 +59,9 @@ _COMMON_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # sequential and progressive, a
 _PROGRESSIVE_FRAMES = (0xC2, 0xCA)
 _COMMON_LUMA = (0x11, 0x12, 0x14, 0x21, 0x22, 0x41)  # sampling factors, where chroma's are 0x11
 _BITS_PER_SAMPLE = 258  # a TIFF's tag
-_APP0, _APP1, _APP14, _APP15, _COM, _SOS = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
-
-_PADDING = frozenset({0x00, 0x7F, 0xFF})
-"""Bits that are all the same, at most the first one apart. Cameras pad with zeros; two of ImageNet's have a 0x7f."""
+_APP1, _SOS = 0xE1, 0xDA
+_NEEDLESS_SEGMENTS = {"JFIF revision": 0xE0, "ICC marker": 0xE2}
+"""By libjpeg's warning: no pixel needs them, so they are left out where they are odd."""
 
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,18 +82,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 class Treatment:
     """The settings that decide the stored bytes."""
 
-    short_side: int | None = None
-    """Shrink, never enlarge, so that the shorter side is at most this, px."""
-    max_resolution: int | None = None
-    """Shrink so that the longer side is at most this, px."""
-    quality: int = 95
-    """JPEG quality of whatever has to be encoded again, 1 to 100."""
-    chroma: Literal["444", "420"] = "444"
-    """Color resolution of the same: whole, or half in either direction, which decodes faster and is less exact."""
+    short_side: int | None = None  # shrink, never enlarge, so that the shorter side is at most this, px
+    max_resolution: int | None = None  # shrink so that the longer side is at most this, px
+    quality: int = 95  # JPEG quality of whatever has to be encoded again, 1 to 100
+    chroma: Literal["444", "420"] = "444"  # color resolution of the same: whole, or half in either direction
     write_mode: Literal["jpg", "raw", "smart"] = "jpg"
     """jpg: JPEG files. raw: pixels. smart: pixels where they take at most `smart_threshold` times the JPEG's bytes."""
-    smart_threshold: float = 4.0
-    """Bytes of pixels per byte of JPEG, for smart."""
+    smart_threshold: float = 4.0  # bytes of pixels per byte of JPEG, for smart
 
     def __post_init__(self):
         for name in ("short_side", "max_resolution"):
@@ -129,10 +123,8 @@ class Prepared(NamedTuple):
     """A picture as it is stored."""
 
     content: bytes
-    encoding: int
-    """JPEG or RAW."""
-    height: int
-    """Of what is stored, px."""
+    encoding: int  # JPEG or RAW
+    height: int  # of what is stored, px
     width: int
     changes: tuple[str, ...]
     """Why this is not the source's picture unchanged, such as "CMYK" or "shrunk"; empty where it is."""
@@ -201,6 +193,21 @@ def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
 
 
 def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
+    try:
+        return _prepare_sound_jpeg(source, treatment)
+    except BadPicture as bad:
+        dropped = next((marker for words, marker in _NEEDLESS_SEGMENTS.items() if words in bad.detail), None)
+        whole = b"".join(
+            source[segment.start : segment.end] for segment in _segments(source) if segment.marker != dropped
+        )
+        without = source[:2] + whole + source[list(_segments(source))[-1].end :]
+        if dropped is None or len(without) == len(source):
+            raise
+    prepared = _prepare_jpeg(without, treatment)  # there may be more
+    return prepared._replace(changes=("metadata", *prepared.changes))
+
+
+def _prepare_sound_jpeg(source: bytes, treatment: Treatment) -> Prepared:
     header = _read_header(source)
     height, width = header.height, header.width
     limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, refuses above twice it, and lets the user lift it
@@ -216,18 +223,15 @@ def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
         raw = treatment.prefers_pixels(height, width, len(source))
         # To gray, every coefficient of every component is decoded all the same, and it is there that damage is found;
         # what is saved is the chroma's inverse transform and the colors.
-        pixels, jpeg = _decode_strictly(source, "RGB" if raw else "GRAY")
-        changes = () if jpeg is source else ("repaired",)
-        return Prepared(pixels.tobytes() if raw else jpeg, RAW if raw else JPEG, height, width, changes)
+        pixels = _decode_strictly(source, "RGB" if raw else "GRAY")
+        return Prepared(pixels.tobytes() if raw else source, RAW if raw else JPEG, height, width, ())
 
     gray = len(header.sampling) == 1
     reduction = 1 if cmyk else _largest_reduction((height, width), target)
     least = math.ceil(height / reduction), math.ceil(width / reduction)
-    pixels, jpeg = _decode_strictly(source, "GRAY" if gray else "CMYK" if cmyk else "RGB", *least)
-    if jpeg is not source:
-        changes.append("repaired")
+    pixels = _decode_strictly(source, "GRAY" if gray else "CMYK" if cmyk else "RGB", *least)
     if cmyk:  # whole, as is known now; Pillow knows which of them are stored inverted
-        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as opened:
+        with Image.open(io.BytesIO(source), formats=["JPEG"]) as opened:
             picture = opened.convert("RGB")
     else:
         picture = Image.fromarray(pixels[:, :, 0] if gray else pixels)
@@ -248,19 +252,16 @@ def _largest_reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
     )
 
 
-def _decode_strictly(
-    jpeg: bytes, color_space: str, least_height: int = 0, least_width: int = 0
-) -> tuple[np.ndarray, bytes]:
-    """Pixels, uint8 [height width channel], and the JPEG that gave them: `jpeg` itself, or its lossless repair.
+def _decode_strictly(jpeg: bytes, color_space: str, least_height: int = 0, least_width: int = 0) -> np.ndarray:
+    """Pixels, uint8 [height width channel], scaled down as far as the least sizes allow.
 
-    They are scaled down as far as the least sizes allow. BadPicture for whatever libjpeg warns of, but what is no part
-    of the picture.
+    BadPicture for whatever libjpeg warns of: also bytes that are left over, the usual end of a flipped bit.
     """
     options = {"colorspace": color_space, "min_height": least_height, "min_width": least_width, "min_factor": 2}
     try:
-        return simplejpeg.decode_jpeg(jpeg, **options, strict=True), jpeg
+        return simplejpeg.decode_jpeg(jpeg, **options, strict=True)
     except ValueError as error:
-        warning = str(error)  # the first one only; what it hides shows when the repaired JPEG is decoded
+        warning = str(error)
     if "subsampling level" in warning:  # also TurboJPEG's words for anything wrong with a header
         sampling = _read_header(jpeg).sampling
         if len(sampling) == 1 or (sampling[0] in _COMMON_LUMA and set(sampling[1:3]) == {0x11}):
@@ -269,35 +270,7 @@ def _decode_strictly(
         raise BadPicture(
             "unusual chroma subsampling", f"its factors are {sampling.hex()}; convert it to 4:4:4 or 4:2:0"
         )
-    repaired = _repaired(jpeg, warning)
-    if repaired is None:
-        raise BadPicture("damaged", warning)
-    return simplejpeg.decode_jpeg(repaired, **options, strict=True), repaired
-
-
-def _repaired(jpeg: bytes, warning: str) -> bytes | None:
-    """`jpeg` without what libjpeg warns of, where that is no part of the picture; None where it may be."""
-    segments = list(_segments(jpeg))
-    scan = segments[-1].end
-    stray = re.search(r"(\d+) extraneous bytes before marker 0x(..)", warning)
-    if stray and sum(segment.end - segment.start for segment in segments) == scan - 2:
-        # They follow a scan. Picture data that are left over mean that the decoder fell out of step, the usual end of
-        # a flipped bit, so only padding is taken away.
-        count, marker = int(stray[1]), bytes([0xFF, int(stray[2], 16)])
-        for found in re.finditer(re.escape(marker), jpeg[scan + count :]):
-            end = scan + count + found.start()
-            if set(jpeg[end - count : end]) <= _PADDING:
-                return jpeg[: end - count] + jpeg[end:]
-        return None
-    if not stray and not re.search("JFIF revision|ICC marker|Invalid SOS parameters", warning):
-        return None
-    # The header is at fault, in what no decoder needs: written anew from its tables. Adobe's segment stays, and JFIF's
-    # unless it is the faulty one, since they tell YCbCr from RGB.
-    dropped = {*range(_APP0 if "JFIF" in warning else _APP1, _APP15 + 1), _COM} - {_APP14}
-    tables = b"".join(jpeg[segment.start : segment.end] for segment in segments if segment.marker not in dropped)
-    if "SOS" in warning:
-        tables = tables[:-3] + b"\x00\x3f\x00"  # the only ones a sequential JPEG may have; libjpeg does not use them
-    return jpeg[:2] + tables + jpeg[scan:]
+    raise BadPicture("damaged", warning)
 
 
 def jpeg_size(jpeg: bytes) -> tuple[int, int]:
@@ -309,24 +282,19 @@ def jpeg_size(jpeg: bytes) -> tuple[int, int]:
 class _Segment(NamedTuple):
     """A piece of a JPEG's header: a marker, its length and what it holds."""
 
-    marker: int
-    """The marker's second byte; the first is 0xFF."""
+    marker: int  # the marker's second byte; the first is 0xFF
     start: int
-    content: int
-    """Where it begins, behind the length."""
+    content: int  # where it begins, behind the length
     end: int
 
 
 class _Header(NamedTuple):
     """What a JPEG's header says of the picture."""
 
-    height: int
-    """As decoded, px; the orientation is not applied."""
+    height: int  # as decoded, px; the orientation is not applied
     width: int
-    sampling: bytes
-    """Horizontal and vertical sampling factor of each component, four bits each: 1 gray, 3 color, 4 CMYK."""
-    orientation: int
-    """EXIF's, 1 to 8."""
+    sampling: bytes  # horizontal and vertical factor of each component, four bits each: 1 gray, 3 color, 4 CMYK
+    orientation: int  # EXIF's, 1 to 8
 
 
 def _read_header(jpeg: bytes) -> _Header:

@@ -146,8 +146,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk. Left by an error, nothing stays of it.
+def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole and, if `durable`, on the disk. Left by an error, nothing stays of it.
 
     What is under construction has a name of its own, so two processes never write one file. OSError, with the file's name, also
     where a library hides it (torch.save says "unexpected pos" of a full disk).
@@ -160,7 +160,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         file = _Remembering(open(unfinished, "wb"))  # noqa: SIM115
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
         file.close()
         os.replace(unfinished, path)
     except BaseException as error:

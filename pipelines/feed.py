@@ -156,7 +156,8 @@ class Feed:
         """Let the system read ahead what this rank will load for a step; with a shuffle window, what all will load later."""
         runs = self.order.runs(step, starting=not self._reading_ahead)
         self._reading_ahead = True
-        self.index.expect_runs(runs)
+        for run in runs:
+            self.index.expect(np.asarray(run))
         if not runs:
             planned = self._planned.get(step)
             ids = planned.sample_ids if planned else self.order.rank_batch(step, self.rank, self.world_size)

@@ -1,12 +1,15 @@
 """Packed sets of given samples, for tests that need one without packing pictures."""
 
+import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.beton import BetonFile, part_path
 from data_prep.index import JPEG, STATE_NAME, DatasetIndex
-from data_prep.joining import SetFacts, join
-from data_prep.shards import BetonPart, ReportBuilder, TarShard
+from data_prep.pack import Report, Samples, join, report_path
+from inscon.guard import whole_file
 
 
 class Sample(NamedTuple):
@@ -29,21 +32,31 @@ def write_set(
     left_out: Sequence[tuple[str, str, str]] = (),
 ) -> DatasetIndex:
     """A set of these samples in this order; `left_out` are (name, kind, reason) of the first shard."""
-    state = folder / STATE_NAME
-    state.mkdir(parents=True)
+    (folder / STATE_NAME).mkdir(parents=True)
     shards = [samples[start : start + per_shard] for start in range(0, len(samples), per_shard)]
     for number, members in enumerate(shards):
-        shard = (TarShard if container == "tar" else BetonPart)(folder, number)
-        builder = ReportBuilder(number)
+        report, is_tar = Report(), container == "tar"
         for entry in left_out if number == 0 else ():
-            builder.reject(*entry)
-        for sample in members:
-            offset = shard.add(sample.content, sample.label)
-            builder.add(**sample._asdict(), offset=offset)
-        builder.report(shard.finish()).save(state)
-    facts = SetFacts(container=container, class_names=class_names, shuffle_seed=seed, settings={"shard_mb": 1})
-    index = join(folder, len(shards), facts)
-    for path in state.iterdir():
-        path.unlink()
-    state.rmdir()
+            report.reject(*entry)
+        path = folder / f"shard-{number:06d}.tar" if is_tar else part_path(folder, number)
+        with whole_file(path) as file:
+            written = Samples(file, number if is_tar else None)
+            for sample in members:
+                report.add(**sample._asdict(), offset=written.add(sample.content, sample.label))
+            report.files.append(written.finish(path.name))
+        report.save(report_path(folder, number))
+    facts = {
+        "container": container,
+        "class_names": tuple(class_names),
+        "shuffle_seed": seed,
+        "settings": {"shard_mb": 1},
+    }
+    if container == "tar":
+        index = join(folder, len(shards), facts, None)
+    else:
+        listed = len(samples) + len(left_out)
+        with BetonFile(folder, len(shards), listed, lambda part: Report.load(report_path(folder, part))) as beton:
+            beton.lay(threading.Event())
+            index = join(folder, len(shards), facts, beton)
+    shutil.rmtree(folder / STATE_NAME)
     return index

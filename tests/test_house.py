@@ -14,10 +14,7 @@ FLOORS = {
     2: {
         "inscon.model", "inscon.encoder", "inscon.heads", "inscon.pooling", "inscon.norm", "inscon.key_queue", "inscon.loss",
         "inscon.optim", "inscon.distributed", "inscon.precision", "inscon.host_memory",
-        "data_prep.sources", "data_prep.reading", "data_prep.listing", "data_prep.pictures", "data_prep.new_file",
-        "data_prep.locks", "data_prep.shards", "data_prep.beton", "data_prep.joining", "data_prep.job", "data_prep.workers",
-        "data_prep.packing", "data_prep.forecast", "data_prep.command", "data_prep.verify",
-        "data_prep.plain_reading", "data_prep.rebuilding", "data_prep.checks",
+        "data_prep.sources", "data_prep.pictures", "data_prep.beton", "data_prep.pack", "data_prep.verify",
         "data_prep.make_dali", "data_prep.make_ffcv", "data_prep.make_scenes",
     },
     3: {"pipelines"},

@@ -197,46 +197,16 @@ def test_decoding_to_gray_refuses_exactly_what_decoding_to_rgb_refuses(name):
     assert len({gray for gray, _ in complaints}) > 5
 
 
-def test_what_pillow_takes_though_libjpeg_warns_is_damaged():
-    found = set()
-    for mutant in mutants(SOUND["4:2:0"], 300, seed=3):
-        try:
-            Image.open(io.BytesIO(mutant)).load()
-        except (OSError, SyntaxError):
-            continue
-        try:
-            prepare_picture(mutant, Treatment())
-        except BadPicture as bad:
-            found.add(re.sub(r"0x..|\d+", "N", str(bad)))
-    assert found >= {
-        "damaged: Corrupt JPEG data: premature end of data segment",
-        "damaged: Corrupt JPEG data: N extraneous bytes before marker N",
-        "damaged: Corrupt JPEG data: bad Huffman code",
-    }
-
-
 WHOLE = encoded(scene())
 BROKEN_ICC = patched(SOUND["metadata"], b"ICC_PROFILE\0", 12, b"\x07")
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        WHOLE[:-2] + b"\0" * 12 + WHOLE[-2:],
-        WHOLE[:-2] + b"\x7f" * 12 + WHOLE[-2:],
-        inserted(WHOLE, b"\xff\xdb", b"any"),
-        patched(WHOLE, b"JFIF\0", 5, b"\x02"),
-        patched(WHOLE, b"\xff\xda", 2 + 12 - 3, b"\0\0\0"),
-        BROKEN_ICC,
-        BROKEN_ICC[:-2] + b"\0" * 3 + BROKEN_ICC[-2:],
-    ],
-    ids=["zeros", "ones", "between segments", "JFIF revision", "scan parameters", "ICC", "ICC and few zeros"],
-)
-def test_what_libjpeg_warns_of_is_taken_out_where_no_pixel_is_lost(source):
+@pytest.mark.parametrize("source", [patched(WHOLE, b"JFIF\0", 5, b"\x02"), BROKEN_ICC], ids=["JFIF revision", "ICC"])
+def test_odd_segments_that_no_pixel_needs_are_left_out(source):
     prepared = prepare_picture(source, Treatment())
-    assert prepared.changes == ("repaired",)
+    assert prepared.changes == ("metadata",)
     np.testing.assert_array_equal(pixels_of(prepared), rgb(source))
-    assert prepare_picture(source, Treatment(short_side=20)).changes == ("repaired", "shrunk")
+    assert prepare_picture(source, Treatment(short_side=20)).changes == ("metadata", "shrunk")
     assert prepare_picture(prepared.content, Treatment()) == prepared._replace(changes=())
 
 
@@ -253,6 +223,7 @@ def test_what_libjpeg_warns_of_is_taken_out_where_no_pixel_is_lost(source):
             WHOLE[:-2] + b"left over data" + WHOLE[-2:],
             r"damaged: Corrupt JPEG data: \d+ extraneous bytes before marker",
         ),
+        (WHOLE[:-2] + b"\0" * 12 + WHOLE[-2:], r"damaged: Corrupt JPEG data: \d+ extraneous bytes before marker"),
         (BROKEN_ICC[:-200] + BROKEN_ICC[-2:], "damaged: Corrupt JPEG data: premature end of data segment"),
         (b"\xff\xd8" + WHOLE, "damaged: its header cannot be decoded"),
         (patched(WHOLE, b"\xff\xc0", 5, b"\0\0"), "damaged: its header names a size of 93 x 0 px"),
@@ -391,12 +362,6 @@ def test_rarer_formats_are_packed(file_format):
     np.testing.assert_array_equal(pixels_of(prepared), rgb(source))
 
 
-def test_a_12_bit_tiff_is_not_black():
-    source = encoded(Image.fromarray(np.full((8, 8), 0xFFFF, np.uint16)), "TIFF")
-    twelve = patched(source, b"\x02\x01\x03\0\x01\0\0\0\x10\0", 8, b"\x0c\0")  # bits per sample: 12 instead of 16
-    assert pixels_of(prepare_picture(twelve, RAW_MODE)).min() > 250
-
-
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_of_16_bits_the_upper_8_are_kept(file_format):
     picture = gray_16(scene())
@@ -512,35 +477,7 @@ def test_jpegs_own_scaling_changes_next_to_nothing(mode, short_side):
     assert noise_db(pixels_of(prepared), expected) > 44
 
 
-@pytest.mark.skipif(not REAL, reason="the real ImageNet sample is not beside the project")
-def test_real_pictures_shrink_as_pillow_shrinks_them():
-    for path in REAL[::4]:
-        source = path.read_bytes()
-        prepared = prepare_picture(source, Treatment(short_side=64, write_mode="raw"))
-        size = prepared.width, prepared.height
-        expected = Image.open(io.BytesIO(source)).resize(size, Image.Resampling.BICUBIC).convert("RGB")
-        assert noise_db(pixels_of(prepared), expected) > 44, path
-
-
 # ------------------------------------------------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"short_side": 0}, "--short-side must be at least 1. Found: 0."),
-        ({"max_resolution": -5}, "--max-resolution must be at least 1. Found: -5."),
-        ({"quality": 0}, "--quality must be from 1 to 100. Found: 0."),
-        ({"quality": 101}, "--quality must be from 1 to 100. Found: 101."),
-        ({"chroma": "422"}, "--chroma must be 444 or 420. Found: 422."),
-        ({"write_mode": "png"}, "--write-mode must be jpg, raw or smart. Found: png."),
-        ({"smart_threshold": 0.0}, "--smart-threshold must be above 0. Found: 0.0."),
-        ({"smart_threshold": float("nan")}, "--smart-threshold must be above 0. Found: nan."),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        Treatment(**settings)
 
 
 # ------------------------------------------------------------------------------------------------- without packing

@@ -314,7 +314,7 @@ def test_a_corrupt_sample_is_named(name, make_config, make_shards):
 
 @pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
 def test_a_sample_cut_short_is_named(name, make_config, make_shards, shards):
-    jpeg = DatasetIndex.open(shards).jpeg_bytes(14).tobytes()
+    jpeg = DatasetIndex.open(shards).read(14).tobytes()
     config = make_config(make_shards(jpegs={14: jpeg[: len(jpeg) // 2]}))
     with pytest.raises(ValueError, match=rf"sample 14 \(a/picture_14.jpg\) in {stored_in(name)} cannot be decoded"):
         batches(name, config, 4)
