@@ -1,5 +1,5 @@
 # make demo   a small data set, packed, trained on through DALI, and what came out (demo/)
-# make test   the tests
+# make test   the tests that take seconds; make test-slow, the others
 # make transfer   pre-training, frozen evaluation and a detector on generated scenes (demo/transfer/)
 # make ffcv   compiles FFCV into .venv, once its headers are there
 # They create .venv on first use; PYTHON=python3.12 chooses another interpreter (3.10 to 3.13).
@@ -11,7 +11,7 @@ HEADERS = pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null
 FFCV = $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'
 SCENES := --num-images 1024 --num-val 256 --size 128
 
-.PHONY: demo transfer test ffcv lint clean
+.PHONY: demo transfer test test-slow ffcv lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -43,7 +43,10 @@ transfer: $(VENV)/.installed
 	$(BIN)/python benchmarks/transfer.py --out demo/transfer
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

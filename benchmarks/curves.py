@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 
 LOSSES = ("loss_single", "loss_multi", "loss_cell")
 WINDOW = 10

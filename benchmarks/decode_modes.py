@@ -4,7 +4,7 @@
 
 For each pair of `--decode` and `--color` that the device allows: source images/s of the pipeline dali with nobody behind it,
 the time until the first batch, and the device memory that it takes. Then the model alone, on `--pipeline synthetic`, and
-trained end to end through the pair that was fastest. Prints the README's table. On a CPU there is one way to decode.
+trained end to end through the pair that was fastest. Prints a table. On a CPU there is one way to decode.
 """
 
 import argparse
@@ -22,11 +22,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inscon.config import Config, resolve
+from inscon.config import Config
+from inscon.methods.method import resolve
 from inscon.precision import choose_precision
-from inscon.profiling.rates import machine, read_metrics, run_speed, versions
+from inscon.report.measure import machine, versions
+from inscon.report.run import read_metrics, run_speed
 from pipelines import open_pipeline
-from scripts.train import parse
+from scripts.train import feed_of, parse
 
 WARM_UP = 5
 """Batches that are left out of a rate."""
@@ -41,7 +43,7 @@ def pairs(device: torch.device) -> list[tuple[str, str]]:
 def loader_alone(config: Config, device: torch.device, seconds: float) -> dict:
     dtype = choose_precision(config.optim.precision, device).pixel_dtype
     start = time.perf_counter()
-    with open_pipeline("dali", config=config, device=device, dtype=dtype, total_steps=10**6) as pipeline:
+    with open_pipeline(feed_of(config), config.loader, device=device, dtype=dtype, total_steps=10**6) as pipeline:
         opened = time.perf_counter()
         batches = iter(pipeline)
         next(batches)
@@ -57,7 +59,7 @@ def loader_alone(config: Config, device: torch.device, seconds: float) -> dict:
             "images_per_s": rate,
             "opened_s": opened - start,
             "first_batch_s": first - opened,
-            "said": pipeline.describe().replace(str(config.loader.data), "SHARDS"),
+            "said": pipeline.description.replace(str(config.loader.data), "SHARDS"),
             **pipeline.read(),
         }
 
@@ -68,7 +70,7 @@ def trained(flags: list[str], steps: int) -> dict:
         subprocess.run(
             [sys.executable, ROOT / "scripts/train.py", *flags, *fixed], check=True, stdout=subprocess.DEVNULL
         )
-        return dataclasses.asdict(run_speed(read_metrics(Path(run_dir)), 0))
+        return run_speed(read_metrics(Path(run_dir)))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
     python benchmarks/health.py --data TRAIN --val VAL [--steps 400]
 
 Every run is `scripts/train.py --recipe smoke` with queues of 4,096 and 9,216 keys and, but for the healthy one, one function
-of the trainer replaced by one that has the fault. Writes benchmarks/results/health.json and docs/healthy-run.png.
+of the method replaced by one that has the fault. Writes benchmarks/results/health.json and docs/healthy-run.png.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inscon import model as model_module
-from inscon.model import InsCon
-from inscon.norm import SplitBatchNorm2d
-from inscon.profiling.rates import machine, versions
+from inscon.methods import inscon
+from inscon.methods.inscon import InsCon
+from inscon.nn.norm import SplitBatchNorm2d
+from inscon.report.measure import machine, versions
 
 FLAGS = ["--recipe", "smoke", "--queue-size", 4096, "--cell-queue-size", 9216, "--log-every", 20, "--checkpoint-every", 10**6,
          "--eval-every", 100, "--no-tensorboard", "--epochs", 20]  # fmt: skip
@@ -39,7 +39,7 @@ def leak() -> None:
 
     def without_groups(self, *arguments, **named):
         begin(self, *arguments, **named)
-        self.key_order = self.key_order_back = None
+        self.shuffle.order = self.shuffle.back = None
         for module in self.modules():
             if isinstance(module, SplitBatchNorm2d):
                 module.num_groups = 1
@@ -49,22 +49,22 @@ def leak() -> None:
 
 def stale() -> None:
     """The key encoder never follows the query encoder."""
-    InsCon.update_key_encoder = lambda self: None
+    InsCon.after_update = lambda self: None
 
 
 def collapse() -> None:
     """Nothing keeps embeddings apart: the negatives say nothing."""
-    plain = model_module.row_logits
+    plain = inscon.row_logits
 
     def without_negatives(queries, positives, negatives, temperature):
         return plain(queries, positives, 0 * negatives, temperature)
 
-    model_module.row_logits = without_negatives
+    inscon.row_logits = without_negatives
 
 
 def stuck() -> None:
     """New keys never reach the queues."""
-    InsCon.enqueue = lambda self, new_keys: None
+    InsCon.after_backward = lambda self, prepared: None
 
 
 FAULTS: dict[str, Callable[[], None]] = {"leak": leak, "stale": stale, "collapse": collapse, "stuck": stuck}

@@ -56,9 +56,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
 from inscon.config import Config, LoaderConfig, OptimConfig, ViewConfig
-from inscon.profiling.rates import machine, versions
+from inscon.methods import inscon
+from inscon.report.measure import machine, versions
 from pipelines import open_pipeline
-from pipelines.feed import open_feed
+from scripts.train import feed_of
 
 ENDLESS = 10**6
 """More steps than any round takes, so that no contender stops working ahead before the clock does."""
@@ -97,7 +98,8 @@ class _PilBlur:
 
 @contextlib.contextmanager
 def engine(name: str, config: Config):
-    with open_pipeline(name, config=config, total_steps=ENDLESS) as pipeline:
+    loader = dataclasses.replace(config.loader, pipeline=name)
+    with open_pipeline(feed_of(config), loader, total_steps=ENDLESS) as pipeline:
         yield iter(pipeline)
 
 
@@ -112,7 +114,7 @@ def _decode_in_worker(sample_id: int) -> None:
 
 @contextlib.contextmanager
 def bare_decode(config: Config):
-    feed = open_feed(config, 0, 1)
+    feed = feed_of(config)
     with ProcessPoolExecutor(  # processes, since simplejpeg holds the interpreter's lock while it decodes
         config.loader.threads, multiprocessing.get_context("spawn"), _open_in_worker, (config.loader.data,)
     ) as pool:
@@ -121,7 +123,7 @@ def bare_decode(config: Config):
 
 @contextlib.contextmanager
 def pil_decode(config: Config):
-    feed = open_feed(config, 0, 1)
+    feed = feed_of(config)
 
     def decode(sample_id: int) -> None:
         Image.open(io.BytesIO(feed.index.read(sample_id))).convert("RGB")
@@ -134,7 +136,7 @@ def pil_decode(config: Config):
 def dali_crops(config: Config):
     from pipelines.dali import Decode, Engine
 
-    feed, cpu = open_feed(config, 0, 1), torch.device("cpu")
+    feed, cpu = feed_of(config), torch.device("cpu")
     engine = Engine(feed, range(ENDLESS), cpu, torch.float32, config.loader.threads, Decode("cpu", None), False)
     yield engine.steps()
     engine.end()
@@ -144,7 +146,7 @@ def dali_crops(config: Config):
 def ffcv_crops(config: Config):
     from pipelines.ffcv import Engine
 
-    feed, cpu = open_feed(config, 0, 1), torch.device("cpu")
+    feed, cpu = feed_of(config), torch.device("cpu")
     engine = Engine(feed, range(ENDLESS), cpu, torch.float32, config.loader.threads, False)
     yield engine.steps()
     engine.end()
@@ -307,6 +309,7 @@ def main() -> None:
     sets["shrunk_444"] = arguments.shrunk_444
     configs = {
         name: Config(
+            method=inscon.Settings(),
             loader=LoaderConfig(data=sets[READS.get(name, "data")], threads=arguments.threads),
             views=ViewConfig(),
             optim=OptimConfig(batch_size=arguments.batch_size),

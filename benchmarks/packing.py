@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.index import DatasetIndex
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 
 WRITERS = ("make_dali", "make_ffcv")
 

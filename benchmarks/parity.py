@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon.config import ViewConfig
 from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NOTHING, SATURATION, ViewPlan, plan_views
-from inscon.profiling.rates import versions
+from inscon.report.measure import versions
 from pipelines import color, kernels, reference
 
 try:
@@ -94,7 +94,8 @@ def only(plan: ViewPlan, operation: str) -> ViewPlan:
 
 def render(image: np.ndarray, plan: ViewPlan, *, with_color: bool) -> np.ndarray:
     out = np.empty((len(plan), SIDE, SIDE, 3), np.uint8)
-    kernels.render_views(image, plan.rows(), out, with_color)
+    for row, view in zip(plan.rows()[:, 0], out, strict=True):
+        kernels.render_view(image, row, view, with_color)
     return out
 
 
@@ -151,16 +152,23 @@ def compare(paths: list[Path], epochs: int) -> dict[str, dict[str, Differences]]
             note("DALI", DECODE, decoded, pixels)
         for epoch in range(epochs):
             for operation, plan in plans_of(number, epoch, image):
-                wanted = np.stack([np.asarray(reference.render_view(image, plan, i, SIDE)) for i in range(len(plan))])
+                wanted = np.stack([np.asarray(reference.render_view(image, plan, i)) for i in range(len(plan))])
                 note("kernels", operation, render(pixels, plan, with_color=True), wanted)
                 if operation not in ("crop + resize", "flip"):
                     note("color.py", operation, device_tail(render(pixels, plan, with_color=False), plan), wanted)
                 if Graph and operation in ("crop + resize", "flip", WHOLE):
-                    inputs = [([pixels], [row]) for row in plan.rows()]
-                    crops = np.stack([run_dali(pair, lambda a, b: crop_by_dali(a, b, SIDE)) for pair in inputs])
+                    inputs = [([pixels], [row]) for row in plan.rows()[:, 0]]
+                    crops = np.stack(
+                        [run_dali(pair, lambda a, b: crop_by_dali(a, b, ALWAYS.spec("view"))) for pair in inputs]
+                    )
                     note("DALI", operation, device_tail(crops, plan), wanted)
                 if ffcv and operation in ("crop + resize", "flip"):
-                    note("FFCV itself", operation, np.stack([crop_by_ffcv(pixels, row) for row in plan.rows()]), wanted)
+                    note(
+                        "FFCV itself",
+                        operation,
+                        np.stack([crop_by_ffcv(pixels, row) for row in plan.rows()[:, 0]]),
+                        wanted,
+                    )
     return found
 
 
@@ -168,13 +176,15 @@ def plans_of(number: int, epoch: int, image: Image.Image):
     """(operation, plan of two views) of one picture: each operation always, then views as they are in training."""
     ids, sizes = np.array([number]), np.array([[image.height, image.width]])
     for operation in (*OPERATIONS, WHOLE):
-        plans = plan_views(0, epoch, ids, sizes, ALWAYS if operation != WHOLE else ViewConfig(view_size=SIDE))
-        yield operation, only(join(plans.query, plans.key), operation)
+        views = ALWAYS if operation != WHOLE else ViewConfig(view_size=SIDE)
+        plans = plan_views(0, epoch, ids, sizes, [views.spec("query"), views.spec("key", views.overlap("query"))]).views
+        yield operation, only(join(plans["query"], plans["key"]), operation)
 
 
 def join(a: ViewPlan, b: ViewPlan) -> ViewPlan:
-    names = [field.name for field in dataclasses.fields(ViewPlan)]
-    return ViewPlan(**{name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in names})
+    names = [field.name for field in dataclasses.fields(ViewPlan) if field.name not in ("size", "side")]
+    arrays = {name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in names}
+    return ViewPlan(size=a.size, side=a.side, **arrays)
 
 
 def show(figures: dict[str, dict[str, dict]], console: Console) -> None:

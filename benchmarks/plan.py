@@ -17,14 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
 from inscon.config import ViewConfig
+from inscon.methods import inscon
 from inscon.plan import plan_views
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 from inscon.sampling import EpochOrder
 
 
 def measure(sizes: np.ndarray, batch_size: int, rounds: int, calls: int) -> dict[str, float]:
     """Medians over rounds of the CPU time of order and plan together, per image."""
     rng, costs = np.random.default_rng(0), {"order_us": [], "plan_us": []}
+    specs = inscon.Settings().view_specs(ViewConfig())
     picked = sizes[rng.integers(0, len(sizes), (calls, batch_size))]
     order = EpochOrder(1_281_167, batch_size, seed=0)
     for r in range(rounds + 1):
@@ -32,7 +34,7 @@ def measure(sizes: np.ndarray, batch_size: int, rounds: int, calls: int) -> dict
         ids = [order.global_batch(call) for call in range(calls)]
         middle = time.process_time()
         for batch_ids, batch_sizes in zip(ids, picked):
-            plan_views(0, r, batch_ids, batch_sizes, ViewConfig())
+            plan_views(0, r, batch_ids, batch_sizes, specs)
         end = time.process_time()
         if r:  # the first round warms up
             costs["order_us"].append(1e6 * (middle - start) / calls / batch_size)

@@ -23,9 +23,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 from pipelines import open_pipeline
-from scripts.train import parse
+from scripts.train import feed_of, parse
 
 WARM_UP = 3
 """Steps left out at the start."""
@@ -48,14 +48,13 @@ def training(flags: list[str], data: Path, steps: int, steps_per_epoch: int) -> 
 
 def loader_alone(flags: list[str], data: Path, steps: int) -> tuple[dict, int]:
     config = parse([*flags, "--data", str(data)])
-    seconds = []
-    with open_pipeline(config.loader.pipeline, config=config, total_steps=steps) as pipeline:
+    feed, seconds = feed_of(config), []
+    with open_pipeline(feed, config.loader, total_steps=steps) as pipeline:
         start = time.perf_counter()
         for _ in pipeline:
             seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
-        steps_per_epoch = pipeline.steps_per_epoch
-    return seams(seconds, steps_per_epoch), steps_per_epoch
+    return seams(seconds, feed.steps_per_epoch), feed.steps_per_epoch
 
 
 def seams(seconds: list[float], steps_per_epoch: int) -> dict:

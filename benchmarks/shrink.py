@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.pictures import Treatment, prepare_picture
 from inscon.config import ViewConfig
 from inscon.plan import plan_views
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 
 SETTINGS = {
     "as they are": Treatment(),
@@ -64,9 +64,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shrink.json"))
     arguments = parser.parse_args()
     originals = [path.read_bytes() for path in sorted(arguments.pictures.rglob("*.JPEG"))]
-    config, ids = ViewConfig(), np.arange(len(originals))
+    query, ids = ViewConfig().spec("query"), np.arange(len(originals))
     sizes = np.array([(p.height, p.width) for p in (prepare_picture(o, Treatment()) for o in originals)])
-    boxes = np.stack([plan_views(0, epoch, ids, sizes, config).query.crop_box for epoch in range(EPOCHS)], axis=1)
+    boxes = np.stack(
+        [plan_views(0, epoch, ids, sizes, [query]).views["query"].crop_box for epoch in range(EPOCHS)], axis=1
+    )
     stored, facts = {}, {}
     for name, treatment in SETTINGS.items():
         start = time.process_time()
@@ -79,19 +81,20 @@ def main() -> None:
             "mean_bytes": statistics.mean(map(len, stored[name])),
             "shrunk": sum("shrunk" in p.changes for p in prepared),
             "pack_ms": pack_ms,
-            "enlarged_views": float((sides.min(0) < config.view_size).mean()),
+            "enlarged_views": float((sides.min(0) < query.size).mean()),
         }
         if name != "as they are":
             errors = []
             for i, jpeg in enumerate(stored[name]):
-                views = [views_of(j, boxes[i], sizes[i], config.view_size) for j in (originals[i], jpeg)]
+                views = [views_of(j, boxes[i], sizes[i], query.size) for j in (originals[i], jpeg)]
                 if jpeg is not originals[i] and jpeg != originals[i]:
                     errors += list(((views[0] - views[1]) ** 2).mean((1, 2, 3)))
-            facts[name]["view_psnr_db"] = {
-                "mean": float(np.mean(10 * np.log10(255**2 / np.array(errors)))),
-                "lowest": float(10 * np.log10(255**2 / np.max(errors))),
-                "views": len(errors),
-            }
+            if errors:
+                facts[name]["view_psnr_db"] = {
+                    "mean": float(np.mean(10 * np.log10(255**2 / np.array(errors)))),
+                    "lowest": float(10 * np.log10(255**2 / np.max(errors))),
+                    "views": len(errors),
+                }
     rounds = {name: [] for name in SETTINGS}
     for _ in range(arguments.rounds):
         for name, jpegs in stored.items():

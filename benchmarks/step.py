@@ -36,13 +36,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import guard, train
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, resolve
-from inscon.geometry import find_overlap
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from inscon.host_memory import keep_freed_memory
-from inscon.pooling import precise_roi_pool
+from inscon.methods import inscon
+from inscon.methods.method import resolve
+from inscon.nn.pooling import precise_roi_pool
 from inscon.precision import choose_precision
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 from pipelines import open_pipeline
+from scripts.train import feed_of
 
 TEMPERATURE = 0.2
 
@@ -69,11 +71,11 @@ class DemoBatchNorm(nn.BatchNorm2d):
 
 
 class NaiveEncoder(nn.Module):
-    def __init__(self, arch: str, splits: int, heads: tuple[str, ...]):
+    def __init__(self, backbone: str, splits: int, heads: tuple[str, ...]):
         super().__init__()
-        net = torchvision.models.get_model(arch, weights=None, norm_layer=lambda n: DemoBatchNorm(n, splits))
+        net = torchvision.models.get_model(backbone, weights=None, norm_layer=lambda n: DemoBatchNorm(n, splits))
         features = net.fc.in_features
-        self.trunk = nn.Sequential(*list(net.children())[:-2])
+        self.backbone = nn.Sequential(*list(net.children())[:-2])
 
         def mlp(layer, out):
             return nn.Sequential(layer(features, features), nn.ReLU(), layer(features, out))
@@ -84,14 +86,14 @@ class NaiveEncoder(nn.Module):
         self.cell = mlp(lambda a, b: nn.Conv2d(a, b, 1), 256)
 
     def forward(self, x, box, flipped):
-        maps = self.trunk(x)
+        maps = self.backbone(x)
         cells = precise_roi_pool(maps.float(), box, 3, 1 / 32)
         cells = torch.where(flipped[:, None, None, None], cells.flip(-1), cells)
         cells = self.cell(cells).flatten(2).transpose(1, 2)
         return F.normalize(self.single(maps.mean((2, 3))), dim=1), F.normalize(cells, dim=2)
 
     def tiles(self, mosaic):
-        features = F.adaptive_avg_pool2d(self.trunk(mosaic), 2).flatten(2).transpose(1, 2)
+        features = F.adaptive_avg_pool2d(self.backbone(mosaic), 2).flatten(2).transpose(1, 2)
         return F.normalize(self.multi(features), dim=2)
 
 
@@ -102,38 +104,30 @@ class Naive:
         self.config, self.device = config, device
         self.precision = choose_precision(config.optim.precision, device)
         splits = config.optim.batch_size // config.model.split_size
-        self.encoder_q = NaiveEncoder(config.model.arch, splits, ("multi",)).to(device).train()
-        self.encoder_k = NaiveEncoder(config.model.arch, splits, ()).to(device).train()
+        self.encoder_q = NaiveEncoder(config.model.backbone, splits, ("multi",)).to(device).train()
+        self.encoder_k = NaiveEncoder(config.model.backbone, splits, ()).to(device).train()
         for name, p in self.encoder_k.named_parameters():
             p.data.copy_(dict(self.encoder_q.named_parameters())[name].data)
             p.requires_grad = False
-        self.queue = F.normalize(torch.randn(128, config.model.queue_size, device=device), dim=0)
-        self.cell_queue = F.normalize(torch.randn(256, config.model.cell_queue_size, device=device), dim=0)
+        self.queue = F.normalize(torch.randn(128, config.method.queue_size, device=device), dim=0)
+        self.cell_queue = F.normalize(torch.randn(256, config.method.cell_queue_size, device=device), dim=0)
         self.pointers = torch.zeros(2, dtype=torch.long, device=device)
         self.optimizer = torch.optim.SGD(self.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
         self.criterion = nn.CrossEntropyLoss().to(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.needs_scaler)
 
     def __call__(self, batch) -> None:
-        size = batch.size
-        overlap = find_overlap(
-            batch.query.crop_box,
-            batch.query.flipped,
-            batch.key.crop_box,
-            batch.key.flipped,
-            self.config.views.view_size,
-            32.0,
-        )
+        query, key, overlap = batch.views["query"], batch.views["key"], batch.overlaps["query", "key"]
         dtype = self.precision.autocast_dtype
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            q, q_cells = self.encoder_q(batch.query.pixels, overlap.query_box, batch.query.flipped)
+            q, q_cells = self.encoder_q(query.pixels, overlap.first_box, query.flipped)
             q_tiles = self.encoder_q.tiles(batch.mosaic)
             with torch.no_grad():
                 for name, p_k in self.encoder_k.named_parameters():
                     p_k.data = p_k.data * 0.999 + self.encoder_q.get_parameter(name).data * 0.001
-                order = torch.randperm(size, device=self.device)
+                order = torch.randperm(batch.size, device=self.device)
                 back = torch.argsort(order)
-                k, k_cells = self.encoder_k(batch.key.pixels[order], overlap.key_box[order], batch.key.flipped[order])
+                k, k_cells = self.encoder_k(key.pixels[order], overlap.second_box[order], key.flipped[order])
                 k, k_cells = k[back], k_cells[back]
             single = self.contrast(q, k, self.queue)
             multi = self.contrast(q_tiles.flatten(0, 1), k, self.queue)
@@ -167,10 +161,10 @@ class Naive:
 class Ours:
     def __init__(self, config: Config, device: torch.device):
         self.training = train.set_up(config, device, "none")
-        self.training.model.train()
+        self.training.method.train()
 
     def __call__(self, batch) -> None:
-        train.run_step(self.training, self.training.model, batch)
+        train.run_step(self.training, batch)
 
 
 class NaiveWithMemoryKept(Naive):
@@ -192,7 +186,7 @@ def work(name: str, config: Config, threads: int, device_name: str, commands) ->
     torch.manual_seed(0)
     layout = torch.channels_last if name == "ours" else torch.contiguous_format
     dtype = choose_precision(config.optim.precision, device).pixel_dtype if name == "ours" else torch.float32
-    with open_pipeline("synthetic", config=config, device=device, dtype=dtype, total_steps=1) as pipeline:
+    with open_pipeline(feed_of(config), config.loader, device=device, dtype=dtype, total_steps=1) as pipeline:
         [batch] = pipeline
     batch = in_layout(batch, layout)
     step = CONTENDERS[name](config, device)
@@ -218,8 +212,8 @@ def in_layout(batch, layout):
     def view(of):
         return dataclasses.replace(of, pixels=of.pixels.contiguous(memory_format=layout))
 
-    mosaic = batch.mosaic.contiguous(memory_format=layout)
-    return dataclasses.replace(batch, query=view(batch.query), key=view(batch.key), mosaic=mosaic)
+    views = {name: view(own) for name, own in batch.views.items()}
+    return dataclasses.replace(batch, views=views, mosaic=batch.mosaic.contiguous(memory_format=layout))
 
 
 def ratio(rounds: list[list[float]], ours: list[list[float]]) -> float:
@@ -264,21 +258,23 @@ def contend(names: list[str], config: Config, arguments: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--view-size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="per round and contender")
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--cut", default="passes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cpu.json"))
     arguments = parser.parse_args()
     config = resolve(
         Config(
+            method=inscon.Settings(),
             loader=LoaderConfig(pipeline="synthetic"),
-            model=ModelConfig(arch=arguments.arch, norm="split"),
-            optim=OptimConfig(batch_size=arguments.batch_size, precision=arguments.precision, cut=arguments.cut),
+            views=ViewConfig(view_size=arguments.view_size),
+            model=ModelConfig(backbone=arguments.backbone, norm="split"),
+            optim=OptimConfig(batch_size=arguments.batch_size, precision=arguments.precision),
             run=RunConfig(run_dir=Path("runs/benchmark")),
         ),
         1,
@@ -297,7 +293,7 @@ def main() -> None:
         for name in names
         if name != "ours"
     }
-    table = Table(title=f"a step of {arguments.arch}, batch {arguments.batch_size}, on {arguments.device}")
+    table = Table(title=f"a step of {arguments.backbone}, batch {arguments.batch_size}, on {arguments.device}")
     for column in ("contender", "step, s", "images/s", "peak memory, MB"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, median in medians.items():

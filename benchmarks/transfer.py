@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inscon.profiling.rates import machine, versions
+from inscon.report.measure import machine, versions
 
 SCENES = ["--num-images", 1024, "--num-val", 256, "--size", 128]
 EPOCHS = 6
@@ -27,8 +27,6 @@ EPOCHS = 6
 PROBE = ["--epochs", 10, "--batch-size", 64, "--evaluate-every", 5]
 DETECTION = ["--arch", "maskrcnn-fpn", "--min-size", 128, "--test-size", 128, "--batch-size", 4,
              "--rois", 32, "--proposals", 40, "--base-lr", 0.08]  # fmt: skip
-
-
 JUDGED = 64
 """Pictures of the validation set that detectors are judged on."""
 
@@ -76,28 +74,19 @@ def measure(out: Path, iterations: int) -> dict:
     knn = {name: float(said.split(f") {name}: ")[1].split(" %")[0]) / 100 for name in ("untrained", "trained")}
     result = {"knn": knn, "linear": {}, "detection": {}}
     for name, flags in (("trained", []), ("untrained", ["--untrained"])):
-        step(
-            f"linear probe, {name}",
-            "scripts/linear.py",
-            "--checkpoint",
-            run,
-            *sides,
-            "--out",
-            out / f"probe_{name}",
-            *flags,
-            *PROBE,
-        )
+        step(f"linear probe, {name}", "scripts/linear.py", "--checkpoint", run, *sides, "--out", out / f"probe_{name}",
+             *flags, *PROBE)  # fmt: skip
         found = json.loads((out / f"probe_{name}/result.json").read_text())
         result["linear"][name] = {k: found[k] for k in ("top1", "top5") if k in found} | {
             "curve": lines_of(out / f"probe_{name}/metrics.jsonl")
         }
-    step("export", "scripts/export.py", "--run", run, "--format", "torchvision", "--out", out / "trunk.pth")
+    step("export", "scripts/export.py", "--run", run, "--format", "torchvision", "--out", out / "backbone.pth")
     judged = first_of(out / "scenes/annotations_val.json", JUDGED, out / "annotations_judged.json")
     annotated = [
         "--train-json", out / "scenes/annotations.json", "--train-images", out / "scenes/train",
         "--val-json", judged, "--val-images", out / "scenes/val",
     ]  # fmt: skip
-    for name, weights in (("trained", [out / "trunk.pth"]), ("random", ["random", "--trunk", "resnet18"])):
+    for name, weights in (("trained", [out / "backbone.pth"]), ("random", ["random", "--backbone", "resnet18"])):
         folder = out / f"detection_{name}"
         step(f"fine-tuning, {name}", "scripts/finetune_detection.py", "--weights", *weights, *annotated, "--out", folder,
              "--iterations", iterations, *DETECTION)  # fmt: skip

@@ -383,20 +383,16 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
 
 def _pictures_below(folder: bytes, writer: ListingWriter) -> Iterator[bytes]:
     """Paths of the pictures anywhere below a folder, in the disk's order; what else there is is counted."""
-    open_folders = [_entries(folder, writer)]  # one per level: neither a folder's files nor its folders are collected
-    while open_folders:
-        entry = next(open_folders[-1], None)
-        if entry is None:
-            open_folders.pop()
-        elif _is_folder(entry):
-            if entry.is_symlink():  # it may lead back up
-                writer.ignore(entry.name, "linked folder")
+    for entry in _entries(folder, writer):  # neither a folder's files nor its folders are collected
+        if not _is_folder(entry):
+            if _is_picture(entry.name, lambda path=entry.path: _beginning(path)):
+                yield entry.path
             else:
-                open_folders.append(_entries(entry.path, writer))
-        elif _is_picture(entry.name, lambda path=entry.path: _beginning(path)):
-            yield entry.path
+                writer.ignore(entry.name)
+        elif entry.is_symlink():  # it may lead back up
+            writer.ignore(entry.name, "linked folder")
         else:
-            writer.ignore(entry.name)
+            yield from _pictures_below(entry.path, writer)
 
 
 def _entries(folder: bytes, writer: ListingWriter) -> Iterator[os.DirEntry]:
@@ -466,8 +462,8 @@ def _list_lines(data: Path, writer: ListingWriter) -> None:
         match = _LINE.fullmatch(line)
         if match is None or b"\0" in line:
             raise ValueError(
-                f"{data}, line {number}, names no picture ({as_text(line[:80])!r}): give one picture per line, PATH or PATH LABEL, without "
-                f"quotes or a header; PATH ends in {', '.join(PICTURE_EXTENSIONS)}."
+                f"{data}, line {number}, names no picture ({as_text(line[:80])!r}): give one picture per line, PATH or PATH LABEL, "
+                f"without quotes or a header; PATH ends in {', '.join(PICTURE_EXTENSIONS)}."
             )
         writer.add(match[1], match[2] or b"", **_look_at(os.path.join(root, match[1])))
     if not writer.count:

@@ -1,25 +1,30 @@
-"""The contract between the pipelines (who make batches) and the method (which consumes them).
+"""The contract between the pipelines (who make batches) and the methods (which consume them).
 
 Legend of axis letters, one for the whole project:
 
-    B  images per rank and step, a multiple of 4      S      side of a view, px
-    M  mosaic canvases per rank and step              F h w  channels, height, width of a trunk map
-    N  rows of a loss (queries)                       G      cells per side of the cell grid (3)
-    D  embedding dimension                            K      keys in a queue
+    B  images per rank and step                       S      side of a view, px
+    P  patches of an image in a jigsaw                M  mosaic canvases per rank and step
+    F h w  channels, height, width of a feature map   N  rows of a loss (queries)
+    D  embedding dimension                            G      cells per side of the cell grid (3)
+    K  keys in a queue
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from inscon.geometry import Overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """One augmented view of each image of a batch, as the encoder sees it."""
 
-    pixels: Float[Tensor, "B 3 S S"]
-    """Normalized by ImageNet's mean and standard deviation, channels-last in memory, on the training device."""
+    pixels: Float[Tensor, "B *P 3 S S"]
+    """Normalized by ImageNet's mean and standard deviation, channels-last in memory, on the training device. [B P 3 S S] of a
+    jigsaw, whose patches lie one after the other; [B 3 S S] else."""
     crop_box: Float[Tensor, "B 4"]
     """x0 y0 x1 y1 of the crop in source px (see `inscon.geometry`), float32, on the training device."""
     flipped: Bool[Tensor, "B"]
@@ -30,14 +35,22 @@ class View:
 class Batch:
     """What one rank sees in one step. Fixed shapes, always full: every sample id occurs once."""
 
-    query: View
-    key: View
+    views: Mapping[str, View]
+    """By the names of the method's view specs."""
+    overlaps: Mapping[tuple[str, str], Overlap]
+    """By the names of two views, for every view spec with an overlap rule; tensors on the training device."""
     mosaic: Float[Tensor, "M 3 C C"] | None
-    """Four views on each canvas, UL UR LL LR, in batch order (see `inscon.mosaic`); None where no head wants it."""
+    """Four views on each canvas, UL UR LL LR (see `inscon.plan.Mosaics`); None where the method wants none."""
     sample_ids: Int[Tensor, "B"]
     """int64 positions in the data set's index, on the CPU."""
 
     @property
     def size(self) -> int:
         """B, the number of source images."""
-        return self.query.pixels.shape[0]
+        return len(self.sample_ids)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything on the training device."""
+        found = [tensor for view in self.views.values() for tensor in (view.pixels, view.crop_box, view.flipped)]
+        found += [tensor for o in self.overlaps.values() for tensor in (o.first_box, o.second_box, o.weight)]
+        return found if self.mosaic is None else [*found, self.mosaic]

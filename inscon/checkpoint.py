@@ -1,7 +1,7 @@
 """Save, load, find the newest: everything that changes during a run, atomic, versioned, finite, loadable with weights_only.
 
-A checkpoint is `run_dir/checkpoints/step-00001000.pt`, a plain dictionary: `version`, `step`, `model` (both encoders, both
-queues and their pointers), `optimizer`, `scaler`, `rng`, `config`, `data` (the fingerprint of the shards).
+A checkpoint is `run_dir/checkpoints/step-00001000.pt`, a plain dictionary: `version`, `step`, `model` (a method's encoders and
+queues), `backbone` (its name there), `optimizer`, `scaler`, `rng`, `config`, `data` (the fingerprint of the shards).
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,14 @@ from torch import Tensor
 from inscon import guard
 from inscon.config import Changeable
 
-VERSION = 1
+VERSION = 2
+LAST_TO_READ = {1: "a8f9974"}
+"""Version -> the last commit of this project that reads it."""
 _ELASTIC = {
-    "optim": {"max_steps", "optimizer", "precision", "cut", "gradient_wire", "compile"},
+    "optim": {"max_steps", "optimizer", "precision", "gradient_compression"},
     "model": {"norm", "split_size"},
 }
-"""Settings that may change between a run and its continuation; so may all of `loader` but the order, of `run` but the seed."""
+"""Settings that may change between a run and its continuation; so may all of `loader`, and of `run` all but the seed."""
 
 
 class CheckpointError(ValueError):
@@ -84,7 +86,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     version = contents.get("version") if isinstance(contents, dict) else None
     if version != VERSION:
         raise CheckpointError(
-            f"{path} is of checkpoint version {version}, this program reads {VERSION}; use the release that wrote it"
+            f"{path} is of checkpoint version {version}, this program reads {VERSION}; "
+            f"{'commit ' + LAST_TO_READ[version] if version in LAST_TO_READ else 'the release that wrote it'} reads it"
         )
     broken = not_finite(contents)
     if broken:
@@ -131,5 +134,5 @@ def check_continues(contents: dict, path: Path, config: dict, data: str) -> list
 
 def _matters(group: str, name: str) -> bool:
     if group == "loader":
-        return name == "shuffle_window"
+        return False
     return name == "seed" if group == "run" else name not in _ELASTIC.get(group, ())

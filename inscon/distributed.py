@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inscon import guard
-from inscon.clock import WIRE, part
 
 _WAIT_S = 5.0
 """Long enough for the last processes of a killed run to end."""
@@ -45,7 +44,7 @@ def world_size() -> int:
 @torch.no_grad()
 def gather(tensor: Tensor) -> Tensor:
     """Every rank's `[n ...]` as one `[world*n ...]`, in the order of ranks; without gradient."""
-    if world_size() == 1:
+    if world_size() == 1 or tensor.is_meta:  # as when the arithmetic of a step is counted
         return tensor
     result = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
     dist.all_gather_into_tensor(result, tensor.contiguous())
@@ -55,6 +54,8 @@ def gather(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def exchange(tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
     """Rows of `[n ...]` to the ranks, `send[r]` of them to rank r, in order; those that came, `receive[r]` from rank r."""
+    if tensor.dtype == torch.bool:  # which not every gloo sends
+        return exchange(tensor.to(torch.uint8), send, receive).bool()
     arrived = tensor.new_empty(sum(receive), *tensor.shape[1:])
     dist.all_to_all_single(arrived, tensor.contiguous(), receive, send)
     return arrived
@@ -75,7 +76,7 @@ class Gathering:
 @torch.no_grad()
 def start_gather(tensor: Tensor) -> Gathering | None:
     """As `gather`, while other work goes on; None on one process."""
-    if world_size() == 1:
+    if world_size() == 1 or tensor.is_meta:  # as when the arithmetic of a step is counted
         return None
     sent = tensor.contiguous()
     result = sent.new_empty(world_size() * sent.shape[0], *sent.shape[1:])
@@ -109,8 +110,7 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     votes = torch.tensor([int(flag)])
-    with part(WIRE):
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
 
 
@@ -127,17 +127,6 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 def total(values: dict[str, float]) -> dict[str, float]:
     """Each value's sum over the ranks."""
     return _reduce(values, dist.ReduceOp.SUM)
-
-
-def union(numbers: list[int]) -> list[int]:
-    """The numbers of all ranks, each once, sorted. Travels over the CPU."""
-    if world_size() == 1:
-        return sorted(set(numbers))
-    longest = int(worst({"count": float(len(numbers))})["count"])
-    padded = torch.full((longest + 1,), len(numbers))
-    padded[1 : len(numbers) + 1] = torch.tensor(numbers, dtype=torch.int64)
-    rows = gather(padded).view(world_size(), longest + 1).tolist()
-    return sorted({number for count, *found in rows for number in found[:count]})
 
 
 def _reduce(values: dict[str, float], operation) -> dict[str, float]:

@@ -3,8 +3,7 @@
 The one coordinate rule of the project: a box is `x0 y0 x1 y1` in continuous pixel edges (the first pixel spans 0..1,
 the width is x1 - x0), float32, in the space its docstring names; a flip is a field of its own, never swapped
 corners; a size is `(height, width)`. Every function takes NumPy arrays or torch tensors and answers in kind, with the
-same elementwise float32 arithmetic, so that the plan (NumPy, before a pixel is decoded) and the model (torch, on the
-device) can never disagree about an overlap.
+same elementwise float32 arithmetic.
 """
 
 from dataclasses import dataclass
@@ -23,14 +22,18 @@ def _namespace(array):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """The region that the query crop and the key crop of one image share."""
+    """The region that two crops of each image share."""
 
-    query_box: Float[Array, "*B 4"]
-    """The shared region in px of the query view as the encoder sees it (after the flip)."""
-    key_box: Float[Array, "*B 4"]
-    """The shared region in px of the key view as the encoder sees it (after the flip)."""
+    first_box: Float[Array, "*B 4"]
+    """The shared region in px of the first view as the encoder sees it (after the flip)."""
+    second_box: Float[Array, "*B 4"]
+    """The same in px of the second view."""
     weight: Float[Array, "*B"]
     """1 where the overlap is valid, 0 where it is not (METHOD, reading 9)."""
+
+    def __getitem__(self, which) -> "Overlap":
+        """Of some of the images: `which` is a slice or an array of positions."""
+        return Overlap(first_box=self.first_box[which], second_box=self.second_box[which], weight=self.weight[which])
 
 
 def intersect(a, b):
@@ -67,29 +70,35 @@ def mirror(box, view_size: int):
 
 
 def find_overlap(
-    query_box, query_flipped, key_box, key_flipped, view_size: int, min_side: float = 32.0, min_iou: float = 0.0
+    first_crop,
+    first_flipped,
+    second_crop,
+    second_flipped,
+    sizes: tuple[int, int],
+    min_side: float = 32.0,
+    min_iou: float = 0.0,
 ) -> Overlap:
     """The region shared by two crops of each image, in px of both views, and whether it is big enough to be used.
 
     Args:
-        query_box, key_box: `[B 4]` float32 crop boxes in source px.
-        query_flipped, key_flipped: `[B]` bool.
-        view_size: S, the side of both views in px.
+        first_crop, second_crop: `[... 4]` float32 crop boxes in source px.
+        first_flipped, second_flipped: `[...]` bool.
+        sizes: sides of the two views in px.
         min_side: least extent of the shared region along each axis in both views, px of the view. The default is one
-            res5 cell, i.e. the trunk's stride (METHOD, reading 9).
+            res5 cell, i.e. the backbone's stride (METHOD, reading 9).
         min_iou: least intersection over union of the two crops in source px, 0..1.
 
     Source: paper section 3.2, cell-instance learning head ("valid overlap area").
     """
-    xp = _namespace(query_box)
-    shared = intersect(query_box, key_box)
-    in_query = into_view(shared, query_box, query_flipped, view_size)
-    in_key = into_view(shared, key_box, key_flipped, view_size)
-    sides = xp.concatenate([in_query[..., 2:] - in_query[..., :2], in_key[..., 2:] - in_key[..., :2]], -1)
+    xp = _namespace(first_crop)
+    shared = intersect(first_crop, second_crop)
+    in_first = into_view(shared, first_crop, first_flipped, sizes[0])
+    in_second = into_view(shared, second_crop, second_flipped, sizes[1])
+    sides = xp.concatenate([in_first[..., 2:] - in_first[..., :2], in_second[..., 2:] - in_second[..., :2]], -1)
     # A tolerance of 1e-3 px, so that a shared region of exactly one cell is not lost to float32 rounding.
     valid = (sides >= min_side - 1e-3).all(-1)
     shared_area = area(shared)
-    union = area(query_box) + area(key_box) - shared_area
+    union = area(first_crop) + area(second_crop) - shared_area
     valid = valid & (shared_area >= min_iou * union) & (shared_area > 0)
-    weight = valid.astype(np.float32) if xp is np else valid.to(query_box.dtype)
-    return Overlap(query_box=in_query, key_box=in_key, weight=weight)
+    weight = valid.astype(np.float32) if xp is np else valid.to(first_crop.dtype)
+    return Overlap(first_box=in_first, second_box=in_second, weight=weight)

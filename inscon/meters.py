@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from inscon import distributed, guard
 from inscon.clock import WAIT, now, part, seconds
-from inscon.model import Losses
 
 
 class Stopwatch:
@@ -101,20 +101,16 @@ def unsteady(took_s: Sequence[float]) -> str | None:
 
 
 class LossMeter:
-    """Means of losses and top-1 shares since the last reading; sums stay on the device until they are read."""
+    """Means of losses and other figures of steps since the last reading; sums stay on the device until they are read."""
 
     def __init__(self):
         self._sum, self._steps, self._names = None, 0, ()
 
-    def add(self, losses: Losses) -> None:
-        values = {"loss": losses.total}
-        for name in ("single", "multi", "cell"):
-            if getattr(losses, name) is not None:
-                values[f"loss_{name}"] = getattr(losses, name)
-                values[f"top1_{name}"] = losses.top1[name]
-        stacked = torch.stack([value.detach().float() for value in values.values()])
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """Of one step, 0-d tensors; the same names every time."""
+        stacked = torch.stack([value.detach().float() for value in figures.values()])
         self._sum = stacked if self._sum is None else self._sum + stacked
-        self._names, self._steps = tuple(values), self._steps + 1
+        self._names, self._steps = tuple(figures), self._steps + 1
 
     def read(self) -> dict[str, float]:
         """One wait for the device, then the means over the steps since the last reading; resets."""
@@ -223,11 +219,6 @@ def window(
     return values
 
 
-def top1_of(values: dict[str, float]) -> dict[str, float]:
-    """Of a window's values, the share of queries that find their key, by head."""
-    return {name.removeprefix("top1_"): value for name, value in values.items() if name.startswith("top1_")}
-
-
 def _open_jsonl(path: Path, start_step: int):
     kept = []
     if path.exists() and start_step:
@@ -258,8 +249,7 @@ def _tag(name: str) -> str:
 
 
 def _line(values: dict[str, float]) -> str:
-    heads = [name[5:] for name in values if name.startswith("loss_")]
-    losses = "  ".join(f"{h} {values[f'loss_{h}']:.3f} (top-1 {100 * values[f'top1_{h}']:.0f} %)" for h in heads)
+    losses = "  ".join(_part(name[5:], values) for name in values if name.startswith("loss_"))
     return (
         f"loss {values['loss']:.3f}  {losses}  {values['images_per_s']:.1f} images/s  "
         f"data wait {values['data_wait_percent']:.1f} %"
@@ -271,3 +261,8 @@ def _line(values: dict[str, float]) -> str:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _part(name: str, values: dict[str, float]) -> str:
+    top1 = values.get(f"top1_{name}")
+    return f"{name} {values[f'loss_{name}']:.3f}" + ("" if top1 is None else f" (top-1 {100 * top1:.0f} %)")

@@ -8,12 +8,11 @@ from inscon.config import OptimConfig
 
 
 def make_optimizer(parameters, config: OptimConfig, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """SGD over `parameters` and the name of the implementation chosen: apex, torch-fused or foreach.
+    """SGD over `parameters`, tensors or groups of them, and the name of the implementation chosen: apex, torch-fused or foreach.
 
     Raises ValueError if apex is asked for by name and NVIDIA's apex isn't importable on a GPU.
     """
     settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    parameters = [p for p in parameters if p.requires_grad]
     chosen = config.optimizer
     apex_sgd = _find_apex_sgd() if device.type == "cuda" and chosen in ("auto", "apex") else None
     if chosen == "apex" and apex_sgd is None:

@@ -1,86 +1,279 @@
 """Every random choice of a run, as a pure function of (seed, epoch, sample id): plan first, execute later.
 
-`plan_views` draws, for any set of samples, where each view is cropped, mirrored, jittered, made gray and blurred. The
-numbers come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), keyed by the seed and counted by (sample id, epoch, purpose). So there is no state: the same numbers on every
-machine, in any order, for every way to split a batch, and a run resumes from two integers.
+A method names its views as `ViewSpec`s; `plan_views` draws, for any set of samples, where each view is cropped, mirrored,
+jittered, made gray, blurred and solarized. The numbers come from a counter-based generator (`inscon.sampling.philox`), keyed by
+the seed and counted by (sample id, epoch, view, purpose). So there is no state: the same numbers on every machine, in any
+order, for every way to split a batch, and a run resumes from two integers.
 """
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import numpy as np
 
-from inscon.config import ViewConfig
-from inscon.geometry import find_overlap
-from inscon.philox import philox
+from inscon.geometry import Overlap, find_overlap
+from inscon.sampling import philox
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(6)
 """Codes of the color operations in `ViewPlan.color_ops`."""
-ROW = 16
-"""Floats per view in `ViewPlan.rows`."""
+ROW = 20
+"""Floats per row in `ViewPlan.rows`."""
+NEVER = 256
+"""A solarize threshold that no level reaches."""
 ATTEMPTS = 10
 """torchvision's RandomResizedCrop tries this often before it falls back to a center crop."""
 
 
+def check_range(name: str, bounds: tuple[float, float]) -> None:
+    if not 0 < bounds[0] <= bounds[1]:
+        raise ValueError(f"{name} must be a range 0 < low <= high. Found: {bounds[0]} {bounds[1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorSpec:
+    """What happens to a view's colors after crop and flip: MoCo v2's by default."""
+
+    jitter_probability: float = 0.8
+    """How often color jitter is applied at all."""
+    brightness: float = 0.4
+    """Factor drawn from 1 +- this."""
+    contrast: float = 0.4
+    """Factor drawn from 1 +- this, around the mean gray of the view at that point of the order."""
+    saturation: float = 0.4
+    """Factor drawn from 1 +- this."""
+    hue: float = 0.1
+    """Shift drawn from +- this, in turns of the color circle; at most 0.5."""
+    gray_probability: float = 0.2
+    """How often a view becomes gray."""
+    gray_first: bool = False
+    """Gray before jitter, as MoCo v1 did; MoCo v2 does it after."""
+    blur_probability: float = 0.5
+    """How often a view is blurred."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the Gaussian's standard deviation, px of the view."""
+    solarize_probability: float = 0.0
+    """How often levels from `solarize_threshold` on are inverted, last of all."""
+    solarize_threshold: int = 128
+    """A level, 0..255."""
+
+    def __post_init__(self):
+        for name in ("jitter_probability", "gray_probability", "blur_probability", "solarize_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1. Found: {getattr(self, name)}")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative. Found: {getattr(self, name)}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue must lie in 0..0.5 turns. Found: {self.hue}")
+        if not 0 <= self.solarize_threshold <= 255:
+            raise ValueError(f"solarize_threshold must be a level in 0..255. Found: {self.solarize_threshold}")
+        check_range("blur_sigma", self.blur_sigma)
+
+
+NO_COLOR = ColorSpec(jitter_probability=0.0, gray_probability=0.0, blur_probability=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapRule:
+    """How much of the source a view must share with an earlier one (METHOD 9)."""
+
+    view: str
+    """Name of the earlier view."""
+    min_side: float = 32.0
+    """Least extent of the shared region, per axis, px of either view: one cell of a stride of 32."""
+    min_iou: float = 0.0
+    """Least intersection over union of the two crops, source px."""
+    candidates: int = 16
+    """Pairs of crops drawn at most until one overlaps; 10 candidates all fail for 2e-8 of real images."""
+
+    def __post_init__(self):
+        if not 0 <= self.min_iou <= 1:
+            raise ValueError(f"overlap_min_iou must lie in 0..1. Found: {self.min_iou}")
+        if self.candidates < 1:
+            raise ValueError(f"overlap_candidates must be at least 1. Found: {self.candidates}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A jigsaw: the crop, resized to its view's size, is cut into cells, and of each a patch is shown."""
+
+    cells: int = 3
+    """Per side."""
+    patch: int = 64
+    """Side of a patch, px, at most that of a cell; drawn anywhere within its cell."""
+    shuffled: bool = False
+    """Whether the patches of an image come in a random order instead of row by row."""
+
+    def __post_init__(self):
+        if not 1 <= self.cells <= 16:
+            raise ValueError(f"a grid's cells must lie in 1..16. Found: {self.cells}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """One view that a method asks for, of every image."""
+
+    name: str
+    size: int = 224
+    """Side that the crop is resized to, px; without a grid a multiple of 16."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's share of the image area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height, drawn log-uniformly."""
+    flip: float | str = 0.5
+    """Probability to be mirrored; or the name of an earlier view, to be mirrored where that one is."""
+    color: ColorSpec = field(default_factory=ColorSpec)
+    overlap: OverlapRule | None = None
+    grid: Grid | None = None
+
+    def __post_init__(self):
+        check_range("scale", self.scale)
+        check_range("ratio", self.ratio)
+        if self.scale[1] > 1:
+            raise ValueError(f"scale is a share of the image area, at most 1. Found: {self.scale[1]}")
+        if not isinstance(self.flip, str) and not 0 <= self.flip <= 1:
+            raise ValueError(f"flip_probability must lie in 0..1. Found: {self.flip}")
+        if self.overlap is not None and not 0 <= self.overlap.min_side <= self.size:
+            raise ValueError(f"overlap_min_side must lie in 0..{self.size} px. Found: {self.overlap.min_side}")
+        if self.grid is not None and self.grid.patch > self.size // self.grid.cells:
+            raise ValueError(
+                f"a patch must fit its cell of {self.size // self.grid.cells} px. Found: {self.grid.patch} px"
+            )
+        if self.side < 16 or self.side % 16:
+            raise ValueError(f"the side of a view or patch must be a positive multiple of 16 px. Found: {self.side}")
+
+    @property
+    def side(self) -> int:
+        """Of what is made, px: the view's, or a patch's."""
+        return self.size if self.grid is None else self.grid.patch
+
+    @property
+    def count(self) -> int:
+        """Pictures that are made of each image: 1, or the patches."""
+        return 1 if self.grid is None else self.grid.cells**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mosaics:
+    """Which view lies on 2x2 canvases, four neighbors of the batch each (METHOD, readings 1 and 2).
+
+    tile "full": `[B 3 S S]` views become `[B/4 3 2S 2S]` canvases, images 4m..4m+3 on canvas m. "half": every view is halved
+    first and lies on four canvases `[B 3 S S]`, once in each corner: canvas 4g+r carries images 4g + (t + r) mod 4, t = 0..3.
+    Both stay inside groups of four neighbors, so the split of a batch over ranks changes no mosaic. Same FLOPs.
+    """
+
+    view: str
+    tile: Literal["full", "half"] = "full"
+
+    def order(self, batch_size: int) -> np.ndarray:
+        """Which image of the batch lies on which tile: [M 4] int64, tiles in the order UL UR LL LR."""
+        groups = np.arange(batch_size).reshape(-1, 4)
+        if self.tile == "full":
+            return groups
+        turns = np.arange(4)
+        return groups[:, (turns[:, None] + turns) % 4].reshape(-1, 4)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewPlan:
-    """How one view of each of B samples is made: a struct of NumPy arrays, executed in the order of the fields."""
+    """How one view of each of B samples is made: NumPy arrays, executed in the order of the fields; of a jigsaw each begins with
+    [B P] in place of [B]."""
 
+    size: int
+    """Side that the crop is resized to, px."""
+    side: int
+    """Of what is made, px: `size`, or less where only a patch of it is."""
     crop_box: np.ndarray
-    """[B 4] float32, x0 y0 x1 y1 in source px, whole numbers; resized to S x S, antialiased bilinear."""
+    """[B 4] float32, x0 y0 x1 y1 in source px, whole numbers; resized to `size` x `size`, antialiased bilinear."""
     flipped: np.ndarray
     """[B] bool: mirrored left to right after the resize."""
+    offset: np.ndarray
+    """[B 2] float32: x y of the upper left corner of what is made, px of the resized and mirrored crop, whole numbers."""
     color_ops: np.ndarray
     """[B 5] uint8: codes of this module in order of execution; NOTHING where there is none."""
     factors: np.ndarray
     """[B 4] float32: factors of brightness, contrast, saturation (1 = unchanged) and the shift of hue in turns."""
     blur_sigma: np.ndarray
     """[B] float32: standard deviation of the Gaussian, px of the view; 0 = no blur."""
+    solarize: np.ndarray
+    """[B] float32: levels from this on are inverted; NEVER = none."""
 
     def __len__(self) -> int:
         return len(self.flipped)
 
     def __getitem__(self, which) -> "ViewPlan":
         """The plan of some of the samples: `which` is a slice or an array of positions."""
-        return ViewPlan(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
+        return self._each(lambda array: array[which])
+
+    def flat(self) -> "ViewPlan":
+        """The same with every patch a sample of its own: all arrays begin with [n]."""
+        lead = self.flipped.ndim
+        return self if lead == 1 else self._each(lambda array: array.reshape(-1, *array.shape[lead:]))
+
+    def _each(self, change) -> "ViewPlan":
+        arrays = {f.name: change(getattr(self, f.name)) for f in fields(self)[2:]}
+        return ViewPlan(size=self.size, side=self.side, **arrays)
 
     def rows(self) -> np.ndarray:
-        """[B 16] float32 for compiled executors: crop_box 0:4, flipped 4, color_ops 5:10, factors 10:14, blur_sigma 14, 0."""
-        rows = np.zeros((len(self), ROW), np.float32)
-        rows[:, 0:4], rows[:, 4], rows[:, 5:10] = self.crop_box, self.flipped, self.color_ops
-        rows[:, 10:14], rows[:, 14] = self.factors, self.blur_sigma
-        return rows
+        """[B 1 20] float32, or [B P 20] of a jigsaw, for compiled executors: crop_box 0:4, flipped 4, color_ops 5:10, factors
+        10:14, blur_sigma 14, solarize 15, size 16, offset 17:19, 0."""
+        rows = np.zeros((*self.flipped.shape, ROW), np.float32)
+        rows[..., 0:4], rows[..., 4], rows[..., 5:10] = self.crop_box, self.flipped, self.color_ops
+        rows[..., 10:14], rows[..., 14], rows[..., 15] = self.factors, self.blur_sigma, self.solarize
+        rows[..., 16], rows[..., 17:19] = self.size, self.offset
+        return rows if rows.ndim == 3 else rows[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plans:
-    """The plans of all views of the same B samples."""
+class BatchPlan:
+    """The plans of all views of the same B samples, and what they share."""
 
-    query: ViewPlan
-    key: ViewPlan | None
-    """None for evaluation, which makes one view."""
-    tile: ViewPlan | None
-    """The independent third view for the mosaic; None where the query views are its tiles."""
+    views: Mapping[str, ViewPlan]
+    overlaps: Mapping[tuple[str, str], Overlap]
+    """(earlier view, view) -> their overlap, NumPy arrays; for every view with a rule."""
 
-    def __getitem__(self, which) -> "Plans":
+    def __getitem__(self, which) -> "BatchPlan":
         """Those of some of the samples, as `ViewPlan[which]`."""
-        plans = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Plans(**{name: None if plan is None else plan[which] for name, plan in plans.items()})
+        return BatchPlan(
+            views={name: plan[which] for name, plan in self.views.items()},
+            overlaps={pair: overlap[which] for pair, overlap in self.overlaps.items()},
+        )
 
 
-def plan_views(seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray, config: ViewConfig) -> Plans:
-    """Draw the query and the key view (and the third, if `config.tiles_from` asks) of any set of samples.
+def check_views(specs: Sequence[ViewSpec], mosaics: Mosaics | None = None) -> None:
+    """ValueError for views that a name is twice among, that refer to none of the earlier ones, or that are too many."""
+    if len(specs) > 16:
+        raise ValueError(f"there can be at most 16 views. Found: {len(specs)}")
+    for number, spec in enumerate(specs):
+        earlier = [other.name for other in specs[:number]]
+        if spec.name in earlier:
+            raise ValueError(f"every view needs a name of its own. Found: {spec.name} twice")
+        referred = {spec.flip} if isinstance(spec.flip, str) else set()
+        referred |= {spec.overlap.view} if spec.overlap else set()
+        for name in referred - set(earlier):
+            raise ValueError(f"the view {spec.name} refers to {name}, which must come before it. Found: {earlier}")
+    if mosaics is not None and mosaics.view not in [spec.name for spec in specs if spec.grid is None]:
+        raise ValueError(f"mosaics are laid of one of the views, not of patches. Found: {mosaics.view}")
+
+
+def plan_views(
+    seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]
+) -> BatchPlan:
+    """Draw all views of any set of samples.
 
     Args:
         seed: 0 .. 2**64-1.
         epoch: 0 .. 2**32-1; every epoch draws anew.
         sample_ids: [B] integers from 0; a sample's views depend on its own id alone.
         sizes: [B 2] (height, width) of each source image in px, each at least 1.
+        specs: at most 16; `check_views` holds.
 
-    The two crops are drawn until they overlap as `config` asks, at most `overlap_candidates` pairs; if none does, the
-    last pair stays, and `find_overlap` gives it weight 0 (METHOD 9; paper section 3.2).
+    Two crops with an overlap rule are drawn until they overlap enough, at most `candidates` pairs; where an earlier rule has
+    settled the first one, the second is drawn alone. If no candidate does, the last one stays, and its overlap has weight 0
+    (METHOD 9; paper section 3.2).
     """
     ids, sizes = np.asarray(sample_ids, np.int64), np.asarray(sizes, np.int64)
     if len(ids) and (sizes.shape != (len(ids), 2) or sizes.min() < 1):
@@ -88,13 +281,14 @@ def plan_views(seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray,
             f"sizes must be [B 2] (height, width) of at least 1 px for {len(ids)} samples. Found: {sizes.shape}"
         )
     draw = _Draw(seed, epoch, ids)
-    boxes = _overlapping_boxes(draw, sizes, config)
-    tile = None
-    if config.tiles_from == "third":
-        tile = _view_plan(draw, 2, _crop_boxes(draw, np.array([2]), np.array([0]), sizes, config)[:, 0, 0], config)
-    return Plans(
-        query=_view_plan(draw, 0, boxes[:, 0], config), key=_view_plan(draw, 1, boxes[:, 1], config), tile=tile
-    )
+    numbers = draw.uniforms(_stream(np.arange(len(specs))[:, None], _COLOR, 0, np.arange(3)))
+    flipped = _flips(numbers[:, :, 0, 0], specs)
+    boxes, overlaps = _Crops(draw, sizes, specs, flipped).all()
+    views = {}
+    for number, spec in enumerate(specs):
+        plan = _view_plan(numbers[:, number], boxes[number], flipped[number], spec)
+        views[spec.name] = plan if spec.grid is None else _patches(draw, number, plan, spec)
+    return BatchPlan(views=views, overlaps=overlaps)
 
 
 def plan_center(sizes: np.ndarray, view_size: int) -> ViewPlan:
@@ -107,52 +301,93 @@ def plan_center(sizes: np.ndarray, view_size: int) -> ViewPlan:
     y, x = ((sizes - side[:, None]) // 2).T
     n = len(sizes)
     return ViewPlan(
+        size=view_size,
+        side=view_size,
         crop_box=np.stack([x, y, x + side, y + side], 1).astype(np.float32),
         flipped=np.zeros(n, bool),
+        offset=np.zeros((n, 2), np.float32),
         color_ops=np.full((n, 5), NOTHING, np.uint8),
         factors=np.tile(np.array([1, 1, 1, 0], np.float32), (n, 1)),
         blur_sigma=np.zeros(n, np.float32),
+        solarize=np.full(n, NEVER, np.float32),
     )
 
 
-def _overlapping_boxes(draw: "_Draw", sizes: np.ndarray, config: ViewConfig) -> np.ndarray:
-    """[B 2 4] crop boxes of query and key: the first candidate pair that overlaps, else the last.
-
-    Nearly every first pair overlaps, so later candidates are drawn only for the rest, and in growing handfuls, since
-    NumPy's cost is per call rather than per number.
-    """
-    views = np.array([0, 1])
-    boxes = _crop_boxes(draw, views, np.array([0]), sizes, config)[:, :, 0]
-    pending = np.flatnonzero(~_overlaps(boxes, config))
-    first, handful = 1, 2
-    while len(pending) and first < config.overlap_candidates:
-        candidates = np.arange(first, min(first + handful, config.overlap_candidates))
-        drawn = _crop_boxes(draw.some(pending), views, candidates, sizes[pending], config).swapaxes(1, 2)
-        valid = _overlaps(drawn, config)
-        chosen = np.where(valid.any(-1), valid.argmax(-1), len(candidates) - 1)
-        boxes[pending] = drawn[np.arange(len(pending)), chosen]
-        pending = pending[~valid.any(-1)]
-        first, handful = first + handful, handful * 2
-    return boxes
+def _flips(coins: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
+    """[B] bool of each view; `coins` [B V]."""
+    made: dict[str, np.ndarray] = {}
+    for number, spec in enumerate(specs):
+        made[spec.name] = made[spec.flip] if isinstance(spec.flip, str) else coins[:, number] < spec.flip
+    return list(made.values())
 
 
-def _overlaps(boxes: np.ndarray, config: ViewConfig) -> np.ndarray:
-    """[...] bool for pairs of boxes [... 2 4]."""
-    unflipped = np.zeros(boxes.shape[:-2], bool)  # mirroring changes no side of the shared region
-    query, key = boxes[..., 0, :], boxes[..., 1, :]
-    sides = config.overlap_min_side, config.overlap_min_iou
-    return find_overlap(query, unflipped, key, unflipped, config.view_size, *sides).weight > 0
+class _Crops:
+    """The crop boxes of all views, and the overlaps that rules ask for."""
+
+    def __init__(self, draw: "_Draw", sizes: np.ndarray, specs: Sequence[ViewSpec], flipped: list[np.ndarray]):
+        self._draw, self._sizes, self._specs, self._flipped = draw, sizes, specs, flipped
+        self._boxes = list(_crop_boxes(draw, range(len(specs)), np.array([0]), sizes, specs)[:, :, 0].swapaxes(0, 1))
+
+    def all(self) -> tuple[list[np.ndarray], dict[tuple[str, str], Overlap]]:
+        """([B 4] by view, overlaps by pair of names)."""
+        overlaps, settled = {}, set()
+        for number, spec in enumerate(self._specs):
+            if spec.overlap is not None:
+                partner = [other.name for other in self._specs].index(spec.overlap.view)
+                drawn = [number] if partner in settled else [partner, number]
+                overlaps[spec.overlap.view, spec.name] = self._settle(drawn, partner, number)
+                settled |= {partner, number}
+        return self._boxes, overlaps
+
+    def _settle(self, drawn: list[int], first: int, second: int) -> Overlap:
+        """Draw the views `drawn` anew for the samples whose pair does not overlap: the first candidate that does, else the last.
+
+        Nearly every first pair overlaps, so later candidates are drawn only for the rest, and in growing handfuls, since
+        NumPy's cost is per call rather than per number.
+        """
+        rule, pair = self._specs[second].overlap, (first, second)
+        found = self._overlap(pair, slice(None), [self._boxes[view] for view in pair])
+        pending = np.flatnonzero(found.weight == 0)
+        candidate, handful = 1, 2
+        while len(pending) and candidate < rule.candidates:
+            candidates = np.arange(candidate, min(candidate + handful, rule.candidates))
+            made = _crop_boxes(self._draw.some(pending), drawn, candidates, self._sizes[pending], self._specs)
+            boxes = [
+                made[:, drawn.index(v)]
+                if v in drawn
+                else np.broadcast_to(self._boxes[v][pending, None], made[:, 0].shape)
+                for v in pair
+            ]
+            valid = self._overlap(pair, (pending, None), boxes).weight > 0
+            chosen = np.where(valid.any(-1), valid.argmax(-1), len(candidates) - 1)
+            for number, view in enumerate(drawn):
+                self._boxes[view][pending] = made[np.arange(len(pending)), number, chosen]
+            now = self._overlap(pair, pending, [self._boxes[view][pending] for view in pair])
+            found.first_box[pending], found.second_box[pending], found.weight[pending] = (
+                now.first_box, now.second_box, now.weight,
+            )  # fmt: skip
+            pending = pending[~valid.any(-1)]
+            candidate, handful = candidate + handful, handful * 2
+        return found
+
+    def _overlap(self, pair: tuple[int, int], which, boxes: list[np.ndarray]) -> Overlap:
+        first, second = (self._specs[view] for view in pair)
+        flips = [self._flipped[view][which] for view in pair]
+        rule = second.overlap
+        return find_overlap(
+            boxes[0], flips[0], boxes[1], flips[1], (first.size, second.size), rule.min_side, rule.min_iou
+        )
 
 
 def _crop_boxes(
-    draw: "_Draw", views: np.ndarray, candidates: np.ndarray, sizes: np.ndarray, config: ViewConfig
+    draw: "_Draw", views: Sequence[int], candidates: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]
 ) -> np.ndarray:
     """[B views candidates 4] float32: torchvision's `RandomResizedCrop.get_params`, ten attempts at once, the first that fits."""
     height, width = (sizes[:, i].astype(np.float64)[:, None, None, None] for i in (0, 1))
-    streams = _stream(views[:, None, None], _CROP, candidates[:, None], np.arange(ATTEMPTS))
-    u = draw.uniforms(streams)
-    share = config.scale[0] + u[..., 0] * (config.scale[1] - config.scale[0])
-    log_low, log_high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    u = draw.uniforms(_stream(np.array(views)[:, None, None], _CROP, candidates[:, None], np.arange(ATTEMPTS)))
+    low, high = np.array([specs[view].scale for view in views]).T[:, :, None, None]
+    log_low, log_high = np.array([[math.log(r) for r in specs[view].ratio] for view in views]).T[:, :, None, None]
+    share = low + u[..., 0] * (high - low)
     ratio = np.exp(log_low + u[..., 1] * (log_high - log_low))
     w = np.rint(np.sqrt(height * width * share * ratio))
     h = np.rint(np.sqrt(height * width * share / ratio))
@@ -161,47 +396,68 @@ def _crop_boxes(
     y = np.floor(u[..., 2] * (height - h + 1))
     first = fits.argmax(-1)[..., None]
     box = np.stack([np.take_along_axis(a, first, -1)[..., 0] for a in (x, y, x + w, y + h)], -1)
-    return np.where(fits.any(-1)[..., None], box, _center_box(sizes, config)[:, None, None, :]).astype(np.float32)
+    if not fits.any(-1).all():
+        fallback = np.stack([_center_box(sizes, specs[view].ratio) for view in views], 1)[:, :, None]
+        box = np.where(fits.any(-1)[..., None], box, fallback)
+    return box.astype(np.float32)
 
 
-def _center_box(sizes: np.ndarray, config: ViewConfig) -> np.ndarray:
-    """[B 4]: the crop torchvision falls back to, the largest centerd one whose ratio is allowed."""
+def _center_box(sizes: np.ndarray, allowed: tuple[float, float]) -> np.ndarray:
+    """[B 4]: the crop torchvision falls back to, the largest centered one whose ratio is allowed."""
     height, width = sizes[:, 0], sizes[:, 1]
     ratio = width / height
-    w = np.where(ratio > config.ratio[1], np.rint(height * config.ratio[1]), width)
-    h = np.where(ratio < config.ratio[0], np.rint(width / config.ratio[0]), height)
+    w = np.where(ratio > allowed[1], np.rint(height * allowed[1]), width)
+    h = np.where(ratio < allowed[0], np.rint(width / allowed[0]), height)
     x, y = (width - w) // 2, (height - h) // 2
     return np.stack([x, y, x + w, y + h], -1)
 
 
-def _view_plan(draw: "_Draw", view: int, boxes: np.ndarray, config: ViewConfig) -> ViewPlan:
-    """Flip, jitter, gray and blur of one view: three blocks of four numbers."""
-    u = draw.uniforms(_stream(view, _COLOR, 0, np.arange(3)))
+def _view_plan(u: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, spec: ViewSpec) -> ViewPlan:
+    """Jitter, gray, blur and solarize of one view, from three blocks of four numbers, `u` [B 3 4]."""
     coin, factor_u, rest = u[:, 0], u[:, 1], u[:, 2]
-    spans = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    color = spec.color
+    spans = np.array([color.brightness, color.contrast, color.saturation, color.hue])
     centers = np.array([1.0, 1.0, 1.0, 0.0])
     low, high = np.maximum(centers - spans, [0, 0, 0, -0.5]), centers + spans
-    jittered = coin[:, 1] < config.jitter_probability
+    jittered = coin[:, 1] < color.jitter_probability
     # A random permutation of four operations: 24 equally likely ones, picked by one number.
     orders = _ORDERS[np.minimum((rest[:, 0] * len(_ORDERS)).astype(np.int64), len(_ORDERS) - 1)]
     jitter_ops = np.where(jittered[:, None], orders, NOTHING)
-    gray_op = np.where(coin[:, 2] < config.gray_probability, GRAY, NOTHING)[:, None]
-    ops = [gray_op, jitter_ops] if config.gray_first else [jitter_ops, gray_op]
-    sigma = config.blur_sigma[0] + rest[:, 1] * (config.blur_sigma[1] - config.blur_sigma[0])
+    gray_op = np.where(coin[:, 2] < color.gray_probability, GRAY, NOTHING)[:, None]
+    ops = [gray_op, jitter_ops] if color.gray_first else [jitter_ops, gray_op]
+    sigma = color.blur_sigma[0] + rest[:, 1] * (color.blur_sigma[1] - color.blur_sigma[0])
     return ViewPlan(
+        size=spec.size,
+        side=spec.side,
         crop_box=np.ascontiguousarray(boxes),
-        flipped=coin[:, 0] < config.flip_probability,
+        flipped=flipped,
+        offset=np.zeros((len(boxes), 2), np.float32),
         color_ops=np.concatenate(ops, 1).astype(np.uint8),
         factors=np.where(jittered[:, None], low + factor_u * (high - low), centers).astype(np.float32),
-        blur_sigma=np.where(coin[:, 3] < config.blur_probability, sigma, 0.0).astype(np.float32),
+        blur_sigma=np.where(coin[:, 3] < color.blur_probability, sigma, 0.0).astype(np.float32),
+        solarize=np.where(rest[:, 2] < color.solarize_probability, color.solarize_threshold, NEVER).astype(np.float32),
     )
 
 
-_CROP, _COLOR = 1, 2
+def _patches(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
+    """The plan of each patch of a jigsaw, [B P ...]: the crop's own, executed on the patch alone, and where the patch lies."""
+    grid, cell = spec.grid, spec.size // spec.grid.cells
+    u = draw.uniforms(_stream(view, _PATCH, 0, np.arange(spec.count)))
+    rows, columns = np.divmod(np.arange(spec.count), grid.cells)
+    corner = np.stack([columns, rows], -1) * cell
+    offset = corner + np.floor(u[..., :2] * (cell - grid.patch + 1))
+    if grid.shuffled:
+        offset = np.take_along_axis(offset, u[..., 2].argsort(-1)[..., None], 1)
+    arrays = {f.name: getattr(plan, f.name) for f in fields(plan)[2:]}
+    repeated = {name: np.repeat(array[:, None], spec.count, 1) for name, array in arrays.items()}
+    return ViewPlan(size=plan.size, side=plan.side, **(repeated | {"offset": offset.astype(np.float32)}))
+
+
+_CROP, _COLOR, _PATCH = 1, 2, 3
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), np.uint8)
 
 
-def _stream(view, purpose: int, candidate: int, attempt):
+def _stream(view, purpose: int, candidate, attempt):
     """The fourth counter word: which of a sample's many draws this is. Works on scalars and arrays."""
     return (view << 28) | (purpose << 24) | (candidate << 8) | attempt
 

@@ -55,14 +55,6 @@ def _choose(asked: str, capability: tuple[int, int] | None) -> Precision:
     }[asked]
 
 
-def check_compiling(capability: tuple[int, int] | None) -> None:
-    """ValueError for a GPU of a `capability` that torch.compile no longer supports well; None is a CPU."""
-    if capability is not None and capability < FIRST_WITH_BF16:
-        raise ValueError(
-            f"--compile needs a GPU of compute capability 8.0 or newer. Found: {capability[0]}.{capability[1]}; set --no-compile"
-        )
-
-
 def check_device(device: torch.device) -> None:
     """Refuse a GPU for which this build of PyTorch holds no code, before the first kernel fails obscurely."""
     if device.type == "cuda":

@@ -1,17 +1,17 @@
 """Shards in, batches on the device out: engines that execute the same plan, behind one function.
 
-    with open_pipeline("dali", config=config, total_steps=1000) as pipeline:
+    feed = Feed(open_index(loader), views, mosaics, batch_size=256, seed=0)
+    with open_pipeline(feed, loader, total_steps=1000) as pipeline:
         for step, batch in zip(range(1000), pipeline): ...
 
 An engine is imported when it is asked for, so an installation needs only those that it uses.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
 
 import torch
 
-from inscon.config import Config
+from inscon.config import LoaderConfig
 from pipelines.feed import Feed, Pipeline
 
 ENGINES = {
@@ -32,36 +32,29 @@ def check_engine(name: str) -> None:
 
 
 def open_pipeline(
-    name: str,
+    feed: Feed,
+    loader: LoaderConfig,
     *,
-    config: Config,
-    rank: int = 0,
-    world_size: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     start_step: int = 0,
     total_steps: int,
-    bad_samples: Sequence[int] = (),
-    feeds: Callable[..., Feed] | None = None,
 ) -> Pipeline:
     """Batches of global steps `start_step` to `total_steps` - 1, which run on over the epochs, ready for the model.
 
     Args:
-        name: a key of `ENGINES`.
-        config: resolved (`inscon.config.resolve`) for `world_size` ranks.
-        rank, world_size: this process among those that share the batch.
+        feed: what is made, of which data, by which rank.
+        loader: with which engine, a key of `ENGINES`, and how.
         device, dtype: of the pixels. Boxes come as float32 on `device`, sample ids as int64 on the CPU.
-        bad_samples: what `Pipeline.bad_samples` gave on all ranks when the run that goes on was stopped.
-        feeds: makes the engine's feed from (config, rank, world_size, bad_samples), importable by name; None: that of training.
 
-    Raises ValueError, in one sentence with the remedy, for an engine that does not exist or is not installed, a data set
-    that is missing, damaged or smaller than a batch, and, while iterating, for a sample that
-    changed after it was packed or cannot be decoded; MemoryError where memory runs out, TimeoutError where a stage hangs.
+    Raises ValueError, in one sentence with the remedy, for an engine that does not exist or is not installed, and, while
+    iterating, for a sample that changed after it was packed or cannot be decoded; MemoryError where memory runs out,
+    TimeoutError where a stage hangs.
     """
-    check_engine(name)
+    check_engine(loader.pipeline)
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
-    module, function = ENGINES[name].split(":")
+    module, function = ENGINES[loader.pipeline].split(":")
     try:
         open_engine = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
@@ -69,17 +62,7 @@ def open_pipeline(
         if package not in EXTRAS:
             raise
         raise ValueError(
-            f"the pipeline {name} needs the package {error.name}, which is not installed: "
+            f"the pipeline {loader.pipeline} needs the package {error.name}, which is not installed: "
             f"pip install 'inscon[{EXTRAS[package]}]', or set --pipeline reference"
         ) from None
-    return open_engine(
-        config=config,
-        rank=rank,
-        world_size=world_size,
-        device=torch.device(device),
-        dtype=dtype,
-        start_step=start_step,
-        total_steps=total_steps,
-        bad_samples=tuple(bad_samples),
-        **({} if feeds is None else {"feeds": feeds}),
-    )
+    return open_engine(feed, loader, torch.device(device), dtype, range(start_step, total_steps))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, ViewPlan
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, SATURATION, ViewPlan
 from pipelines.feed import to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,9 +50,16 @@ def normalization(side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def color_views(views: UInt8[Tensor, "B S S 3"], plan: ViewPlan, dtype: torch.dtype) -> Float[Tensor, "B 3 S S"]:
-    """Execute `plan`'s color operations and blur on crops that are already flipped, and normalize them."""
-    levels = jitter(views.to(torch.float32), plan)
-    return normalize(blur(levels, plan.blur_sigma), dtype)
+    """Execute `plan`'s color operations, blur and solarize on crops that are already flipped, and normalize them."""
+    levels = blur(jitter(views.to(torch.float32), plan), plan.blur_sigma)
+    return normalize(solarize(levels, plan.solarize), dtype)
+
+
+def solarize(levels: Float[Tensor, "B S S 3"], threshold: np.ndarray) -> Float[Tensor, "B S S 3"]:
+    """Invert levels from `threshold [B]` on, as PIL's ImageOps.solarize."""
+    if (threshold >= NEVER).all():
+        return levels
+    return torch.where(levels < to_device(threshold, levels.device).view(-1, 1, 1, 1), levels, 255 - levels)
 
 
 def jitter(levels: Float[Tensor, "B S S 3"], plan: ViewPlan) -> Float[Tensor, "B S S 3"]:

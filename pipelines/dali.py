@@ -9,6 +9,7 @@ The order, the bytes and the plan come from our own source, never from a DALI re
 a batch, and which one is counted from `start_step`, so resuming needs no state.
 """
 
+import copy
 import ctypes
 import functools
 import importlib.metadata
@@ -17,7 +18,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Decoded pictures come from DALI's own pool: malloc would give their memory back and have it cleared again by the system, up
@@ -34,7 +35,8 @@ from torch import Tensor
 
 from data_prep.index import ShardError
 from inscon.batch import Batch
-from inscon.config import Config
+from inscon.config import LoaderConfig
+from inscon.plan import ViewSpec
 from pipelines.color import normalization
 from pipelines.decoding import Decode, candidates, choose
 from pipelines.feed import (
@@ -43,7 +45,6 @@ from pipelines.feed import (
     Refusal,
     Work,
     color_on_host,
-    open_feed,
     threads_per_rank,
     undecodable,
     wrong_size,
@@ -132,16 +133,16 @@ def build_graph(
     source,
     *,
     batch_size: int,
-    num_views: int,
-    view_size: int,
+    views: tuple[ViewSpec, ...],
     threads: int,
     device_id: int | None,
     decode: Decode,
 ) -> Graph:
     """The DALI pipeline, for up to `batch_size` pictures a run.
 
-    decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (a byte, shape of the picture) per sample; the views are where
-    `places` says. "mixed": (JPEG bytes, rows) -> (crops [V S S 3] uint8 on GPU `device_id`, shape of the picture).
+    decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (shape of the
+    picture, a byte) per sample; the views are where `places` says. "mixed": (JPEG bytes, rows) -> (shape of the picture, and for
+    each row a crop [S S 3] uint8 on GPU `device_id`).
     """
     mixed = decode.device == "mixed"
     graph = Graph(
@@ -161,27 +162,32 @@ def build_graph(
         settings = {"output_type": types.RGB, "adjust_orientation": False}
         if mixed:
             images = fn.decoders.image(jpegs, device=MIXED, hw_decoder_load=decode.engine_share, **settings)
-            made = fn.stack(*(crop_by_dali(images, rows[view], view_size) for view in range(num_views)))
+            specs = [spec for spec in views for _ in range(spec.count)]
+            made = [crop_by_dali(images, rows[number], spec) for number, spec in enumerate(specs)]
         else:
             images = fn.decoders.image(jpegs, device="cpu", **settings)
-            made = _render(view_size)(images, rows, *places)
-        graph.set_outputs(made, images.shape(device="cpu"))
+            made = [_render(max(spec.side for spec in views))(images, rows, *places)]
+        graph.set_outputs(images.shape(device="cpu"), *made)
     graph.build()
     return graph
 
 
-def crop_by_dali(images, row, view_size: int):
-    """Cut first, so that the filter sees no pixel outside of the crop, then resize and mirror, as the compiled kernel."""
+def crop_by_dali(images, row, spec: ViewSpec):
+    """Cut first, so that the filter sees no pixel outside of the crop, then resize and mirror, as the compiled kernel; of a jigsaw,
+    the patch at the row's offset."""
     cut = fn.slice(images, row[0:2], row[2:4] - row[0:2], axes=(1, 0), normalized_anchor=False, normalized_shape=False)
-    made = fn.resize(cut, size=[view_size, view_size], interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.flip(made, horizontal=fn.cast(row[4], dtype=types.INT32), vertical=0)
+    made = fn.resize(cut, size=[spec.size, spec.size], interp_type=types.INTERP_LINEAR, antialias=True)
+    made = fn.flip(made, horizontal=fn.cast(row[4], dtype=types.INT32), vertical=0)
+    if spec.grid is None:
+        return made
+    return fn.slice(made, start=fn.cast(row[17:19], dtype=types.INT32), shape=[spec.side, spec.side], axes=(1, 0))
 
 
 @functools.cache
-def _render(view_size: int) -> NumbaFunction:
+def _render(widest: int) -> NumbaFunction:
     """The operator (picture, rows, places) -> a byte; kept, because DALI takes a second to wrap a compiled function."""
     # numba freezes what these two find around them, which is meant here.
-    subtract, multiply = (row.ctypes.data for row in normalization(view_size))  # whose cache keeps them
+    subtract, multiply = (row.ctypes.data for row in normalization(widest))  # whose cache keeps them
     render_picture = render_at()
 
     def shape(outs, ins):
@@ -191,7 +197,7 @@ def _render(view_size: int) -> NumbaFunction:
     def render(out, image, rows, places):
         height, width, _ = image.shape
         picture, plan, place = image.ctypes.data, rows.ctypes.data, places.ctypes.data
-        render_picture(picture, height, width, plan, rows.shape[0], place, subtract, multiply)
+        render_picture(picture, height, width, plan, rows.shape[0], place, subtract, multiply, widest)
         out[0] = 1
 
     return NumbaFunction(
@@ -249,7 +255,7 @@ class Engine:
             yield batch
             del batch, made
 
-    def steps(self) -> Iterator[tuple[Work, "Slot | list[Tensor]"]]:
+    def steps(self) -> Iterator[tuple[Work, "Slot | dict[str, Tensor]"]]:
         """Batches before they are finished: the slot they are in, or the crops of each part, on the device."""
         for step in self._steps:
             work, made = self._make(step)
@@ -278,14 +284,13 @@ class Engine:
         self._graph = build_graph(
             self._source,
             batch_size=self.part,
-            num_views=self._feed.num_views,
-            view_size=self._feed.config.views.view_size,
+            views=self._feed.views,
             threads=self._threads,
             device_id=_device_id(self.device),
             decode=self._decode,
         )
 
-    def _make(self, step: int) -> tuple[Work, "Slot | list[Tensor]"]:
+    def _make(self, step: int) -> tuple[Work, "Slot | dict[str, Tensor]"]:
         """All parts of a batch. A sample that DALI refuses goes to `Feed.reject`; if that one returns, the graph begins anew."""
         while True:
             try:
@@ -297,12 +302,12 @@ class Engine:
             self._feed.reject(*found.args)
             self._start(range(step, self._steps.stop))
 
-    def _run_step(self, step: int) -> tuple[Work, "Slot | list[Tensor]"]:
+    def _run_step(self, step: int) -> tuple[Work, "Slot | dict[str, Tensor]"]:
         crops = []
         while True:
             start = time.perf_counter() - self._source.read_s
             with self.clock.at(f"decoding the samples of step {step}", "decode"):
-                views, shapes = self._graph.run()
+                shapes, *made = self._graph.run()
             took = time.perf_counter() - self._source.read_s - start
             self._runs, self._starved_runs = self._runs + 1, self._starved_runs + (took > READY_S)
             part = self._source.done()
@@ -312,9 +317,14 @@ class Engine:
             if wrong is not None:
                 raise Refusal(*wrong)
             if part.slot is None:
-                crops.append(torch.from_dlpack(views.as_tensor()))
+                crops.append([torch.from_dlpack(row.as_tensor()) for row in made])
             if part.last:
-                return part.work, part.slot or crops
+                return part.work, part.slot or self._by_view(crops)
+
+    def _by_view(self, crops: list[list[Tensor]]) -> dict[str, Tensor]:
+        """[B P S S 3] of each view, from parts of the batch that have [n S S 3] for each row of the plan."""
+        rows = iter([made[0] if len(made) == 1 else torch.cat(made) for made in zip(*crops, strict=True)])
+        return {spec.name: torch.stack([next(rows) for _ in range(spec.count)], 1) for spec in self._feed.views}
 
     def _explain(self, error: Exception) -> Refusal:
         """What DALI stumbled over. It does not say whose bytes it could not decode: try those in flight, one by one.
@@ -356,35 +366,23 @@ def refusal_of(jpeg: np.ndarray, decode: Decode, device_id: int | None) -> str |
     return None
 
 
-def open_dali(
-    *,
-    config: Config,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    start_step: int,
-    total_steps: int,
-    bad_samples: tuple[int, ...] = (),
-    feeds: Callable[..., Feed] = open_feed,
-) -> Pipeline:
+def open_dali(feed: Feed, loader: LoaderConfig, device: torch.device, dtype: torch.dtype, steps: range) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are DALI's threads; compiling is over when this returns."""
-    feed = feeds(config, rank, world_size, bad_samples)
-    loader, threads = config.loader, threads_per_rank(config.loader.threads)
+    threads = threads_per_rank(loader.threads)
     if threads < 1:
         raise ValueError(f"the pipeline dali needs at least 1 thread. Found: {threads}; set --threads 1 or more")
     if device.type == "cuda":
         check_dali(driver_cuda_version(), installed_flavour())
     elif loader.decode == "mixed":
         raise ValueError("decode=mixed needs a GPU, and the device is cpu; set --decode cpu or auto")
-    host_color = color_on_host(config, device)
+    host_color = color_on_host(loader, device)
     arguments = device, dtype, threads
     decode, why = Decode(loader.decode, None), ""
     if loader.decode == "auto":
         ways = candidates(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, host_color)
-        rates = try_out(feed, ways, arguments, host_color, start_step) if len(ways) > 1 else {}
+        rates = try_out(feed, ways, arguments, host_color, steps.start) if len(ways) > 1 else {}
         decode, why = choose(ways, rates)
-    engine = Engine(feed, range(start_step, total_steps), *arguments, decode, host_color)
+    engine = Engine(feed, steps, *arguments, decode, host_color)
     description = (
         f"dali {nvidia.dali.__version__}: decode {decode.describe()}{why}, color on the "
         f"{'host' if host_color else device.type}, {threads} threads, {loader.prefetch} batches ahead, {feed.index.path}"
@@ -392,7 +390,7 @@ def open_dali(
     ahead = Ahead(
         engine.batches(), depth=loader.prefetch, device=device, clock=engine.clock, timeout_s=loader.stall_timeout
     )
-    return Pipeline(ahead, engine.end, feed, description, engine.read)
+    return Pipeline(ahead, engine.end, description, engine.read)
 
 
 def try_out(feed: Feed, ways: list[Decode], arguments: tuple, host_color: bool, start_step: int) -> dict[Decode, float]:
@@ -400,13 +398,14 @@ def try_out(feed: Feed, ways: list[Decode], arguments: tuple, host_color: bool, 
 
     What a trial stumbles over is no verdict on a sample: the way that is taken meets it again, or decodes it.
     """
-    rates, known = dict.fromkeys(ways, 0.0), set(feed.bad)
+    rates = dict.fromkeys(ways, 0.0)
     for way in ways:
         try:
-            rates[way] = _rate(Engine(feed, range(start_step, start_step + 10**6), *arguments, way, host_color))
+            rates[way] = _rate(
+                Engine(copy.copy(feed), range(start_step, start_step + 10**6), *arguments, way, host_color)
+            )
         except (RuntimeError, MemoryError, ShardError) as error:  # no nvJPEG for this driver, say, or too little memory
             LOG.warning("decode %s is left out, it fails: %s", way.describe(), str(error).strip().splitlines()[0])
-        feed.bad = set(known)
     return rates
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from data_prep.index import NO_LABEL, DatasetIndex
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from inscon.plan import Plans, plan_center
+from inscon.config import LoaderConfig
+from inscon.plan import NO_COLOR, BatchPlan, ViewSpec, plan_center
 from pipelines import open_pipeline
 from pipelines.feed import Feed, Work
 
@@ -24,25 +24,14 @@ Engine = Literal["auto", "dali", "ffcv", "reference"]
 """auto: ffcv for a .beton, dali for tar shards; reference where that one is not installed."""
 
 
-class RandomFeed(Feed):
-    """Random crops and flips, epoch after epoch in a new order, as `Feed` but one view."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.num_views = 1
-
-    def plan(self, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> Plans:
-        return Plans(query=super().plan(epoch, sample_ids, sizes).query, key=None, tile=None)
-
-
-class CenterFeed(RandomFeed):
+class CenterFeed(Feed):
     """Center crops in the order of the index, once; the last sample fills up the last step."""
 
     def work(self, step: int) -> Work:
         ids = self._ids(step)
-        sizes = self.index.sizes(ids)
-        plans = Plans(query=plan_center(sizes, self.config.views.view_size), key=None, tile=None)
-        return Work(step=step, epoch=0, sample_ids=ids, sizes=sizes, plans=plans, substituted=0)
+        sizes, [view] = self.index.sizes(ids), self.views
+        plan = BatchPlan(views={view.name: plan_center(sizes, view.size)}, overlaps={})
+        return Work(step=step, epoch=0, sample_ids=ids, sizes=sizes, plan=plan, substituted=0)
 
     def expect(self, step: int) -> None:
         self.index.expect(self._ids(step))
@@ -50,16 +39,6 @@ class CenterFeed(RandomFeed):
     def _ids(self, step: int) -> np.ndarray:
         first = (step * self.world_size + self.rank) * self.batch_size
         return np.minimum(np.arange(first, first + self.batch_size), len(self.index) - 1)
-
-
-def random_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[int, ...] = ()) -> RandomFeed:
-    """See `pipelines.feed.open_feed`."""
-    return RandomFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
-
-
-def center_feed(config: Config, rank: int, world_size: int, bad_samples: tuple[int, ...] = ()) -> CenterFeed:
-    """See `pipelines.feed.open_feed`."""
-    return CenterFeed(config, DatasetIndex.open(config.loader.data), rank, world_size)
 
 
 class LabelledViews:
@@ -102,59 +81,44 @@ class LabelledViews:
         """[n], of every sample."""
         self.num_classes = max(int(self.labels.max()) + 1, 0)
         self.fingerprint, self.view_size = self.index.fingerprint, view_size
-        self._place = {"rank": rank, "world_size": world_size, "device": device, "dtype": dtype}
+        self._ranks = {"rank": rank, "world_size": world_size}
+        self._device = {"device": device, "dtype": dtype}
         # Decoded on the host: trying out what is faster would take longer than many an evaluation, and beside a training.
         self._loader = LoaderConfig(
             data=Path(data), pipeline=_engine(pipeline, self.index), threads=threads, decode="cpu"
         )
         self._batch_size, self._seed = batch_size, seed
         self._count = min(limit or len(self.index), len(self.index))
-        # One candidate, so that the other view, which nobody sees, doesn't decide about this one.
-        self._views = ViewConfig(
-            view_size=view_size, scale=scale, jitter_probability=0.0, gray_probability=0.0, blur_probability=0.0,
-            overlap_candidates=1,
-        )  # fmt: skip
+        self._spec = ViewSpec(name="view", size=view_size, scale=scale, color=NO_COLOR)
 
-    def center_crops(self, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def center_crops(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(pixels [b 3 S S] channels-last on the device, labels [b] int64 on the CPU): this rank's share of every sample, once.
 
-        The shorter side is resized to 256/224 of S, then the center is cut, as ImageNet evaluation does. `done` samples have
-        been seen before and are left out: whole batches of them, for one rank.
+        The shorter side is resized to 256/224 of S, then the center is cut, as ImageNet evaluation does.
         """
-        rank, world = self._place["rank"], self._place["world_size"]
+        rank, world = self._ranks["rank"], self._ranks["world_size"]
         own = max(min(self._batch_size, self._count) // world, 1)
-        first, steps = done // (own * world), -(-self._count // (own * world))
-        with self._open(own * world, center_feed, first, steps) as batches:
-            for step, batch in zip(range(first, steps), batches):
+        steps = -(-self._count // (own * world))
+        with self._open(CenterFeed, own * world, 0, steps) as batches:
+            for step, batch in zip(range(steps), batches):
                 new = min(max(self._count - (step * world + rank) * own, 0), own)
-                seen = max(done - (step * world + rank) * own, 0)
-                if seen < new:
-                    yield batch.query.pixels[seen:new], self.labels[batch.sample_ids[seen:new]]
+                if new:
+                    yield batch.views["view"].pixels[:new], self.labels[batch.sample_ids[:new]]
 
     @contextlib.contextmanager
     def random_crops(self, start_step: int, total_steps: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         """RandomResizedCrop and flip: (pixels [B 3 S S], labels [B]) of steps `start_step` to `total_steps` - 1, whole batches."""
-        with self._open(self._batch_size, random_feed, start_step, total_steps) as batches:
-            yield ((batch.query.pixels, self.labels[batch.sample_ids]) for batch in batches)
+        with self._open(Feed, self._batch_size, start_step, total_steps) as batches:
+            yield ((batch.views["view"].pixels, self.labels[batch.sample_ids]) for batch in batches)
 
     @property
     def steps_per_epoch(self) -> int:
         """Of random crops: what is less than a batch at an epoch's end is left out of it."""
         return len(self.index) // self._batch_size
 
-    def _open(self, batch_size: int, feeds, start_step: int, total_steps: int):
-        config = Config(
-            loader=self._loader, views=self._views, model=ModelConfig(heads=("single",)),
-            optim=OptimConfig(batch_size=batch_size), run=RunConfig(seed=self._seed),
-        )  # fmt: skip
-        return open_pipeline(
-            self._loader.pipeline,
-            config=config,
-            start_step=start_step,
-            total_steps=total_steps,
-            feeds=feeds,
-            **self._place,
-        )
+    def _open(self, kind: type[Feed], batch_size: int, start_step: int, total_steps: int):
+        feed = kind(self.index, (self._spec,), batch_size=batch_size, seed=self._seed, **self._ranks)
+        return open_pipeline(feed, self._loader, start_step=start_step, total_steps=total_steps, **self._device)
 
 
 def joined_classes(train: LabelledViews, val: LabelledViews) -> Tensor:

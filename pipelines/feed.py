@@ -1,29 +1,25 @@
-"""What every engine is fed with and what it hands out: the work of a step, the batch made from it, the open pipeline.
+"""What every engine is fed with and what it hands out: the work of a step, and the open pipeline.
 
 `Feed.work(step)` joins the data set's index, the order of samples and the plan; `Feed.load(step)` adds the bytes; an engine
-makes pixels of them, and `make_batch` makes those a `Batch`. `Pipeline` is what `open_pipeline` returns, for every engine.
+makes pixels of them, and pipelines/finish.py makes those a `Batch`. `Pipeline` is what `open_pipeline` returns, for every engine.
 """
 
 import atexit
-import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from data_prep.index import DatasetIndex, ShardError
-from inscon.batch import Batch, View
-from inscon.config import Config
-from inscon.mosaic import TILES_PER_CANVAS, assemble
-from inscon.plan import Plans, ViewPlan, plan_views
+from inscon.batch import Batch
+from inscon.config import LoaderConfig
+from inscon.plan import BatchPlan, Mosaics, ViewSpec, check_views, plan_views
 from inscon.sampling import EpochOrder
 from pipelines.prefetch import Ahead
-from pipelines.spares import Spares
 
 LOG = logging.getLogger(__name__)
 PLANNED = 256
@@ -41,94 +37,107 @@ class Work:
     """[B] int64."""
     sizes: np.ndarray
     """[B 2] int64, (height, width) of each source image in px, as the index has them."""
-    plans: Plans
+    plan: BatchPlan
     substituted: int
     """How many of the samples stand in for bad ones."""
 
-    @property
-    def views(self) -> tuple[ViewPlan, ...]:
-        """The plans of the views to be made: query, key, and the third one if the mosaic takes it; for evaluation one alone."""
-        return tuple(plan for plan in (self.plans.query, self.plans.key, self.plans.tile) if plan is not None)
-
     def rows(self) -> np.ndarray:
-        """[B V 16] float32: `ViewPlan.rows` of all views of each sample."""
-        return np.stack([plan.rows() for plan in self.views], 1)
+        """[B R 20] float32: `ViewPlan.rows` of all views of each sample, one after the other."""
+        return np.concatenate([plan.rows() for plan in self.plan.views.values()], 1)
 
 
 class Feed:
-    """The work of any step of this rank: a pure function of the step and of the samples known to be bad, so it can be asked in
-    any order and any process.
+    """The work of any step of this rank: a pure function of the step and of which samples are bad, so it can be asked in any order
+    and any process; it may be pickled.
 
     Args:
-        config: resolved for this number of ranks.
         index: an object with `len()` and `sizes(ids)`; in general a `DatasetIndex`.
+        views: what is made of every image.
+        mosaics: which of them lies on mosaics.
+        batch_size: images per step over all ranks.
+        seed: of order and plan.
         rank, world_size: this process among those that share the batch.
+        substitute: let other samples stand in for bad ones; else a bad one raises.
+        memory: steps during which an image should not be seen again, as its key is in a queue: a stand-in that is, is told.
 
     Raises ValueError if the data set is smaller than one batch, or the batch per rank does not fill its mosaics.
     """
 
-    def __init__(self, config: Config, index, rank: int, world_size: int):
-        self.index, self.config, self.rank, self.world_size = index, config, rank, world_size
-        self.order = EpochOrder(len(index), config.optim.batch_size, config.run.seed, config.loader.shuffle_window)
+    def __init__(
+        self,
+        index,
+        views: Sequence[ViewSpec],
+        mosaics: Mosaics | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        substitute: bool = False,
+        memory: int = 0,
+    ):
+        check_views(views, mosaics)
+        self.index, self.views, self.mosaics, self.seed = index, tuple(views), mosaics, seed
+        self.rank, self.world_size = rank, world_size
+        self.order = EpochOrder(len(index), batch_size, seed)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.batch_size = len(self.order.rank_batch(0, rank, world_size))
-        self.wants_mosaic = "multi" in config.model.heads
-        self.num_views = 3 if self.wants_mosaic and config.views.tiles_from == "third" else 2
-        self.bad: set[int] = set()
-        """Ids of samples that cannot be used, as far as they have been met; others stand in for them."""
-        queue_steps = (config.model.queue_size or 0) // config.optim.batch_size
-        self._spares = Spares(self.order, world_size, queue_steps)
-        self._places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
-        self._reading_ahead = False
+        self.batch_size = len(self.order.rank_batches(range(1), rank, world_size)[0])
+        """Of this rank."""
+        self._substitute, self._memory = substitute, memory
+        self._bad: set[int] = set()
         self._planned: dict[int, Work] = {}
-        self._planned_with: set[int] = set()
-        if self.wants_mosaic and self.batch_size % TILES_PER_CANVAS:
+        if mosaics is not None and self.batch_size % 4:
             raise ValueError(
-                f"a mosaic takes {TILES_PER_CANVAS} images, so batch_size must be a multiple of {TILES_PER_CANVAS} times "
-                f"{world_size} rank(s). Found: {config.optim.batch_size}; set --batch-size {4 * world_size} or a multiple"
+                f"a mosaic takes 4 images, so batch_size must be a multiple of 4 times {world_size} rank(s). Found: {batch_size}; "
+                f"set --batch-size {4 * world_size} or a multiple"
             )
 
     def work(self, step: int) -> Work:
-        """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample."""
-        if step not in self._planned or self._planned_with != self.bad:
-            self._plan_from(step)
+        """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample of it, or of a
+        step that is planned with it."""
+        if step not in self._planned:
+            self._planned = self._plan_from(step)
         return self._planned[step]
 
-    def plan(self, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> Plans:
+    def plan(self, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> BatchPlan:
         """What is made of some samples in an epoch; `sizes` as in `Work`."""
-        plans = plan_views(self.config.run.seed, epoch, sample_ids, sizes, self.config.views)
-        return plans if self.num_views == 3 else dataclasses.replace(plans, tile=None)
+        return plan_views(self.seed, epoch, sample_ids, sizes, self.views)
 
-    def _plan_from(self, step: int) -> None:
-        """Plan some steps of an epoch at once: for 256 images that costs a quarter, per image, of what it costs for 32."""
+    def _plan_from(self, step: int) -> dict[int, Work]:
+        """Some steps of an epoch at once: for 256 images that costs a quarter, per image, of what it costs for 32."""
         epoch = self.order.epoch_of(step)
         stop = min(step + max(PLANNED // self.batch_size, 1), (epoch + 1) * self.steps_per_epoch)
-        ids = self.order.rank_batches(range(step, stop), self.rank, self.world_size)
-        substituted = []
-        for of_step, place in zip(ids, range(step, stop), strict=True):
-            try:
-                stand_ins = self._spares.stand_ins(place, self._places, self.bad) if self.bad else {}
-            except ShardError:
-                if place == step:
-                    raise
-                break  # which is for that step to raise
-            for where, sample_id in stand_ins.items():
-                of_step[where - self._places.start] = sample_id
-            substituted.append(len(stand_ins))
-        ids = ids[: len(substituted)]
+        steps = range(step, stop)
+        ids = self.order.rank_batches(steps, self.rank, self.world_size)
+        substituted = [self._stand_in(number, of_step) for number, of_step in zip(steps, ids)]
         sizes = self.index.sizes(ids.ravel())
-        plans = self.plan(epoch, ids.ravel(), sizes)
-        self._planned, self._planned_with = {}, set(self.bad)
-        for number, stood_in in enumerate(substituted):
-            own = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            self._planned[step + number] = Work(
-                step=step + number,
-                epoch=epoch,
-                sample_ids=ids[number],
-                sizes=sizes[own],
-                plans=plans[own],
-                substituted=stood_in,
-            )
+        plan = self.plan(epoch, ids.ravel(), sizes)
+        planned = {}
+        for place, number in enumerate(steps):
+            own = slice(place * self.batch_size, (place + 1) * self.batch_size)
+            planned[number] = Work(
+                step=number, epoch=epoch, sample_ids=ids[place], sizes=sizes[own], plan=plan[own],
+                substituted=substituted[place],
+            )  # fmt: skip
+        return planned
+
+    def _stand_in(self, step: int, sample_ids: np.ndarray) -> int:
+        """Replace the bad ones of a step's samples, in place, each by the first good one of `EpochOrder.stand_ins`; how many."""
+        bad = [place for place, sample_id in enumerate(sample_ids.tolist()) if sample_id in self._bad]
+        for place in bad:
+            candidates = self.order.stand_ins(step, self.rank * self.batch_size + place)
+            good = next(((other, away) for other, away in candidates if other not in self._bad), None)
+            if good is None:
+                raise ShardError(
+                    f"no sample is left to stand in for {self.index.describe(int(sample_ids[place]))}: pack the set again without "
+                    "the bad ones, or set a smaller --batch-size"
+                )
+            if abs(good[1]) <= self._memory:
+                LOG.warning(
+                    "The stand-in of step %d is seen again %d steps away, while its key is queued.", step, good[1]
+                )
+            sample_ids[place] = good[0]
+        return len(bad)
 
     def load(
         self, step: int, memory: np.ndarray | None = None, pixels: bool = False
@@ -153,53 +162,43 @@ class Feed:
                 return work, jpegs, memory
 
     def expect(self, step: int) -> None:
-        """Let the system read ahead what this rank will load for a step; with a shuffle window, what all will load later."""
-        runs = self.order.runs(step, starting=not self._reading_ahead)
-        self._reading_ahead = True
-        for run in runs:
-            self.index.expect(np.asarray(run))
-        if not runs:
-            planned = self._planned.get(step)
-            ids = planned.sample_ids if planned else self.order.rank_batch(step, self.rank, self.world_size)
-            self.index.expect(ids)
+        """Let the system read ahead what this rank will load for a step."""
+        planned = self._planned.get(step)
+        ids = self.order.rank_batches(range(step, step + 1), self.rank, self.world_size)[0]
+        self.index.expect(planned.sample_ids if planned else ids)
 
     def reject(self, sample_id: int, error: ShardError) -> None:
-        """Raise `error`, or, with `on_bad_sample` = substitute, say it and let others stand in for the sample from now on."""
-        if self.config.loader.on_bad_sample == "fail":
+        """Raise `error`; or, where others may stand in, say it and let them do so for the sample from now on."""
+        if not self._substitute:
             raise error
-        self.bad.add(int(sample_id))
+        self._bad, self._planned = self._bad | {int(sample_id)}, {}
         LOG.warning("%s. Another sample stands in for it.", str(error).rstrip("."))
 
 
-def open_feed(config: Config, rank: int, world_size: int, bad_samples: Iterable[int] = ()) -> Feed:
-    """The feed of a data set on disk. ValueError, with the remedy, where there is none.
+class MadeUpIndex:
+    """As much of a `DatasetIndex` as order and plan ask for, for batches of noise: as long as ImageNet-1k, of typical sizes."""
 
-    `bad_samples` are ids of samples known to be bad; with `on_bad_sample` = fail they are tried again, as after a repair.
-    """
-    if config.loader.data is None:
+    fingerprint = "synthetic"
+    path = "noise"
+    _SIZES = np.array([(375, 500), (333, 500), (500, 375), (500, 333), (400, 400), (768, 1024), (180, 240)])
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+    def sizes(self, sample_ids: np.ndarray) -> np.ndarray:
+        return self._SIZES[np.asarray(sample_ids) % len(self._SIZES)]
+
+
+def open_index(loader: LoaderConfig) -> "DatasetIndex | MadeUpIndex":
+    """The data set of a run. ValueError, with the remedy, where there is none."""
+    if loader.pipeline == "synthetic":
+        return MadeUpIndex()
+    if loader.data is None:
         raise ValueError(
             "loader.data is not set: give the folder that data_prep/make_dali.py or make_ffcv.py wrote, --data SHARDS, or take "
             "--pipeline synthetic, which needs none"
         )
-    feed = Feed(config, DatasetIndex.open(config.loader.data), rank, world_size)
-    if config.loader.on_bad_sample == "substitute":
-        feed.bad.update(bad_samples)
-    return feed
-
-
-def make_batch(
-    work: Work, pixels: list[Float[Tensor, "B 3 S S"]], feed: Feed, mosaic: Float[Tensor, "M 3 C C"] | None = None
-) -> Batch:
-    """A `Batch` from the finished `pixels` of `work.views`, on their device; lays the mosaic unless it is given."""
-    device = pixels[0].device
-    if feed.wants_mosaic and mosaic is None:
-        mosaic = assemble(pixels[2] if feed.num_views == 3 else pixels[0], feed.config.views.tile)
-    views = [
-        View(pixels=made, crop_box=to_device(plan.crop_box, device), flipped=to_device(plan.flipped, device))
-        for made, plan in zip(pixels[:2], work.views[:2], strict=True)
-    ]
-    # Where one view is made of each sample (pipelines.evaluation), it is both.
-    return Batch(query=views[0], key=views[-1], mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
+    return DatasetIndex.open(loader.data)
 
 
 class Refusal(Exception):
@@ -245,9 +244,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def color_on_host(config: Config, device: torch.device) -> bool:
+def color_on_host(loader: LoaderConfig, device: torch.device) -> bool:
     """Whether views leave the host finished, or as crops that `pipelines.color` finishes on `device`."""
-    return config.loader.color == "host" or (config.loader.color == "auto" and device.type == "cpu")
+    return loader.color == "host" or (loader.color == "auto" and device.type == "cpu")
 
 
 def threads_per_rank(asked: int | None) -> int:
@@ -259,13 +258,12 @@ def threads_per_rank(asked: int | None) -> int:
 
 
 class Pipeline:
-    """Batches of one rank from `start_step` to `total_steps`, once through; a context manager that ends the engine.
+    """Batches of one rank, once through; a context manager that ends the engine.
 
     Args:
         ahead: yields the batches; closed first.
         end: stops the engine and frees what it holds.
-        feed: what the engine is fed with.
-        description: one line for the log.
+        description: engine, decode device, threads, prefetch and data, one line for the log.
         read: what the engine measures of itself.
     """
 
@@ -273,30 +271,19 @@ class Pipeline:
         self,
         ahead: "Ahead | Iterator[Batch]",
         end: Callable[[], None],
-        feed: Feed,
         description: str,
         read: Callable[[], dict[str, float]] = dict,
     ):
-        self._ahead, self._end, self._feed, self._description, self._read = ahead, end, feed, description, read
-        self.steps_per_epoch = feed.steps_per_epoch
+        self._ahead, self._end, self.description, self._read = ahead, end, description, read
         # For whoever leaves without closing: DALI must not meet threads that still run when the interpreter ends.
         atexit.register(self.close)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._ahead
 
-    def describe(self) -> str:
-        """Engine, decode device, threads, prefetch, data, and the order if it is not one shuffle, in one line."""
-        order = self._feed.order.describe()
-        return f"{self._description}; {order}" if order else self._description
-
     def read(self) -> dict[str, float]:
         """Since the last reading: how ready the queues were and what each stage took, all names beginning with loader_."""
         return (self._ahead.read() if isinstance(self._ahead, Ahead) else {}) | self._read()
-
-    def bad_samples(self) -> list[int]:
-        """Ids of the samples that cannot be used, as far as this rank has met them; for the checkpoint."""
-        return sorted(self._feed.bad)
 
     def close(self) -> None:
         """Stop threads and workers, free buffers; the second call does nothing."""

@@ -30,7 +30,7 @@ from numba import carray, get_num_threads, set_num_threads, types
 from data_prep.beton import METADATA_DTYPE, metadata_of, read_header
 from data_prep.index import BETON_NAME, DatasetIndex, ShardError
 from inscon.batch import Batch
-from inscon.config import Config
+from inscon.config import LoaderConfig
 from inscon.plan import ROW
 from pipelines.color import normalization
 from pipelines.feed import (
@@ -40,7 +40,6 @@ from pipelines.feed import (
     Work,
     color_on_host,
     not_its_pixels,
-    open_feed,
     threads_per_rank,
     undecodable,
     wrong_size,
@@ -167,17 +166,17 @@ class BatchMemory(MemoryManager):
 class ViewDecoder(SimpleRGBImageDecoder):
     """FFCV operation: each picture decoded once, and all its views and mosaic tiles made of it while it is in the cache.
 
-    Memory, as FFCV hands it to operations: rows [B V 16] float32 (`ViewPlan.rows`), places [B 4+2V] int64 (`pipelines.slots`),
+    Memory, as FFCV hands it to operations: rows [B R 20] float32 (`Work.rows`), places [B 3+3R] int64 (`pipelines.slots`),
     tools [2] int64 (decompressor, memory for one decoded picture) and outcome [4] int64, which is also the result: how it
     went, and, of the picture that it did not go well with and where it stopped, place in the batch, height and width found.
 
     Args:
-        view_size: S px.
+        widest: side of the largest view, px.
     """
 
-    def __init__(self, view_size: int):
+    def __init__(self, widest: int):
         super().__init__()
-        self._view_size = view_size
+        self._widest = widest
 
     def declare_state_and_memory(self, previous_state):
         result = np.dtype(np.int64)
@@ -187,9 +186,9 @@ class ViewDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable:
         # numba freezes what it finds around the function, which is meant here.
-        subtract, multiply = (row.ctypes.data for row in normalization(self._view_size))  # whose cache keeps them
+        subtract, multiply = (row.ctypes.data for row in normalization(self._widest))  # whose cache keeps them
         find, render, jpg = self.memory_read, render_at(), IMAGE_MODES["jpg"]
-        read_header, decompress = _read_header, _decompress
+        read_header, decompress, widest = _read_header, _decompress, self._widest
 
         def decode(batch_indices, memory, metadata, storage_state):
             rows, places, tools, outcome = memory
@@ -217,12 +216,12 @@ class ViewDecoder(SimpleRGBImageDecoder):
                 if verdict != FINE:
                     outcome[0], outcome[1], outcome[2], outcome[3] = verdict, place, found[1], found[0]
                     return outcome
-                views = rows.shape[1]
+                count = rows.shape[1]
                 plan, where = (
-                    rows.ctypes.data + place * (4 * ROW * views),
-                    places.ctypes.data + place * (32 + 16 * views),
+                    rows.ctypes.data + place * (4 * ROW * count),
+                    places.ctypes.data + place * (24 + 24 * count),
                 )
-                render(picture, height, width, plan, views, where, subtract, multiply)
+                render(picture, height, width, plan, count, where, subtract, multiply, widest)
             return outcome
 
         decode.is_parallel = False
@@ -230,9 +229,9 @@ class ViewDecoder(SimpleRGBImageDecoder):
 
 
 @functools.cache
-def compile_decoder(view_size: int) -> Callable:
+def compile_decoder(widest: int) -> Callable:
     """FFCV's graph of one `ViewDecoder`: (places in the batch, metadata, state, memory) -> outcome. It releases the GIL."""
-    spec, metadata = PipelineSpec("image", decoder=ViewDecoder(view_size)), np.zeros(1, METADATA_DTYPE)
+    spec, metadata = PipelineSpec("image", decoder=ViewDecoder(widest)), np.zeros(1, METADATA_DTYPE)
     graph = Graph({"image": spec}, {"image": RGBImageField()}, {"image": 0}, metadata, BatchMemory().compile_reader())
     [(stage, [node])], _ = graph.codegen_all(graph.collect_requirements()[1])
 
@@ -300,7 +299,10 @@ class Engine:
         self, feed: Feed, steps: range, device: torch.device, dtype: torch.dtype, threads: int, host_color: bool
     ):
         self._feed, self._steps, self._device = feed, steps, device
-        self._finish, self._run = Finish(feed, device, dtype, host_color), compile_decoder(feed.config.views.view_size)
+        self._finish, self._run = (
+            Finish(feed, device, dtype, host_color),
+            compile_decoder(max(spec.side for spec in feed.views)),
+        )
         self.clock = StageClock()
         self.substituted = 0
         """Samples that stood in for bad ones, in the batches made so far."""
@@ -445,33 +447,17 @@ def check_beton(index: DatasetIndex) -> None:
         )
 
 
-def open_ffcv(
-    *,
-    config: Config,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    start_step: int,
-    total_steps: int,
-    bad_samples: tuple[int, ...] = (),
-    feeds: Callable[..., Feed] = open_feed,
-) -> Pipeline:
+def open_ffcv(feed: Feed, loader: LoaderConfig, device: torch.device, dtype: torch.dtype, steps: range) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` decode; compiling is over when this returns."""
-    feed = feeds(config, rank, world_size, bad_samples)
     check_beton(feed.index)
-    loader, threads, host_color = (
-        config.loader,
-        threads_per_rank(config.loader.threads),
-        color_on_host(config, device),
-    )
+    threads, host_color = threads_per_rank(loader.threads), color_on_host(loader, device)
     if threads < 1:
         raise ValueError(f"the pipeline ffcv needs at least 1 thread. Found: {threads}; set --threads 1 or more")
     if loader.decode == "mixed":
         raise ValueError(
             "the pipeline ffcv decodes on the host, and decode is mixed; set --decode cpu or --pipeline dali"
         )
-    engine = Engine(feed, range(start_step, total_steps), device, dtype, threads, host_color)
+    engine = Engine(feed, steps, device, dtype, threads, host_color)
     description = (
         f"ffcv {importlib.metadata.version('ffcv')}: decode cpu, color on the {'host' if host_color else device.type}, {threads} "
         f"threads, {loader.prefetch} batches ahead, {feed.index.path / BETON_NAME}"
@@ -479,4 +465,4 @@ def open_ffcv(
     ahead = Ahead(
         engine.batches(), depth=loader.prefetch, device=device, clock=engine.clock, timeout_s=loader.stall_timeout
     )
-    return Pipeline(ahead, engine.end, feed, description, engine.read)
+    return Pipeline(ahead, engine.end, description, engine.read)

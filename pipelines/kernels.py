@@ -23,7 +23,7 @@ from numba import carray, cfunc, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, ROW, SATURATION
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, ROW, SATURATION
 
 RESIZE_BITS = 22
 """Fixed point of resize weights, as PIL's for 8-bit channels."""
@@ -62,75 +62,72 @@ except RuntimeError:  # neither beside this file nor in the home folder, as in a
 
 
 @compiled
-def render_views(image, rows, out, color):
-    """Make all views of one picture.
+def render_view(image, row, out, color):
+    """Make one view, or patch, of a picture.
 
     Args:
         image: [H W 3] uint8 RGB, C-contiguous.
-        rows: [V 16] float32, `ViewPlan.rows`; boxes are clamped into the picture, so a wrong one cannot read past it.
-        out: [V S S 3] uint8, C-contiguous, overwritten; S is a multiple of 8.
+        row: [20] float32, of `ViewPlan.rows`; its box is clamped into the picture, so a wrong one cannot read past it.
+        out: [S S 3] uint8, C-contiguous, overwritten; S is a multiple of 8.
         color: bool; False stops after the flip, for when color and blur happen on the device.
     """
-    for view in range(rows.shape[0]):
-        row = rows[view]
-        crop_resize(image, row, out[view])
-        if color:
-            color_view(out[view], row)
-            if row[14] > 0:
-                blur(out[view], row[14])
+    crop_resize(image, row, out)
+    if color:
+        color_view(out, row)
+        if row[14] > 0:
+            blur(out, row[14])
+        if row[15] < NEVER:
+            solarize(out, row[15])
 
 
 @compiled
 def render_into(image, rows, places, subtract, multiply):
-    """`render_views`, with each view written where it belongs in the memory of a batch: no copy of it is made later.
+    """All views of one picture, one after the other, each written where it belongs in the memory of a batch: no copy is made later.
 
     Args:
-        image, rows: as for `render_views`.
-        places: [4 + 2V] int64, a row of `pipelines.slots.Slot.places`: the side S of a view in px; 1 for color; 1 if levels
-            become normalized float32 (S is then a multiple of 16, and addresses are of 64), 0 if they stay uint8; bytes
-            from a row of the mosaic's canvas to the next; then for each view the addresses of its `[S S 3]` block and of its
+        image: as for `render_view`.
+        rows: [R 20] float32.
+        places: [3 + 3R] int64, a row of `pipelines.slots.Slot.places`: 1 for color; 1 if levels become normalized float32
+            (sides are then multiples of 16, and addresses are of 64), 0 if they stay uint8; bytes from a row of the mosaic's
+            canvas to the next; then for each row of the plan its side S, the address of its `[S S 3]` block and that of its
             tile's first pixel on the canvas, 0 for none.
-        subtract, multiply: [3 S] float32, `pipelines.color.normalization` of a row of pixels.
+        subtract, multiply: [3 W] float32, `pipelines.color.normalization` of a row of W pixels, the widest side at least.
     """
-    side = places[0]
-    made = np.empty((1, side, side, 3), np.uint8)
-    for view in range(rows.shape[0]):
-        block, tile = places[4 + 2 * view], places[5 + 2 * view]
-        if places[2]:
-            render_views(image, rows[view : view + 1], made, places[1] != 0)
+    for number in range(rows.shape[0]):
+        side, block, tile = places[3 + 3 * number], places[4 + 3 * number], places[5 + 3 * number]
+        if places[1]:
+            made = np.empty((side, side, 3), np.uint8)
+            render_view(image, rows[number], made, places[0] != 0)
             for y in range(side):
-                _normalize_row(made[0, y].reshape(-1), subtract, multiply, block, tile)
+                _normalize_row(made[y].reshape(-1), subtract, multiply, block, tile)
                 block += 12 * side if block else 0
-                tile += places[3] if tile else 0
+                tile += places[2] if tile else 0
             _fence()
         else:
-            levels = carray(pointer_to(block), (1, side, side, 3), np.uint8)
-            render_views(image, rows[view : view + 1], levels, places[1] != 0)
+            render_view(image, rows[number], carray(pointer_to(block), (side, side, 3), np.uint8), places[0] != 0)
 
 
 @functools.cache
 def render_at():
-    """`render_into` as a C function of addresses: (image, height, width, rows, V, places, subtract, multiply).
+    """`render_into` as a C function of addresses: (image, height, width, rows, R, places, subtract, multiply, W).
 
     For code that another library compiles around it: called by address it is taken from numba's cache as it is, where a call
     by name has the whole kernel optimised anew, 6 seconds each time.
     """
-    compiled_at = cfunc("void(int64, int64, int64, int64, int64, int64, int64, int64)", nopython=True, cache=True)(
-        _render_at
-    )
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(compiled_at.address)
+    compiled_at = cfunc(f"void({', '.join(['int64'] * 9)})", nopython=True, cache=True)(_render_at)
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)(compiled_at.address)
     function.code = compiled_at  # which goes with the last reference
     return function
 
 
-def _render_at(image, height, width, rows, views, places, subtract, multiply):
-    place = carray(pointer_to(places), 4 + 2 * views, np.int64)
+def _render_at(image, height, width, rows, count, places, subtract, multiply, widest):
     picture, plan = (
         carray(pointer_to(image), (height, width, 3), np.uint8),
-        carray(pointer_to(rows), (views, ROW), np.float32),
+        carray(pointer_to(rows), (count, ROW), np.float32),
     )
-    low = carray(pointer_to(subtract), 3 * place[0], np.float32)
-    factor = carray(pointer_to(multiply), 3 * place[0], np.float32)
+    place = carray(pointer_to(places), 3 + 3 * count, np.int64)
+    low = carray(pointer_to(subtract), 3 * widest, np.float32)
+    factor = carray(pointer_to(multiply), 3 * widest, np.float32)
     render_into(picture, plan, place, low, factor)
 
 
@@ -198,7 +195,8 @@ def _copy(source, out):
 
 @compiled
 def crop_resize(image, row, out):
-    """Cut `row[0:4]` from `image [H W 3]`, resize it to `out [S S 3]`, S a multiple of 8, as PIL's BILINEAR, mirror it if `row[4]`.
+    """Cut `row[0:4]` from `image [H W 3]`, resize it to `row[16]` px square as PIL's BILINEAR, mirror it if `row[4]`; of that,
+    `out [S S 3]` is what lies from `row[17:19]` (x, y) on. S is a multiple of 8; only what shows is computed.
 
     Crop first, resize second: no pixel from outside of the crop bleeds in. The order of the two passes shows in the last
     bit; it follows Pillow 13, which starts with the columns where the height shrinks by more than twice what the width
@@ -209,18 +207,24 @@ def crop_resize(image, row, out):
     y0 = min(max(int(round(row[1])), 0), height - 1)
     x1 = min(max(int(round(row[2])), x0 + 1), width)
     y1 = min(max(int(round(row[3])), y0 + 1), height)
-    side = out.shape[0]
+    side, size, left, top = out.shape[0], int(row[16]), int(row[17]), int(row[18])
     source, made = image.reshape(height, 3 * width), out.reshape(side, 3 * side)
-    flipped = row[4] != 0
-    if y1 - y0 > side and y1 - y0 - side > 2 * (x1 - x0 - side):
+    across, across_weights = resize_weights(x1 - x0, size)
+    if row[4] != 0:
+        across, across_weights = across[::-1].copy(), across_weights[::-1].copy()
+    across, across_weights = across[left : left + side], across_weights[left : left + side]
+    down, down_weights = resize_weights(y1 - y0, size)
+    down, down_weights = down[top : top + side], down_weights[top : top + side]
+    if y1 - y0 > size and y1 - y0 - size > 2 * (x1 - x0 - size):
         short = np.empty((side, 3 * (x1 - x0)), np.uint8)
-        _resize_columns(source, y0, y1, 3 * x0, short)
-        wide = _resize_rows(short, 0, side, 0, x1 - x0, side, flipped)
+        _resize_columns(source, y0, 3 * x0, down, down_weights, short)
+        wide = _resize_rows(short, 0, side, 0, x1 - x0, across, across_weights)
         for y in range(side):
             _copy(wide[y], made[y])
     else:
-        wide = _resize_rows(source, y0, y1, 3 * x0, x1 - x0, side, flipped)
-        _resize_columns(wide, 0, y1 - y0, 0, made)
+        first, last = down[0], down[side - 1] + down_weights.shape[1]
+        wide = _resize_rows(source, y0 + first, y0 + last, 3 * x0, x1 - x0, across, across_weights)
+        _resize_columns(wide, -first, 0, down, down_weights, made)
 
 
 @compiled
@@ -340,14 +344,12 @@ def _weigh_block(typingctx, pixels, first, weights, x, out):
 
 
 @compiled
-def _resize_rows(source, top, bottom, left, width, side, flipped):
-    """`width` px from byte `left` on of rows `top` to `bottom` of `source`, mirrored if `flipped`.
+def _resize_rows(source, top, bottom, left, width, first, weights):
+    """`width` px from byte `left` on of rows `top` to `bottom` of `source`, by `resize_weights`.
 
     [bottom - top + 8, 3 side + 8]: the last 8 bytes of a row and the last 8 rows are rubbish.
     """
-    first, weights = resize_weights(width, side)
-    if flipped:
-        first, weights = first[::-1].copy(), weights[::-1].copy()
+    side = first.shape[0]
     flat, length = source.reshape(-1), source.shape[1]
     pixels = np.empty((width, ROWS_AT_ONCE), np.uint32)  # side by side, what one vector takes
     starts = np.empty(ROWS_AT_ONCE, np.int64)
@@ -370,9 +372,8 @@ def _resize_rows(source, top, bottom, left, width, side, flipped):
 
 
 @compiled
-def _resize_columns(source, top, bottom, left, out):
-    """Rows `top` to `bottom` of `source`, from byte `left` on -> out [S n]."""
-    first, weights = resize_weights(bottom - top, out.shape[0])
+def _resize_columns(source, top, left, first, weights, out):
+    """Rows from `top` on of `source`, from byte `left` on, by `resize_weights` -> out [S n]."""
     right, taps = left + out.shape[1], weights.shape[1]
     sums = np.empty(out.shape[1], np.int32)
     for y in range(out.shape[0]):
@@ -429,6 +430,15 @@ def color_view(view, row):
             shift_hue(view, row[13])
         elif operation == GRAY:
             saturate(view, np.float32(0.0))
+
+
+@compiled
+def solarize(view, threshold):
+    """Invert the levels of `view [S S 3]` uint8 from `threshold` on, as PIL's ImageOps.solarize; in place."""
+    flat = view.reshape(-1)
+    limit = np.uint8(threshold)
+    for i in range(flat.shape[0]):
+        flat[i] = flat[i] if flat[i] < limit else np.uint8(255 - flat[i])
 
 
 @compiled

@@ -149,8 +149,5 @@ class Ahead:
 
 def _belongs_to(batch: Batch, stream: torch.cuda.Stream) -> None:
     """The memory of a batch was taken on the side stream; the allocator must know who reads it."""
-    for view in (batch.query, batch.key):
-        for tensor in (view.pixels, view.crop_box, view.flipped):
-            tensor.record_stream(stream)
-    if batch.mosaic is not None:
-        batch.mosaic.record_stream(stream)
+    for tensor in batch.tensors():
+        tensor.record_stream(stream)

@@ -4,12 +4,10 @@
 RandomGrayscale, GaussianBlur (PIL's, radius = sigma). The loader around it is a plain torch DataLoader.
 """
 
-import dataclasses
 import io
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,23 +17,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.index import RAW, DatasetIndex
-from inscon.config import Config
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NOTHING, SATURATION, ViewPlan
+from inscon.config import LoaderConfig
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, NOTHING, SATURATION, ViewPlan
 from inscon.workers import alive, shared, worker_init
-from pipelines.color import color_views, normalize
 from pipelines.feed import (
     Feed,
     Pipeline,
     Refusal,
     Work,
     color_on_host,
-    make_batch,
     not_its_pixels,
-    open_feed,
     threads_per_rank,
     undecodable,
     wrong_size,
 )
+from pipelines.finish import Finish
 
 COLOR = {
     NOTHING: lambda image, factor: image,
@@ -48,17 +44,18 @@ COLOR = {
 """Code of an operation -> function of a PIL image and a factor."""
 
 
-def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, color: bool = True) -> Image.Image:
-    """Row `i` of `plan` applied to a whole RGB picture: the view as an RGB picture of `view_size` px square.
+def render_view(image: Image.Image, plan: ViewPlan, i: int, color: bool = True) -> Image.Image:
+    """Row `i` of a flat `plan` applied to a whole RGB picture: the view, or the patch of it, as an RGB picture.
 
-    Without `color` it ends with the flip.
+    Without `color` it ends with the flip and the cut.
     """
     x0, y0, x1, y1 = (int(edge) for edge in plan.crop_box[i])
-    view = F.resized_crop(
-        image, y0, x0, y1 - y0, x1 - x0, [view_size, view_size], F.InterpolationMode.BILINEAR, antialias=True
-    )
+    size = [plan.size, plan.size]
+    view = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, size, F.InterpolationMode.BILINEAR, antialias=True)
     if plan.flipped[i]:
         view = F.hflip(view)
+    left, top = (int(edge) for edge in plan.offset[i])
+    view = view.crop((left, top, left + plan.side, top + plan.side))
     if not color:
         return view
     for operation in plan.color_ops[i]:
@@ -66,7 +63,7 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, view_size: int, colo
         view = COLOR[int(operation)](view, factor)
     if plan.blur_sigma[i] > 0:
         view = view.filter(ImageFilter.GaussianBlur(radius=float(plan.blur_sigma[i])))
-    return view
+    return F.solarize(view, int(plan.solarize[i])) if plan.solarize[i] < NEVER else view
 
 
 def decode(index: DatasetIndex, sample_id: int, stored: np.ndarray) -> Image.Image:
@@ -91,8 +88,8 @@ def picture_of(index: DatasetIndex, sample_id: int) -> Image.Image:
         raise refusal.args[1] from None
 
 
-def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, Tensor, dict[str, float]]:
-    """The work of a step, its views [V B S S 3] uint8, and the seconds that stages took. Bad samples go to `Feed.reject`."""
+def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, dict[str, Tensor], dict[str, float]]:
+    """The work of a step, [B P S S 3] uint8 of each view, and the seconds that stages took. Bad samples go to `Feed.reject`."""
     spent = {"read": 0.0, "decode": 0.0}
     while True:
         start = time.perf_counter()
@@ -107,36 +104,28 @@ def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, Tensor, dict[
             feed.reject(*refusal.args)
 
 
-def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], color: bool) -> Tensor:
-    side = feed.config.views.view_size
-    views = np.empty((len(work.views), feed.batch_size, side, side, 3), np.uint8)
+def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], color: bool) -> dict[str, Tensor]:
+    specs, plans = feed.views, {name: plan.flat() for name, plan in work.plan.views.items()}
+    views = {s.name: np.empty((len(jpegs), s.count, s.side, s.side, 3), np.uint8) for s in specs}
     for i, (sample_id, jpeg) in enumerate(zip(map(int, work.sample_ids), jpegs, strict=True)):
         image = decode(feed.index, sample_id, jpeg)
         wrong = wrong_size(feed.index, work, i, np.array([[image.height, image.width]]))
         if wrong is not None:
             raise Refusal(*wrong)
-        for view, plan in zip(views, work.views, strict=True):
-            view[i] = render_view(image, plan, i, side, color)
-    return torch.from_numpy(views)
+        for spec in specs:
+            for number in range(spec.count):
+                views[spec.name][i, number] = render_view(image, plans[spec.name], i * spec.count + number, color)
+    return {name: torch.from_numpy(view) for name, view in views.items()}
 
 
 class _Steps(Dataset):
-    """Item `step` is everything one step needs, so that the plan of a batch is drawn in one go.
+    """Item `step` is everything one step needs, so that the plan of a batch is drawn in one go."""
 
-    A bad sample is an error here, whatever `on_bad_sample` says: who stands in for it depends on all that were met so far,
-    and only the process that has seen every step knows them.
-    """
-
-    def __init__(self, feed: Feed, color: bool, feeds: Callable[..., Feed]):
-        loader = dataclasses.replace(feed.config.loader, on_bad_sample="fail")
-        self._open = dataclasses.replace(feed.config, loader=loader), feed.rank, feed.world_size
-        self._color, self._feed, self._feeds = color, None, feeds
+    def __init__(self, feed: Feed, color: bool):
+        self._feed, self._color = feed, color
 
     def __getitem__(self, step: int):
         try:
-            if self._feed is None:
-                # A worker opens the shards itself when the first step is asked for, where a failure can be told as any other.
-                self._feed = self._feeds(*self._open)
             return render_step(self._feed, step, self._color)
         except ValueError as error:
             # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
@@ -144,51 +133,35 @@ class _Steps(Dataset):
 
 
 def open_reference(
-    *,
-    config: Config,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    start_step: int,
-    total_steps: int,
-    bad_samples: tuple[int, ...] = (),
-    feeds: Callable[..., Feed] = open_feed,
+    feed: Feed, loader: LoaderConfig, device: torch.device, dtype: torch.dtype, steps: range
 ) -> Pipeline:
     """See `pipelines.open_pipeline`. `loader.threads` are worker processes here; 0 works in this process."""
-    feed, host_color = feeds(config, rank, world_size, bad_samples), color_on_host(config, device)
-    workers = threads_per_rank(config.loader.threads)
+    host_color, workers = color_on_host(loader, device), threads_per_rank(loader.threads)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
-    loader = DataLoader(
-        _Steps(feed, host_color, feeds),
+    made_ahead = DataLoader(
+        _Steps(feed, host_color),
         batch_size=None,
-        sampler=range(start_step, total_steps),
+        sampler=steps,
         num_workers=workers,
         # The DataLoader counts per worker; at least one batch each, or the worker idles.
-        prefetch_factor=max(config.loader.prefetch // workers, 1) if workers else None,
+        prefetch_factor=max(loader.prefetch // workers, 1) if workers else None,
         # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads can hang.
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=worker_init,
         collate_fn=shared,
         pin_memory=device.type == "cuda",
     )
+    finish = Finish(feed, device, dtype, host_color)
 
     def batches():
-        waited = alive(loader, "the pipeline reference", config.loader.stall_timeout, "fewer --threads (0: no workers)")
-        for step, made in zip(range(start_step, total_steps), waited):
-            if isinstance(made, ValueError) and config.loader.on_bad_sample == "fail":
+        waited = alive(made_ahead, "the pipeline reference", loader.stall_timeout, "fewer --threads (0: no workers)")
+        for made in waited:
+            if isinstance(made, ValueError):
                 raise made
-            if isinstance(made, ValueError) or (feed.bad and feed.work(step).substituted):
-                made = render_step(feed, step, host_color)
             work, views, spent = made
             start = time.perf_counter()
-            views = views.to(device, non_blocking=True)
             counted["loader_substituted"] += work.substituted
-            if host_color:
-                pixels = [normalize(view, dtype) for view in views]
-            else:
-                pixels = [color_views(view, plan, dtype) for view, plan in zip(views, work.views, strict=True)]
-            batch = make_batch(work, pixels, feed)
+            batch = finish(work, views)
             since.update(spent | {"finish": time.perf_counter() - start, "steps": 1})
             yield batch
 
@@ -200,8 +173,6 @@ def open_reference(
 
     since: Counter[str] = Counter()
     counted = {"loader_substituted": 0.0}
-    description = (
-        f"reference: PIL decode on the cpu, {workers} workers, prefetch {config.loader.prefetch}, {feed.index.path}"
-    )
+    description = f"reference: PIL decode on the cpu, {workers} workers, prefetch {loader.prefetch}, {feed.index.path}"
     # The DataLoader's workers end with its iterator, which the generator holds and closing it frees.
-    return Pipeline(batches(), lambda: None, feed, description, read)
+    return Pipeline(batches(), lambda: None, description, read)

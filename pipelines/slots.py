@@ -9,24 +9,26 @@ picture goes, so that no pixel is copied on its way to the batch, and the mosaic
     pixels = slot.hand_out()     # tensors; when the last of them is gone, the slot is free again
 """
 
+import math
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from inscon.plan import ViewSpec
 
 
 class Slots:
     """The slots of one pipeline.
 
     Args:
+        views: what is made of each image; each view becomes a block `[B P S S 3]` of its own.
         batch_size: B images.
-        view_size: S px.
-        views: V, how many views of each image are made.
-        kept: which of these become a `[B 3 S S]` tensor of their own.
-        tiles: which view lies on mosaics of 2S px, or None for no mosaic.
+        tiles: the view that also lies on mosaics of 2S px, or None for no mosaic.
         normalized: float32, ready for the model; else uint8.
         color: whether the kernel applies color and blur.
         pinned: page-locked, for copies to a GPU that nobody waits for.
@@ -34,22 +36,26 @@ class Slots:
 
     def __init__(
         self,
-        *,
+        views: Sequence[ViewSpec],
         batch_size: int,
-        view_size: int,
-        views: int,
-        kept: tuple[int, ...],
-        tiles: int | None,
+        *,
+        tiles: str | None,
         normalized: bool,
         color: bool,
         pinned: bool = False,
     ):
         assert batch_size % 4 == 0 or tiles is None
-        self.batch_size, self.view_size, self.views, self.kept, self.tiles = batch_size, view_size, views, kept, tiles
+        self.views, self.batch_size, self.tiles = tuple(views), batch_size, tiles
         self.normalized, self.color, self.pinned = normalized, color, pinned
         self.dtype = np.dtype(np.float32 if normalized else np.uint8)
-        self.view_bytes = 3 * view_size**2 * self.dtype.itemsize
-        self.num_bytes = self.view_bytes * batch_size * (len(kept) + (tiles is not None))
+        shapes = {spec.name: (batch_size, spec.count, spec.side, spec.side, 3) for spec in views}
+        if tiles is not None:
+            side = 2 * shapes[tiles][2]
+            shapes[""] = (batch_size // 4, side, side, 3)
+        ends = np.cumsum([math.prod(shape) * self.dtype.itemsize for shape in shapes.values()]).tolist()
+        self.blocks = dict(zip(shapes, zip([0, *ends], ends, shapes.values())))
+        """Name of a view, "" of the mosaics -> (first byte, behind the last byte, shape)."""
+        self.num_bytes = ends[-1]
         self.allocated = 0
         self._free: deque[Slot] = deque()
 
@@ -76,26 +82,27 @@ class Slot:
         else:
             self.bytes = huge_pages(slots.num_bytes)
         self.places = _places(slots, self.bytes.ctypes.data)
-        """[B, 4 + 2V] int64, see `pipelines.kernels.render_into`."""
+        """[B, 3 + 3R] int64, see `pipelines.kernels.render_into`."""
 
     @property
     def memory(self) -> Tensor:
         """[bytes] uint8, all of it."""
         return torch.from_numpy(self.bytes)
 
-    def hand_out(self) -> tuple[list[Tensor], Tensor | None]:
-        """The kept views `[B S S 3]` and the mosaics `[M 2S 2S 3]`; the slot is taken until all of them are gone."""
+    def hand_out(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The views `[B P S S 3]` and the mosaics `[M 2S 2S 3]`; the slot is taken until all of them are gone."""
         lent = self.bytes.view()
         weakref.finalize(lent, self._slots.give_back, self).atexit = False
         return self.tensors(torch.from_numpy(lent))
 
-    def tensors(self, memory: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def tensors(self, memory: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """As `hand_out`, of a copy of its `memory`, or of that itself, without a claim on the slot."""
-        s = self._slots
-        parts = memory.view(torch.float32 if s.normalized else torch.uint8).chunk(len(s.kept) + (s.tiles is not None))
-        views = [part.view(s.batch_size, s.view_size, s.view_size, 3) for part in parts[: len(s.kept)]]
-        canvas = (s.batch_size // 4, 2 * s.view_size, 2 * s.view_size, 3)
-        return views, parts[-1].view(canvas) if s.tiles is not None else None
+        dtype = torch.float32 if self._slots.normalized else torch.uint8
+        found = {
+            name: memory[start:end].view(dtype).view(shape) for name, (start, end, shape) in self._slots.blocks.items()
+        }
+        mosaic = found.pop("", None)
+        return found, mosaic
 
 
 def huge_pages(size: int) -> np.ndarray:
@@ -107,16 +114,19 @@ def huge_pages(size: int) -> np.ndarray:
 
 
 def _places(slots: Slots, start: int) -> np.ndarray:
-    side, pixel = slots.view_size, 3 * slots.dtype.itemsize
-    canvas_row = 2 * side * pixel
-    places = np.zeros((slots.batch_size, 4 + 2 * slots.views), np.int64)
-    places[:, 0:4] = side, slots.color, slots.normalized, canvas_row
-    image = np.arange(slots.batch_size)
-    for number, view in enumerate(slots.kept):
-        places[:, 4 + 2 * view] = start + (number * slots.batch_size + image) * slots.view_bytes
-    if slots.tiles is not None:
-        canvas, tile = divmod(image, 4)
-        down, right = divmod(tile, 2)
-        first = start + len(slots.kept) * slots.batch_size * slots.view_bytes
-        places[:, 5 + 2 * slots.tiles] = first + (canvas * 2 * side + down * side) * canvas_row + right * side * pixel
-    return places
+    pixel, image = 3 * slots.dtype.itemsize, np.arange(slots.batch_size)
+    columns = [np.array([slots.color, slots.normalized, 0])[None].repeat(slots.batch_size, 0)]
+    for spec in slots.views:
+        block = start + slots.blocks[spec.name][0]
+        for number in range(spec.count):
+            first = block + (image * spec.count + number) * spec.side**2 * pixel
+            tile = np.zeros_like(image)
+            if spec.name == slots.tiles:
+                canvas_row = 2 * spec.side * pixel
+                columns[0][:, 2] = canvas_row
+                canvas, (down, right) = image // 4, divmod(image % 4, 2)
+                tile = (
+                    start + slots.blocks[""][0] + (canvas * 2 + down) * spec.side * canvas_row + right * canvas_row // 2
+                )
+            columns.append(np.stack([np.full_like(image, spec.side), first, tile], 1))
+    return np.ascontiguousarray(np.concatenate(columns, 1), np.int64)

@@ -1,9 +1,9 @@
-"""Side by side, for any number of checkpoints: what the trunk looks at on given pictures, as one PNG (the paper's Fig. 3).
+"""Side by side, for any number of checkpoints: what the backbone looks at on given pictures, as one PNG (the paper's Fig. 3).
 
     python scripts/attention_maps.py --runs runs/moco runs/inscon --pictures a.jpg b.jpg --out attention.png
 
 A column per run (a run folder, a checkpoint or an exported file; "random" is the first one's network before training), a row
-per picture. What is shown is where res5 is strong: the sum of squares over its channels (`inscon.transfer.attention`).
+per picture. What is shown is where a map is strong: the sum of squares over its channels (`inscon.transfer.attention`).
 """
 
 import io
@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw
 
 from data_prep.pictures import BadPicture, read_picture
 from inscon import guard
-from inscon.encoder import Trunk
-from inscon.transfer.attention import attention, heat
-from inscon.transfer.export import any_trunk
+from inscon.nn.backbones import Backbone
+from inscon.transfer.attention import STAGES, attention, heat
+from inscon.transfer.export import any_backbone
 from pipelines.color import MEAN, STD
 
 GAP, TITLE = 8, 18
@@ -32,7 +32,7 @@ GAP, TITLE = 8, 18
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """One picture of what trunks look at."""
+    """One picture of what backbones look at."""
 
     runs: tuple[str, ...]
     """Run folders, checkpoints or exported files, one column each; "random" for the first one's network before training."""
@@ -42,38 +42,43 @@ class AttentionConfig:
     """The PNG."""
     side: int = 448
     """Shorter side that the network sees, px; both sides are rounded to multiples of 32."""
-    stage: Literal["res4", "res5"] = "res5"
-    """Whose strength is shown."""
+    stage: Literal["res4", "res5"] | None = None
+    """Whose strength is shown: the map of stride 16 or 32 px. None: the last map of each backbone."""
 
 
 def main(config: AttentionConfig) -> Path:
     if config.side < 64:
-        raise ValueError(f"side must be at least 64 px, two features of res5. Found: {config.side}; set --side 448")
+        raise ValueError(
+            f"side must be at least 64 px, two cells of a ResNet's last map. Found: {config.side}; set --side 448"
+        )
     guard.check_output_file(config.out)
-    columns = [(name, trunk_of(name, config.runs)) for name in config.runs]
+    columns = [(name, backbone_of(name, config)) for name in config.runs]
     rows = [picture_of(path, config.side) for path in config.pictures]
     cells = [
-        [np.asarray(picture)] + [overlaid(picture, trunk, config.stage) for _, trunk in columns] for picture in rows
+        [np.asarray(picture)] + [overlaid(picture, backbone, config.stage) for _, backbone in columns]
+        for picture in rows
     ]
     sheet = draw(cells, ["picture", *(name for name, _ in columns)])
     encoded = io.BytesIO()
     sheet.save(encoded, Image.registered_extensions().get(config.out.suffix.lower(), "PNG"))
     with guard.whole_file(config.out) as file:
         file.write(encoded.getvalue())
+    shown = config.stage or "the last map"
     print(
-        f"{config.out}: {len(rows)} pictures, {len(columns)} trunks; bright is where {config.stage} is strong (sum of squares)"
+        f"{config.out}: {len(rows)} pictures, {len(columns)} backbones; bright is where {shown} is strong (sum of squares)"
     )
     return config.out
 
 
-def trunk_of(name: str, runs: tuple[str, ...]) -> Trunk:
-    """The trunk of a column."""
-    if name != "random":
-        return any_trunk(Path(name))[0]
-    real = [run for run in runs if run != "random"]
-    if not real:
+def backbone_of(name: str, config: AttentionConfig) -> Backbone:
+    """The backbone of a column. ValueError where it has no such stage."""
+    real = next((run for run in config.runs if run != "random"), None)
+    if real is None:
         raise ValueError('runs must name a run whose network "random" is before training. Found: random alone')
-    return any_trunk(Path(real[0]), untrained=True)[0]
+    backbone, _ = any_backbone(Path(real if name == "random" else name), untrained=name == "random")
+    if config.stage is not None:
+        backbone.check_stride(STAGES[config.stage], "--stage", f"{name}'s backbone")
+    return backbone
 
 
 def picture_of(path: Path, side: int) -> Image.Image:
@@ -89,11 +94,11 @@ def picture_of(path: Path, side: int) -> Image.Image:
     return picture.resize(size, Image.BILINEAR)
 
 
-def overlaid(picture: Image.Image, trunk: Trunk, stage: str) -> np.ndarray:
-    """[H W 3] uint8: the picture in gray, and over it where the trunk is strong."""
+def overlaid(picture: Image.Image, backbone: Backbone, stage: str | None) -> np.ndarray:
+    """[H W 3] uint8: the picture in gray, and over it where the backbone is strong."""
     levels = torch.from_numpy(np.array(picture)).float() / 255
     pixels = ((levels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
-    strength = attention(trunk, pixels, stage)[0]
+    strength = attention(backbone, pixels, STAGES.get(stage))[0]
     shown = 0.45 * levels.mean(-1, keepdim=True) + 0.55 * heat(strength)
     return (255 * shown.clamp(0, 1)).byte().numpy()
 

@@ -1,4 +1,4 @@
-"""A trained trunk for detection and segmentation: the query encoder's, written for another library and read back.
+"""A trained backbone for detection and segmentation: written for another library, and read back.
 
     python scripts/export.py --run RUN_DIR --format torchvision --out r50.pth      # also loads into timm and mmdet
     python scripts/export.py --run RUN_DIR --format timm --out r50.safetensors
@@ -6,7 +6,8 @@
     python scripts/export.py --run RUN_DIR --format torchvision --out r50.pth --norm-batches 200 --data SHARDS
     python scripts/export.py --run RUN_DIR --check r50.pth                         # is this file that run's?
 
-torchvision: `model.fc = torch.nn.Identity(); model.load_state_dict(torch.load("r50.pth"))`. timm: `num_classes=0`.
+torchvision: `model.fc = torch.nn.Identity(); model.load_state_dict(torch.load("r50.pth"))`. timm, also for its own networks:
+`timm.create_model(NAME, num_classes=0).load_state_dict(torch.load("r50.pth"))`.
 """
 
 import sys
@@ -22,8 +23,8 @@ import torch
 
 from inscon import guard
 from inscon.transfer import export
+from inscon.transfer.backbone import load_backbone, load_contents
 from inscon.transfer.statistics import estimate
-from inscon.transfer.trunk import load_contents, load_trunk
 from pipelines.evaluation import Engine, LabelledViews
 
 
@@ -34,7 +35,7 @@ class ExportConfig:
     run: Annotated[Path, tyro.conf.arg(aliases=("--checkpoint",))]
     """A run folder, whose newest checkpoint is taken, or a checkpoint file."""
     format: Literal["torchvision", "timm", "mmdet", "detectron2"] = "torchvision"
-    """Whose names and file format."""
+    """Whose names and file format; a network of timm's is written for timm alone."""
     out: Path | None = None
     """The file: .pkl for detectron2, .pth for the others, .safetensors for torchvision and timm."""
     norm_batches: int = 0
@@ -53,7 +54,7 @@ def main(config: ExportConfig) -> dict:
     if config.check:
         contents, file = load_contents(config.run)
         facts = export.check(config.check, contents)
-        print(f"{config.check} is the query encoder's trunk of {file}, step {facts['step']}, for {facts['format']}.")
+        print(f"{config.check} is the backbone of {file}, step {facts['step']}, for {facts['format']}.")
         return facts
     if config.out is None:
         raise ValueError("out is not set: where to, say --out r50.pth")
@@ -63,9 +64,11 @@ def main(config: ExportConfig) -> dict:
     facts = export.export(config.run, config.format, config.out, statistics, count)
     tensors, _ = export.read(config.out)
     print(
-        f"{config.out}: {len(tensors)} tensors of the query encoder's trunk for {config.format}, step {facts['step']} of "
-        f"{facts['config']['run']['run_dir']}, read back and equal."
+        f"{config.out}: {len(tensors)} tensors of the {facts['config']['model']['backbone']} for {config.format}, step "
+        f"{facts['step']} of {facts['config']['run']['run_dir']}, read back and equal."
     )
+    if facts["untrained"]:
+        print(f"Never trained, for no map depends on them: {', '.join(facts['untrained'])}.")
     return facts
 
 
@@ -73,15 +76,15 @@ def estimate_statistics(config: ExportConfig) -> tuple[dict[str, torch.Tensor], 
     """BatchNorm's buffers over `norm_batches` batches of the crops the run was trained on, without their colors."""
     if config.data is None:
         raise ValueError("norm_batches needs pictures: set --data SHARDS, or --norm-batches 0")
-    trunk, settings = load_trunk(config.run)
+    backbone, settings = load_backbone(config.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = LabelledViews(
         config.data, settings["views"]["view_size"], config.batch_size, config.pipeline, device=device,
         scale=tuple(settings["views"]["scale"]), labels_needed=False,
     )  # fmt: skip
-    trunk = trunk.to(device=device, memory_format=torch.channels_last)
+    backbone = backbone.to(device=device, memory_format=torch.channels_last)
     with views.random_crops(0, config.norm_batches) as batches:
-        return estimate(trunk, (pixels for pixels, _ in batches))
+        return estimate(backbone, (pixels for pixels, _ in batches))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """k nearest neighbors on the frozen features of a run, beside the same network before training.
 
 python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS
-python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS --keep features   # goes on where it stopped
 """
 
-import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,10 @@ import torch
 from rich.progress import Progress
 
 from inscon import guard
+from inscon.nn.backbones import check_side
 from inscon.precision import choose_precision
 from inscon.transfer import knn
-from inscon.transfer.export import any_trunk, digest
+from inscon.transfer.export import any_backbone
 from pipelines.evaluation import Engine, LabelledViews, joined_classes
 
 
@@ -49,23 +48,18 @@ class KnnConfig:
     threads: int | None = None
     """Of the loader. None: the cores."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of the trunk."""
-    keep: Path | None = None
-    """Folder that keeps the features (float16) while they are made; a second call goes on from there."""
+    """Of the backbone."""
 
 
-def main(config: KnnConfig) -> None:
-    with guard.only_process(config.keep, "--keep") if config.keep else contextlib.nullcontext():
-        evaluate(config)
-
-
-def evaluate(config: KnnConfig) -> dict[str, float]:
+def main(config: KnnConfig) -> dict[str, float]:
+    """Shares of the validation pictures, 0..1, by "untrained" and "trained"."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(config.precision, device)
     scores, sets = {}, None
     for name in ("untrained", "trained") if config.untrained else ("trained",):
-        trunk, facts = any_trunk(config.run, untrained=name == "untrained")
+        backbone, facts = any_backbone(config.run, untrained=name == "untrained")
         side = config.view_size or facts["config"]["views"]["view_size"]
+        check_side(facts["config"]["model"]["backbone"], side)
         sets = sets or [
             LabelledViews(
                 data, side, config.batch_size, config.pipeline, threads=config.threads, device=device,
@@ -75,7 +69,7 @@ def evaluate(config: KnnConfig) -> dict[str, float]:
         ]  # fmt: skip
         joined = joined_classes(*sets)
         (bank, bank_labels), (queries, labels) = (
-            features_of(trunk, views, f"{name}-{which}", config, device, precision.autocast_dtype)
+            features_of(backbone, views, f"{name}-{which}", device, precision.autocast_dtype)
             for which, views in zip(("train", "val"), sets, strict=True)
         )
         labels = joined[labels]
@@ -84,20 +78,12 @@ def evaluate(config: KnnConfig) -> dict[str, float]:
     return scores
 
 
-def features_of(trunk, views: LabelledViews, name: str, config: KnnConfig, device, amp_dtype):
+def features_of(backbone, views: LabelledViews, name: str, device, amp_dtype):
     """Unit features and labels of a set, with a bar."""
-    count = len(views.index)
     with Progress(transient=True) as progress:
-        bar = progress.add_task(name, total=count)
-        if config.keep is None:
-            crops = views.center_crops()
-            told = (progress.advance(bar, len(labels)) or (pixels, labels) for pixels, labels in crops)
-            return knn.features(trunk, told, device, amp_dtype)
-        identity = f"{digest(trunk.state_dict())} {views.fingerprint} {views.view_size} {amp_dtype}"
-        return knn.kept_features(
-            config.keep, name, trunk, lambda done: views.center_crops(done), count, identity, device, amp_dtype,
-            lambda done: progress.update(bar, completed=done),
-        )  # fmt: skip
+        bar = progress.add_task(name, total=len(views.index))
+        told = (progress.advance(bar, len(labels)) or (pixels, labels) for pixels, labels in views.center_crops())
+        return knn.features(backbone, told, device, amp_dtype)
 
 
 if __name__ == "__main__":

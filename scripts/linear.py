@@ -21,8 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from inscon import distributed, guard
+from inscon.nn.backbones import check_side
 from inscon.precision import choose_precision
-from inscon.transfer.export import any_trunk
+from inscon.transfer.export import any_backbone
 from inscon.transfer.linear import Probe, Protocol
 from pipelines.evaluation import Engine, LabelledViews, joined_classes
 
@@ -57,7 +58,7 @@ class LinearConfig:
     threads: int | None = None
     """Of the loader, per rank. None: its share of the cores."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of the trunk; the layer is always trained in float32."""
+    """Of the backbone; the layer is always trained in float32."""
     seed: int = 0
     """Of the layer's start, the order and the crops."""
 
@@ -99,15 +100,16 @@ def open_sets(config: LinearConfig, side: int, device, dtype) -> tuple[LabelledV
 
 def probe(config: LinearConfig, device) -> None:
     console, rank = Console(), distributed.rank()
-    trunk, facts = any_trunk(config.checkpoint, config.untrained)
+    backbone, facts = any_backbone(config.checkpoint, config.untrained)
     side = config.view_size or facts["config"]["views"]["view_size"]
+    check_side(facts["config"]["model"]["backbone"], side)
     precision = choose_precision(config.precision, device)
     train, val, joined = open_sets(config, side, device, precision.pixel_dtype)
     protocol = Protocol(
         num_classes=train.num_classes, epochs=config.epochs, batch_size=config.batch_size, base_lr=config.base_lr,
         seed=config.seed,
     )  # fmt: skip
-    run = Probe(trunk, protocol, config.out, device, train.fingerprint, precision.autocast_dtype)
+    run = Probe(backbone, protocol, config.out, device, train.fingerprint, precision.autocast_dtype)
     if rank == 0:
         rescaled = (
             "" if protocol.lr == protocol.base_lr else f" (the protocol's {protocol.base_lr:g} is for 256 images)"
@@ -139,13 +141,13 @@ def probe(config: LinearConfig, device) -> None:
             print(f"Stopped after {where}; {config.out / 'probe.pt'} keeps it. The same command goes on.")
         return
     result = {
-        "what": facts["what"], "step": facts["step"], "trunk": run.before, "protocol": protocol.__dict__ | {"lr": protocol.lr},
+        "what": facts["what"], "step": facts["step"], "backbone": run.before, "protocol": protocol.__dict__ | {"lr": protocol.lr},
         "view_size": side, "pictures": {"train": len(train.index), "val": len(val.index)}, **found,
     }  # fmt: skip
     if rank == 0:
         with guard.whole_file(config.out / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode() + b"\n")
-        print(f"linear probe: {100 * found['top1']:.1f} % of {len(val.index)} pictures; trunk unchanged.")
+        print(f"linear probe: {100 * found['top1']:.1f} % of {len(val.index)} pictures; backbone unchanged.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Draw what the method sees: sources with both crops, the two views with their matched cells, and a mosaic.
+"""Draw what a method sees: sources with their crops, the views of each, what two views share, and mosaics.
 
     python scripts/show_views.py --data SHARDS --out views.png
-    python scripts/show_views.py --data SHARDS --out views.png --recipe imagenet_r50 --step 0 --pipeline reference
+    python scripts/show_views.py --data SHARDS --out views.png --method moco --step 0 --pipeline reference
 
-The plan is a pure function, so this is exactly what step N of a run with the same seed and batch size trains on. Cells
-with the same number and color in the two views of a row are positives of each other. Any setting of the recipe is a flag.
+The plan is a pure function, so this is exactly what step N of a run with the same seed and batch size trains on. Where two views
+must overlap, a grid of cells lies over what they share: cells with the same number and color show the same part of the source.
+A jigsaw's patches stand in a row. Any setting of the recipe is a flag.
 """
 
 import argparse
@@ -20,15 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
 from inscon import guard
-from inscon.batch import Batch, View
-from inscon.config import Config, resolve
-from inscon.geometry import find_overlap
+from inscon.batch import Batch
+from inscon.methods.method import resolve
 from pipelines import open_pipeline
 from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
-from scripts.train import parse
+from scripts.train import feed_of, parse
 
-QUERY, KEY, GAP = "#ff4040", "#40a0ff", 8
+GAP = 8
 LEAST_SIDE = 192
 """Smaller views are enlarged by a whole number of times, so that the cells' numbers can be read."""
 
@@ -38,6 +38,7 @@ def options() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, default=Path("views.png"))
     own.add_argument("--step", type=int, default=0)
     own.add_argument("--images", type=int, default=4)
+    own.add_argument("--cells", type=int, default=3, help="per side of the grid over what two views share")
     return own
 
 
@@ -47,58 +48,47 @@ def main(arguments: list[str]) -> Path:
     if config.loader.data is None:
         raise ValueError("there is nothing to draw without shards; set --data SHARDS")
     guard.check_output_file(chosen.out)
-    with open_pipeline(
-        config.loader.pipeline, config=config, start_step=chosen.step, total_steps=chosen.step + 1
-    ) as loader:
+    feed = feed_of(config)
+    with open_pipeline(feed, config.loader, start_step=chosen.step, total_steps=chosen.step + 1) as loader:
         batch = next(iter(loader))
-    picture = draw(batch, DatasetIndex.open(config.loader.data), config, min(chosen.images, batch.size))
-    encoded = io.BytesIO()
-    picture.save(encoded, Image.registered_extensions().get(chosen.out.suffix.lower(), "PNG"))
+    images = min(chosen.images, batch.size)
+    sheet, encoded = draw(batch, feed.index, images, chosen.cells), io.BytesIO()
+    sheet.save(encoded, Image.registered_extensions().get(chosen.out.suffix.lower(), "PNG"))
     with guard.whole_file(chosen.out) as file:
         file.write(encoded.getvalue())
-    print(f"{chosen.out}: {min(chosen.images, batch.size)} images of step {chosen.step} and their mosaic")
+    print(f"{chosen.out}: {images} images of step {chosen.step}: source, {', '.join(batch.views)}")
     return chosen.out
 
 
-def draw(batch: Batch, index: DatasetIndex, config: Config, images: int) -> Image.Image:
-    """The whole picture: one row per image (source, query view, key view), the mosaic of the first four at the right."""
-    zoom = -(-LEAST_SIDE // config.views.view_size)
-    side = zoom * config.views.view_size
-    overlap = _overlap(batch, config)
-    mosaic = None if batch.mosaic is None else to_image(batch.mosaic[0], zoom)
-    width = 4 * side + 3 * GAP + (0 if mosaic is None else mosaic.width + GAP)
-    height = max(images * (side + GAP), 0 if mosaic is None else mosaic.height)
-    sheet = Image.new("RGB", (width, height), "white")
-    for row in range(images):
-        top = row * (side + GAP)
-        boxes = {QUERY: batch.query.crop_box[row], KEY: batch.key.crop_box[row]}
-        sheet.paste(source(index, int(batch.sample_ids[row]), boxes, (2 * side, side)), (0, top))
-        for column, (view, box) in enumerate(((batch.query, overlap.query_box), (batch.key, overlap.key_box))):
-            cells = with_cells(view, row, box[row], config.model.cell_grid, QUERY if column == 0 else KEY, zoom)
-            sheet.paste(cells, (2 * side + GAP + column * (side + GAP), top))
-    if mosaic is not None:
-        sheet.paste(mosaic, (width - mosaic.width, 0))
-    return sheet
+def draw(batch: Batch, index: DatasetIndex, images: int, cells: int) -> Image.Image:
+    """The whole sheet: a row per image (source; two by two the views that overlap; the other views), a mosaic below."""
+    frames = dict(zip(batch.views, colors(len(batch.views))))
+    rows = []
+    for number in range(images):
+        paired = [
+            draw_view(batch, name, number, frames[name], box[number] if overlap.weight[number] > 0 else None, cells)
+            for pair, overlap in batch.overlaps.items()
+            for name, box in zip(pair, (overlap.first_box, overlap.second_box))
+        ]
+        names = {name for pair in batch.overlaps for name in pair}
+        others = [draw_view(batch, name, number, frames[name]) for name in frames if name not in names]
+        height = max(view.height for view in paired + others)
+        boxes = {frame: batch.views[name].crop_box[number] for name, frame in frames.items()}
+        source = draw_source(index, int(batch.sample_ids[number]), boxes, (2 * height, height))
+        rows.append(beside([source, *paired, *others], first_width=2 * height))
+    return below(rows if batch.mosaic is None else [*rows, to_image(batch.mosaic[0], zoom_of(batch.mosaic))])
 
 
-def _overlap(batch: Batch, config: Config):
-    v = config.views
-    boxes = batch.query.crop_box, batch.query.flipped, batch.key.crop_box, batch.key.flipped
-    return find_overlap(*boxes, v.view_size, v.overlap_min_side, v.overlap_min_iou)
+def colors(count: int) -> list[tuple[int, int, int]]:
+    """As many, as different as can be."""
+    return [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(n / count, 0.9, 1.0)) for n in range(count)]
 
 
-def to_image(pixels, zoom: int = 1) -> Image.Image:
-    """Normalized [3 H W] back to a picture, enlarged `zoom` times."""
-    levels = pixels.float().cpu().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
-    picture = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
-
-
-def source(index: DatasetIndex, sample_id: int, boxes: dict[str, object], size: tuple[int, int]) -> Image.Image:
-    """The source picture, fitted into `size`, with its crop boxes."""
-    picture = picture_of(index, sample_id)
-    scale = min(size[0] / picture.width, size[1] / picture.height)
-    fitted = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
+def draw_source(index: DatasetIndex, sample_id: int, boxes: dict, size: tuple[int, int]) -> Image.Image:
+    """The source image, fitted into `size`, with crop boxes by color."""
+    image = picture_of(index, sample_id)
+    scale = min(size[0] / image.width, size[1] / image.height)
+    fitted = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)))
     pen = ImageDraw.Draw(fitted)
     for color, box in boxes.items():
         x0, y0, x1, y1 = (float(edge) * scale for edge in box)
@@ -106,29 +96,60 @@ def source(index: DatasetIndex, sample_id: int, boxes: dict[str, object], size: 
     return fitted
 
 
-def with_cells(view: View, row: int, box, grid: int, frame: str, zoom: int) -> Image.Image:
-    """One view with the cells of its overlap, numbered as the loss pairs them: a flipped view's columns run backwards."""
-    picture = to_image(view.pixels[row], zoom)
-    pen = ImageDraw.Draw(picture)
-    x0, y0, x1, y1 = (float(edge) * zoom for edge in box)
-    width, height = (x1 - x0) / grid, (y1 - y0) / grid
-    for p in range(grid):
-        for q in range(grid):
-            column = grid - 1 - q if bool(view.flipped[row]) else q
-            left, top = x0 + column * width, y0 + p * height
-            hue = colorsys.hsv_to_rgb((p * grid + q) / grid**2, 0.9, 1.0)
-            color = tuple(round(255 * c) for c in hue)
-            pen.rectangle((left, top, left + width - 1, top + height - 1), outline=color)
-            pen.text(
-                (left + width / 2, top + height / 2),
-                str(p * grid + q + 1),
-                fill=color,
-                anchor="mm",
-                stroke_width=1,
-                stroke_fill="black",
-            )
-    pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=frame, width=2)
-    return picture
+def draw_view(batch: Batch, name: str, number: int, frame: tuple, shared=None, cells: int = 0) -> Image.Image:
+    """One view of an image, or its patches in a row, framed; with cells over the box `shared` [4], px of the view, if given."""
+    view = batch.views[name]
+    if view.pixels.ndim == 5:
+        drawn = beside([to_image(patch) for patch in view.pixels[number]])
+    else:
+        zoom = zoom_of(view.pixels)
+        drawn = to_image(view.pixels[number], zoom)
+        if shared is not None:
+            draw_cells(drawn, [float(edge) * zoom for edge in shared], cells, bool(view.flipped[number]))
+    ImageDraw.Draw(drawn).rectangle((0, 0, drawn.width - 1, drawn.height - 1), outline=frame, width=2)
+    return drawn
+
+
+def zoom_of(pixels) -> int:
+    return -(-LEAST_SIDE // pixels.shape[-1])
+
+
+def draw_cells(image: Image.Image, box: list[float], cells: int, flipped: bool) -> None:
+    """A grid over `box`, numbered as a loss pairs them: a flipped view's columns run backwards."""
+    pen, shades = ImageDraw.Draw(image), colors(cells**2)
+    width, height = (box[2] - box[0]) / cells, (box[3] - box[1]) / cells
+    for number, color in enumerate(shades):
+        row, column = divmod(number, cells)
+        left = box[0] + (cells - 1 - column if flipped else column) * width
+        top = box[1] + row * height
+        pen.rectangle((left, top, left + width - 1, top + height - 1), outline=color)
+        middle = left + width / 2, top + height / 2
+        pen.text(middle, str(number + 1), fill=color, anchor="mm", stroke_width=1, stroke_fill="black")
+
+
+def to_image(pixels, zoom: int = 1) -> Image.Image:
+    """Normalized [3 H W] back to an image, enlarged `zoom` times."""
+    levels = pixels.float().cpu().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
+    image = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
+    return image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+
+
+def beside(images: list[Image.Image], first_width: int = 0) -> Image.Image:
+    """In a row, GAP px apart; the first one takes `first_width` px at least."""
+    widths = [max(first_width, images[0].width), *(image.width for image in images[1:])]
+    row = Image.new("RGB", (sum(widths) + GAP * (len(images) - 1), max(image.height for image in images)), "white")
+    for number, image in enumerate(images):
+        row.paste(image, (sum(widths[:number]) + GAP * number, 0))
+    return row
+
+
+def below(images: list[Image.Image]) -> Image.Image:
+    """One below the other, GAP px apart."""
+    heights = [image.height for image in images]
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(heights) + GAP * (len(images) - 1)), "white")
+    for number, image in enumerate(images):
+        sheet.paste(image, (0, sum(heights[:number]) + GAP * number))
+    return sheet
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Pre-train InsCon.
+"""Pre-train a backbone without labels.
 
     python scripts/train.py --pipeline dali --data SHARDS                            # one GPU, or a CPU
     torchrun --nproc_per_node=8 scripts/train.py --pipeline dali --data SHARDS       # eight GPUs
+    python scripts/train.py --method moco --backbone convnext_tiny --data SHARDS     # another method, another network
     python scripts/train.py --recipe smoke --data SHARDS --epochs 5                  # any field of a recipe is a flag
 
-`--recipe` is imagenet_r50 (the default), moco_v2, moco_v1, smoke, or r1 to r8 (docs/reproduce.md); `--help` lists every
-setting with its reason.
+`--recipe` is imagenet_r50 (the default), moco_v2, moco_v1, smoke, or r2 to r8 (docs/reproduce.md). `--method` starts from the
+defaults of a method instead, whose own settings are flags too; `--help` lists every setting with its reason.
 """
 
 import argparse
@@ -20,23 +21,56 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inscon import distributed, guard, train
-from inscon.config import RECIPES, Config, resolve
+from inscon import distributed, guard, methods, train
+from inscon.config import Config
+from inscon.methods.method import resolve
+from inscon.recipes import GONE, RECIPES
 from inscon.transfer import knn
 from pipelines import open_pipeline
 from pipelines.evaluation import LabelledViews
-from pipelines.facts import DataFacts, data_facts
+from pipelines.feed import Feed, open_index
+
+RENAMED = {
+    "--arch": "--backbone", "--colour": "--color", "--grey-first": "--gray-first", "--no-grey-first": "--no-gray-first",
+    "--grey-probability": "--gray-probability", "--gradient-wire": "--gradient-compression",
+}  # fmt: skip
+"""Flags of before -> as they are called now."""
+REMOVED = {
+    "--cut": "a step is always cut into passes", "--compile": "it gained nothing", "--no-compile": "it gained nothing",
+    "--shuffle-window": "every epoch is one shuffle of the whole set",
+}  # fmt: skip
 
 
 def parse(arguments: list[str]) -> Config:
-    """The recipe named by --recipe, with every flag on top."""
+    """The recipe named by --recipe, or the defaults of --method, with every flag on top."""
+    refuse_old_flags(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=RECIPES, default="imagenet_r50")
+    first.add_argument("--recipe", choices=[*RECIPES, *GONE])
+    first.add_argument("--method")
     chosen, rest = first.parse_known_args(arguments)
+    if chosen.recipe in GONE:
+        raise ValueError(f"the recipe {chosen.recipe} was another name; set --recipe {GONE[chosen.recipe]}")
+    start = RECIPES[chosen.recipe or "imagenet_r50"]()
+    if chosen.method is not None:
+        settings = methods.settings_of(chosen.method)
+        if chosen.recipe is not None and type(start.method) is not settings:
+            raise ValueError(f"the recipe {chosen.recipe} is not of the method {chosen.method}; set one of the two")
+        if chosen.recipe is None:
+            start = Config(method=settings())
     return tyro.cli(
-        Config, default=RECIPES[chosen.recipe](), args=rest, prog="scripts/train.py", description=__doc__,
+        Config[type(start.method)], default=start, args=rest, prog="scripts/train.py", description=__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )  # fmt: skip
+
+
+def refuse_old_flags(arguments: list[str]) -> None:
+    """ValueError, with what to write, for a flag that was renamed or removed."""
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in RENAMED:
+            raise ValueError(f"{flag} is called {RENAMED[flag]} now")
+        if flag in REMOVED:
+            raise ValueError(f"{flag} is gone, {REMOVED[flag]}: leave it out")
 
 
 def main(arguments: list[str]) -> None:
@@ -45,38 +79,45 @@ def main(arguments: list[str]) -> None:
         raise ValueError("run_dir must be a folder for this run; set --run-dir runs/NAME")
     device = distributed.start()
     try:
-        world_size = distributed.world_size()
-        config = resolve(config, world_size)
-        facts = data_facts(config)
+        config = resolve(config, distributed.world_size())
+        feed = feed_of(config)
         with distributed.hold(config.run.run_dir, "--run-dir"):
-            run(config, facts, device)
+            run(config, feed, device)
     finally:
         distributed.stop()
 
 
-def run(config: Config, facts: DataFacts, device: torch.device) -> None:
+def feed_of(config: Config) -> Feed:
+    """The work of this rank, for a resolved `config`."""
+    return Feed(
+        open_index(config.loader), config.method.view_specs(config.views), config.method.mosaics(),
+        batch_size=config.optim.batch_size, seed=config.run.seed, rank=distributed.rank(), world_size=distributed.world_size(),
+        substitute=config.loader.on_bad_sample == "substitute", memory=config.method.memory(config.optim.batch_size),
+    )  # fmt: skip
+
+
+def run(config: Config, feed: Feed, device: torch.device) -> None:
     """From the newest checkpoint, if any, to the end or a stop; the run folder is this process's own."""
-    training = train.set_up(config, device, facts.fingerprint)
-    total_steps = config.optim.epochs * facts.steps_per_epoch
+    training = train.set_up(config, device, feed.index.fingerprint)
+    total_steps = config.optim.epochs * feed.steps_per_epoch
     if config.optim.max_steps is not None:
         total_steps = min(total_steps, config.optim.max_steps)
     if training.step >= total_steps:
         print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
         return
     with open_pipeline(
-        config.loader.pipeline, config=config, rank=distributed.rank(), world_size=distributed.world_size(), device=device,
-        dtype=training.precision.pixel_dtype, start_step=training.step, total_steps=total_steps,
-        bad_samples=training.bad_samples,
+        feed, config.loader, device=device, dtype=training.precision.pixel_dtype, start_step=training.step,
+        total_steps=total_steps,
     ) as loader:  # fmt: skip
         if distributed.rank() == 0:
-            print(loader.describe())
+            print(loader.description)
         monitor = knn_monitor(training)
-        if train.train(training, loader, facts.steps_per_epoch, total_steps, telemetry=loader, monitor=monitor):
+        if train.train(training, loader, feed.steps_per_epoch, total_steps, telemetry=loader, monitor=monitor):
             guard.ignore_stops()
 
 
 def knn_monitor(training: train.Training) -> train.Monitor | None:
-    """What evaluates the trunk during training, if `eval_data` is set; the sentence about data that won't do comes at once."""
+    """What evaluates the backbone during training, if `eval_data` is set; the sentence about data that won't do comes at once."""
     config, device = training.config, training.device
     if config.run.eval_data is None:
         return None
@@ -87,10 +128,10 @@ def knn_monitor(training: train.Training) -> train.Monitor | None:
     )  # fmt: skip
 
     def evaluate(leave_off: Callable[[], bool]) -> dict[str, float]:
-        trunk, amp_dtype = training.model.query_encoder.trunk, training.precision.autocast_dtype
+        amp_dtype = training.precision.autocast_dtype
         with contextlib.closing(views.center_crops()) as crops:
             batches = itertools.takewhile(lambda _: not leave_off(), crops)
-            return {"knn": knn.monitor(trunk, batches, device, amp_dtype)}
+            return {"knn": knn.monitor(training.method.backbone, batches, device, amp_dtype)}
 
     return evaluate
 

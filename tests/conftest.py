@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 pytest.register_assert_rewrite("tests.inscon.test_train")  # whose helpers other tests import
 
-MODULES = ("batch", "encoder", "geometry", "key_queue", "loss", "model", "mosaic", "norm", "pooling", "transfer")
+MODULES = ("batch", "geometry", "methods", "nn", "transfer")
 CHECKED = [*(f"inscon.{name}" for name in MODULES), "pipelines.color", "pipelines.feed"]
 """Where tensors are passed. Settings are left out: what they refuse themselves is tested with wrong types."""
 

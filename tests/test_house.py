@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: {"inscon.geometry", "inscon.batch", "inscon.philox", "inscon.clock", "inscon.guard", "inscon.workers"},
-    1: {"inscon.config", "inscon.plan", "inscon.sampling", "inscon.mosaic", "data_prep.index"},
+    0: {"inscon.geometry", "inscon.batch", "inscon.clock", "inscon.guard", "inscon.workers"},
+    1: {"inscon.config", "inscon.plan", "inscon.sampling", "data_prep.index"},
     2: {
-        "inscon.model", "inscon.encoder", "inscon.heads", "inscon.pooling", "inscon.norm", "inscon.key_queue", "inscon.loss",
-        "inscon.optim", "inscon.distributed", "inscon.precision", "inscon.host_memory",
-        "data_prep.sources", "data_prep.pictures", "data_prep.beton", "data_prep.pack", "data_prep.verify",
-        "data_prep.make_dali", "data_prep.make_ffcv", "data_prep.make_scenes",
+        "inscon.nn", "inscon.gradients", "inscon.optim", "inscon.distributed", "inscon.precision", "inscon.host_memory",
+        "data_prep",
     },
-    3: {"pipelines"},
-    4: {"inscon.train", "inscon.meters", "inscon.profiling", "inscon.checkpoint", "inscon.health", "inscon.transfer"},
+    3: {"pipelines", "inscon.methods"},
+    4: {
+        "inscon.recipes", "inscon.train", "inscon.meters", "inscon.report", "inscon.checkpoint", "inscon.health",
+        "inscon.transfer",
+    },
     5: {"scripts"},
 }  # fmt: skip
 ONE_PLACE = {
@@ -64,6 +65,56 @@ def test_imports_point_down(path):
             assert there <= here, f"{path} (floor {here}) imports {name} (floor {there})"
         if name.partition(".")[0] == "inscon" and module_name(path).startswith("pipelines"):
             assert there is None or there <= 1, f"{path}: pipelines know the plan and the batch, not {name}"
+        if name.partition(".")[0] == "pipelines":
+            assert not module_name(path).startswith("inscon.methods"), f"{path}: methods take batches from anywhere"
+
+
+METHODS = {path.stem for path in (ROOT / "inscon/methods").glob("*.py")} - {"__init__", "method"}
+METHODS_HOME = ("inscon/methods/", "inscon/recipes.py")
+
+
+def knows_a_method(tree: ast.AST) -> list[str]:
+    """Where code knows one method from another: by its module, by its name, or by asking a method or a model what it is."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [
+                a.name for a in node.names if a.name.startswith(tuple(f"inscon.methods.{name}" for name in METHODS))
+            ]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [name for name in names if name in {f"inscon.methods.{name}" for name in METHODS}]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name):
+            asked = node.args[0]
+            called = getattr(asked, "id", getattr(asked, "attr", None))
+            if node.func.id in ("isinstance", "issubclass", "hasattr", "getattr") and called in ("method", "model"):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Compare):
+            constants = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
+            if any(isinstance(part, ast.Constant) and part.value in METHODS for part in constants):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in SOURCES if not str(p.relative_to(ROOT)).startswith(METHODS_HOME)],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_methods_are_known_by_their_protocol_alone(path):
+    assert not knows_a_method(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("code", [
+    "from inscon.methods import moco", "from inscon.methods.inscon import InsCon", "import inscon.methods.moco as m",
+    "isinstance(training.method, InsCon)", "hasattr(method, 'queues')", "getattr(self.model, 'key_encoder', None)",
+    "name == 'moco'", "config.method.name in ('inscon', 'moco')",
+])  # fmt: skip
+def test_the_check_above_notices(code):
+    assert len(knows_a_method(ast.parse(code))) >= 1
+    assert not knows_a_method(
+        ast.parse("from inscon.methods.method import Method\nmethod.prepare(batch)\nname == 'dali'")
+    )
 
 
 @pytest.mark.parametrize("engine", ONE_PLACE)
@@ -85,38 +136,75 @@ def test_no_script_shadows_a_standard_module():
 
 
 def tour(readme: str) -> set[str]:
-    """Paths named in the README's tree of rooms: a room at the start of a line, its files indented or beside it."""
+    """Rooms and files named in the README's tour: a room at the start of a line, what it holds beside it or indented below."""
     block = next(part for part in readme.split("```") if part.lstrip().startswith("inscon/"))
     found, room = set(), ""
     for line in block.strip().splitlines():
-        if not line.startswith(" "):
-            room = line.split()[0]
-            found.add(room.rstrip("/"))
-        elif line.split()[0].endswith("/"):
-            found |= {room + line.split()[0] + name for name in re.findall(r"\b\w+\.py\b", line)}
-            continue
-        first = re.findall(r"\b[\w-]+\.(?:py|md)\b", line) if not line.startswith(" ") else [line.split()[0]]
-        found |= {room + name for name in first}
+        first = line.split()[0]
+        room = room if line.startswith(" ") else first
+        folder = (room + first if line.startswith(" ") else room) if first.endswith("/") else room
+        found |= {folder.rstrip("/")} | {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
     return found
 
 
-def test_the_readmes_tour_is_the_house():
+def test_the_readme_is_short_and_its_tour_is_the_house():
     readme = (ROOT / "README.md").read_text()
+    assert 400 <= len(readme.split()) <= 600
     named = tour(readme)
-    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
-    assert not missing
-    empty = {p for p in SOURCES if not p.read_text().strip()}
-    left_out = {str(p.relative_to(ROOT)) for p in SOURCES if p not in empty} - named
-    assert not left_out
-    mentioned = set(re.findall(r"\b(?:inscon|pipelines|data_prep|scripts|tests|benchmarks|docs)/[\w./-]*\w", readme))
-    assert len(mentioned) > 5 and all((ROOT / name).exists() for name in mentioned)
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+    rooms = {path.parent.relative_to(ROOT) for path in SOURCES} | {
+        Path(name) for name in ("benchmarks", "docs", "tests")
+    }
+    assert {str(room) for room in rooms if len(room.parts) <= 2} <= named
     assert {"make demo", "make test"} <= set(re.findall(r"make \w+", readme))
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {
+    path: path.read_text() for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "inscon/plan.py"]
+}
+OF_OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shm_size", "no_build_isolation", "num_gpus",
+             "config_file", "help"}  # fmt: skip
+"""Flags of torchrun, docker, pip, detectron2 and of every program."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_a_page_names_exists(page):
+    """Its links, the project's files, and, but for the page of changes, the flags: each is a field or a flag of a program."""
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    if page.name == "changes.md":
+        return
+    files = re.findall(r"\b(?:inscon|pipelines|data_prep|scripts|tests|benchmarks|docs)/[\w./-]*\w", text)
+    assert not [name for name in files if not (ROOT / name).exists()]
+    names = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)} - OF_OTHERS
+    everything = "\n".join([*PROGRAMS.values(), *text.split("```python")[1:]])
+    assert not [
+        name
+        for name in sorted(names)
+        if not re.search(rf"\b{name.removeprefix('no_')}: |[\"']--{name.replace('_', '-')}[\"']", everything)
+    ]
+
+
 def test_every_setting_has_a_reason():
-    tree = ast.parse((ROOT / "inscon/config.py").read_text())
-    for group in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for field, following in zip(group.body, group.body[1:]):
-            if isinstance(field, ast.AnnAssign) and group.name != "Config":
-                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                assert documented, f"{group.name}.{field.target.id} has no docstring"
+    """Those of the groups, of every method, and of the colors, which are flags too."""
+    groups = [(path, "Settings") for path in sorted((ROOT / "inscon/methods").glob("*.py"))]
+    groups += [(ROOT / "inscon/plan.py", "ColorSpec"), (ROOT / "inscon/config.py", "Config")]
+    seen = 0
+    for path, ending in groups:
+        for group in (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)):
+            if not group.name.endswith(ending) or group.name == "Config":
+                continue
+            for field, following in zip(group.body, group.body[1:]):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{path.name}: {group.name}.{field.target.id} has no docstring"
+                    seen += 1
+    assert seen > 60
+
+
+def test_every_package_is_installed():
+    listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+    rooms = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == rooms

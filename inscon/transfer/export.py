@@ -1,8 +1,8 @@
-"""A trained trunk as a file for torchvision, timm, mmdet or detectron2: written, described, read back and compared.
+"""A trained backbone as a file for torchvision, timm, mmdet or detectron2: written, described, read back and compared.
 
-torchvision, timm and mmdet name a ResNet's tensors alike, so their file is the same plain dictionary; detectron2 has names of
-its own and wants a pickle of NumPy arrays. It is always the query encoder's trunk, with BatchNorm's statistics. What it was
-made from travels in the file: an attribute `inscon` of the dictionary (.pth), the header (.safetensors), an entry (.pkl).
+torchvision, timm and mmdet name a ResNet's tensors alike, so their file is the same plain dictionary; detectron2 has names of its
+own and wants a pickle of NumPy arrays. timm's networks are written for timm. What it was made from travels in the file: an
+attribute `inscon` of the dictionary (.pth), the header (.safetensors), an entry (.pkl).
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,8 @@ import xxhash
 from torch import Tensor, nn
 
 from inscon import checkpoint, guard
-from inscon.encoder import Trunk
-from inscon.transfer.trunk import PREFIX, load_contents, untrained_trunk
+from inscon.nn.backbones import TORCHVISION, Backbone, build_backbone
+from inscon.transfer.backbone import backbone_tensors, load_contents, untrained_backbone
 
 SUFFIXES = {
     "torchvision": (".pth", ".safetensors"),
@@ -31,9 +31,10 @@ SUFFIXES = {
     "detectron2": (".pkl",),
 }
 """Format -> how its files end. detectron2 takes a .pth for one of its own, loads none of it and trains from noise."""
-KEY_PREFIX = "key_encoder.trunk."
 CLOSE = 1e-5
-"""How far features may be apart, of the largest feature, between our trunk and the library's."""
+"""How far features may be apart, of the largest feature, between our backbone and the library's."""
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""How the names of BatchNorm's buffers end."""
 _NUMPY = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct")}
 
 
@@ -68,10 +69,16 @@ def check_name(form: str, out: Path) -> None:
         )
 
 
+def check_format(form: str, backbone: str) -> None:
+    """ExportError where the library has no such network."""
+    if form != "timm" and backbone not in TORCHVISION:
+        raise ExportError(f"{form} has no {backbone}, which is a network of timm's; set --format timm")
+
+
 def export(
     run: Path, form: str, out: Path, statistics: Mapping[str, Tensor] | None = None, norm_batches: int = 0
 ) -> dict:
-    """Write the query encoder's trunk of `run` (a checkpoint, or a run folder's newest) to `out`; return what travels in it.
+    """Write the backbone of `run` (a checkpoint, or a run folder's newest) to `out`; return what travels in it.
 
     `statistics`: BatchNorm buffers by name that replace the checkpoint's, estimated over `norm_batches` batches
     (`inscon.transfer.statistics`). The file gets its name when it has been read back and holds what it should. Raises
@@ -80,14 +87,15 @@ def export(
     out = Path(out)
     check_name(form, out)
     contents, file = load_contents(run)
-    tensors = trunk_tensors(contents) | dict(statistics or {})
+    check_format(form, contents["config"]["model"]["backbone"])
+    tensors = backbone_tensors(contents) | dict(statistics or {})
     facts = {
         "format": form,
-        "encoder": "query",
         "inscon": importlib.metadata.version("inscon"),
         "checkpoint": file.name,
         "step": contents["step"],
         "norm_batches": norm_batches,
+        "untrained": untrained_parameters(contents["config"]),
         "digest": digest(tensors),
         "config": contents["config"],
     }
@@ -99,13 +107,11 @@ def export(
     return facts
 
 
-def trunk_tensors(contents: dict, prefix: str = PREFIX) -> dict[str, Tensor]:
-    """The trunk's tensors, by torchvision's names, out of a checkpoint's contents."""
-    return {
-        name.removeprefix(prefix): value.detach().cpu().contiguous()
-        for name, value in contents["model"].items()
-        if name.startswith(prefix) and torch.is_tensor(value)
-    }
+def untrained_parameters(config: dict) -> list[str]:
+    """Names of parameters that no training of maps reaches (a norm before the classifier, say), by a backward pass on noise."""
+    backbone, side = build_backbone(config["model"]["backbone"]), config["views"]["view_size"]
+    sum(made.square().sum() for made in backbone(torch.randn(2, 3, side, side)).values()).backward()
+    return [name for name, parameter in backbone.network.named_parameters() if parameter.grad is None]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -119,7 +125,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read(path: Path, suffix: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of an export, by torchvision's names, and what travels with them; no code in it is run.
+    """The tensors of an export, by torchvision's or timm's names, and what travels with them; no code in it is run.
 
     `suffix`: of what it is, if its name doesn't end so yet. Raises ExportError for a file that is none, or isn't finite.
     """
@@ -155,63 +161,45 @@ def _read(path: Path, suffix: str) -> tuple[dict[str, Tensor], dict]:
         ) from error
 
 
-def load_for_torchvision(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """As `read`, for those who build on torchvision: ExportError for a file that was written for detectron2."""
-    if Path(path).suffix == ".pkl":
-        raise ExportError(
-            f"{Path(path).name} is written for detectron2, whose names torchvision doesn't know; export the same run with "
-            "--format torchvision"
-        )
-    return read(path)
-
-
-def any_trunk(source: Path, untrained: bool = False) -> tuple[Trunk, dict]:
-    """A trunk in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it.
+def any_backbone(source: Path, untrained: bool = False) -> tuple[Backbone, dict]:
+    """A backbone in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it.
 
     `untrained`: the network as that run began. Raises CheckpointError or ExportError.
     """
     source = Path(source)
     if source.is_dir() or source.suffix == ".pt":
-        contents, file = load_contents(source)
-        facts = {"what": str(file), "step": contents["step"], "config": contents["config"]}
-        tensors = trunk_tensors(contents)
+        held, file = load_contents(source)
+        tensors = backbone_tensors(held)
     else:
         tensors, held = read(source)
-        facts = {"what": str(source), "step": held["step"], "config": held["config"]}
+        file = source
+    facts = {"what": str(file), "step": held["step"], "config": held["config"]}
     if untrained:
-        return untrained_trunk(facts["config"]), facts | {"what": "the network before training", "step": 0}
-    trunk = Trunk(facts["config"]["model"]["arch"])
-    trunk.load_state_dict(tensors)
-    return trunk.eval(), facts
+        return untrained_backbone(facts["config"]), facts | {"what": "the network before training", "step": 0}
+    backbone = build_backbone(facts["config"]["model"]["backbone"])
+    backbone.network.load_state_dict(tensors)
+    return backbone.eval(), facts
 
 
 def check(path: Path, contents: dict, suffix: str | None = None) -> dict:
     """Compare a file with the checkpoint it should come from, tensor by tensor, and by what it computes; return its facts.
 
-    `suffix`: see `read`.
-
-    Raises ExportError where tensors are missing (BatchNorm's statistics, say) or too many, where they are the key encoder's,
-    where they differ from the checkpoint's or from what was written, and where the library computes other features.
+    `suffix`: see `read`. Raises ExportError where tensors are missing (BatchNorm's statistics, say) or too many, where they differ
+    from the checkpoint's or from what was written, and where the library computes other features.
     """
     tensors, facts = read(path, suffix)
-    trunk = Trunk(contents["config"]["model"]["arch"]).eval()
-    expected, query, key = (set(trunk.state_dict()), trunk_tensors(contents), trunk_tensors(contents, KEY_PREFIX))
-    missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    ours = backbone_tensors(contents)
+    missing, unknown = sorted(set(ours) - set(tensors)), sorted(set(tensors) - set(ours))
     if missing or unknown:
-        statistics = any(name.endswith(("running_mean", "running_var")) for name in missing)
+        statistics = any(name.endswith(STATISTICS) for name in missing)
         raise ExportError(
-            f"{path} holds {len(tensors)} tensors where the trunk has {len(expected)}; "
+            f"{path} holds {len(tensors)} tensors where the backbone has {len(ours)}; "
             + (f"missing is {missing[0]}" if missing else f"unknown is {unknown[0]}")
             + (": BatchNorm's statistics are left out" if statistics else "")
             + "; export it again"
         )
-    learned = [name for name, value in query.items() if not _is_statistic(name) and value.is_floating_point()]
-    if all(torch.equal(tensors[n], key[n]) for n in learned) and any(
-        not torch.equal(query[n], key[n]) for n in learned
-    ):
-        raise ExportError(f"{path} holds the key encoder's trunk, a slow copy; export the query encoder's again")
-    compared = query if not facts["norm_batches"] else {name: query[name] for name in learned}
-    wrong = [name for name, value in compared.items() if not _same(tensors[name], value)]
+    compared = [name for name in ours if not (facts["norm_batches"] and name.endswith(STATISTICS))]
+    wrong = [n for n in compared if tensors[n].dtype != ours[n].dtype or not torch.equal(tensors[n], ours[n])]
     if wrong:
         raise ExportError(
             f"{path} differs from its checkpoint in {len(wrong)} of {len(compared)} tensors, the first is {wrong[0]}; export it "
@@ -219,77 +207,69 @@ def check(path: Path, contents: dict, suffix: str | None = None) -> dict:
         )
     if digest(tensors) != facts["digest"]:
         raise ExportError(f"{path} is not as it was written, its checksum differs; export it again")
-    bad = [n for n, v in tensors.items() if n.endswith("running_var") and not (v >= 0).all()]
-    if bad:
-        raise ExportError(f"{path} holds variances that are none, the first is {bad[0]}; export it again")
-    trunk.load_state_dict(tensors)
-    _compare_features(trunk, tensors, facts, path)
+    _compare_features(tensors, facts, path)
     return facts
 
 
-def stages(network: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-    """Maps res2 to res5 of a network with torchvision's names: our trunk, torchvision's or timm's ResNet."""
-    activate = getattr(network, "relu", None) or network.act1
-    x, found = network.maxpool(activate(network.bn1(network.conv1(pixels)))), {}
-    for number in range(1, 5):
-        x = getattr(network, f"layer{number}")(x)
-        found[f"res{number + 1}"] = x
-    return found
-
-
 @torch.inference_mode()
-def _compare_features(trunk: Trunk, tensors: Mapping[str, Tensor], facts: dict, path: Path) -> None:
-    """What the library makes of the file, on noise, against the trunk that was trained."""
-    networks = dict(_networks(facts["config"]["model"]["arch"], tensors, facts["format"]))
-    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    ours = stages(trunk, pixels)
-    for library, network in networks.items():
-        theirs = stages(network.eval(), pixels) if library != "detectron2" else network.eval()(pixels)
-        for name, value in ours.items():
-            apart = float((theirs[name] - value).abs().max() / value.abs().max())
-            if not apart <= CLOSE:
-                raise ExportError(
-                    f"{path} makes {library} compute other features at {name}, {apart:.1e} apart; export again"
-                )
+def _compare_features(tensors: Mapping[str, Tensor], facts: dict, path: Path) -> None:
+    """What the library makes of the file, on noise, against the backbone that was trained."""
+    name = facts["config"]["model"]["backbone"]
+    backbone = build_backbone(name).eval()
+    backbone.network.load_state_dict(dict(tensors))
+    theirs = _pooled_by(facts["format"], name, tensors)
+    if theirs is None:
+        return
+    # timm's networks as they come take one size.
+    side = 96 if name in TORCHVISION else backbone.network.pretrained_cfg["input_size"][-1]
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ours = backbone.pooled(backbone(pixels))
+    apart = float((theirs(pixels) - ours).abs().max() / ours.abs().max())
+    if not apart <= CLOSE:
+        raise ExportError(f"{path} makes {facts['format']} compute other features, {apart:.1e} apart; export it again")
 
 
-def _networks(arch: str, tensors: Mapping[str, Tensor], form: str) -> Iterable[tuple[str, nn.Module]]:
-    """The libraries' own networks with these weights, as far as they are installed; torchvision's always."""
-    network = torchvision.models.get_model(arch, weights=None)
-    network.fc = nn.Identity()
-    network.load_state_dict(dict(tensors), strict=True)
-    yield "torchvision", network
+def _pooled_by(form: str, name: str, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """(pixels) -> pooled features of the library's own network with these weights; None where it is not installed.
+
+    mmdet's ResNet is torchvision's.
+    """
+    if form == "detectron2":
+        return _pooled_by_detectron2(name, tensors)
     if form == "timm":
         try:
             import timm
         except ImportError:
-            return
-        network = timm.create_model(arch, pretrained=False, num_classes=0)
-        network.load_state_dict(dict(tensors), strict=True)
-        yield "timm", network
-    if form == "detectron2":
-        try:
-            from detectron2.config import get_cfg
-            from detectron2.modeling import build_backbone
-        except ImportError:
-            return
-        config = get_cfg()
-        config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.STRIDE_IN_1X1 = int(arch.removeprefix("resnet")), False
-        config.MODEL.RESNETS.NORM, config.MODEL.RESNETS.OUT_FEATURES = "BN", ["res2", "res3", "res4", "res5"]
-        config.MODEL.BACKBONE.FREEZE_AT = 0
-        if arch in ("resnet18", "resnet34"):
-            config.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-        network = build_backbone(config)
-        network.load_state_dict({to_detectron2(name): value for name, value in tensors.items()}, strict=True)
-        yield "detectron2", network
+            return None
+        network = timm.create_model(name, num_classes=0)
+    else:
+        network = torchvision.models.get_model(name, weights=None)
+        network.fc = nn.Identity()
+    network.load_state_dict(dict(tensors), strict=True)
+    if name in TORCHVISION:
+        return network.eval()
+    backbone = build_backbone(name).eval()  # whose maps are pooled, where timm may pool a token or norm the mean
+    backbone.network = network.eval()
+    return lambda pixels: backbone.pooled(backbone(pixels))
 
 
-def _is_statistic(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _pooled_by_detectron2(name: str, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+    try:
+        from detectron2.config import get_cfg
+        from detectron2.modeling import build_backbone as build
+    except ImportError:
+        return None
+    config, like = get_cfg(), torchvision.models.get_model(name, weights=None)
+    resnet = config.MODEL.RESNETS
+    resnet.DEPTH, resnet.STRIDE_IN_1X1 = int(re.search(r"\d+", name)[0]), False
+    resnet.NUM_GROUPS, resnet.WIDTH_PER_GROUP = like.groups, like.base_width
+    resnet.NORM, resnet.OUT_FEATURES = "BN", ["res5"]
+    resnet.RES2_OUT_CHANNELS = like.fc.in_features // 8
+    config.MODEL.BACKBONE.FREEZE_AT = 0
+    network = build(config)
+    network.load_state_dict({to_detectron2(name): value for name, value in tensors.items()}, strict=True)
+    network.eval()
+    return lambda pixels: network(pixels)["res5"].mean((2, 3))
 
 
 def _content(tensors: Mapping[str, Tensor], facts: dict, suffix: str) -> bytes:

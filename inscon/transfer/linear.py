@@ -1,6 +1,6 @@
-"""The linear probe (MoCo's protocol): one linear layer on the pooled features of a frozen trunk.
+"""The linear probe (MoCo's protocol): one linear layer on the pooled features of a frozen backbone.
 
-The trunk stays in eval mode and gets no gradient; its checksum is taken before and after. The layer starts as N(0, 0.01) with
+The backbone stays in eval mode and gets no gradient; its checksum is taken before and after. The layer starts as N(0, 0.01) with
 bias 0 and is trained by SGD with momentum 0.9 and no weight decay; the learning rate, 30 for 256 images, falls to a tenth at
 60 % and at 80 % of the epochs.
 """
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inscon import checkpoint, distributed, guard
-from inscon.encoder import Trunk
+from inscon.nn.backbones import Backbone
+from inscon.transfer import knn
 from inscon.transfer.export import digest
 
 BASE_BATCH = 256
@@ -28,7 +29,7 @@ MILESTONES = (0.6, 0.8)
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What a probe's number depends on, beside trunk and data."""
+    """What a probe's number depends on, beside backbone and data."""
 
     num_classes: int
     epochs: int = 100
@@ -62,20 +63,20 @@ class Probe:
 
     Args:
         folder: receives `probe.pt`, what a stopped probe goes on from, and `metrics.jsonl`.
-        identity: of the data; a probe of other data, another trunk or protocol in the folder is refused with a ValueError.
-        amp_dtype: of the trunk's convolutions; None: float32.
+        identity: of the data; a probe of other data, another backbone or protocol in the folder is refused with a ValueError.
+        amp_dtype: of the backbone's convolutions; None: float32.
     """
 
     def __init__(
-        self, trunk: Trunk, protocol: Protocol, folder: Path, device: torch.device, identity: str,
+        self, backbone: Backbone, protocol: Protocol, folder: Path, device: torch.device, identity: str,
         amp_dtype: torch.dtype | None = None,
     ):  # fmt: skip
         self.protocol, self.folder, self.device, self._amp = protocol, Path(folder), device, amp_dtype
-        self.before = digest(trunk.state_dict())
-        """Checksum of the frozen trunk."""
-        self.trunk = trunk.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.before = digest(backbone.state_dict())
+        """Checksum of the frozen backbone."""
+        self.backbone = backbone.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(protocol.seed)
-        self.layer = nn.Linear(trunk.channels["res5"], protocol.num_classes)
+        self.layer = nn.Linear(backbone.channels[backbone.last], protocol.num_classes)
         with torch.no_grad():
             self.layer.weight.normal_(0, 0.01, generator=generator)
             self.layer.bias.zero_()
@@ -83,7 +84,7 @@ class Probe:
         self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=protocol.lr, momentum=0.9, weight_decay=0.0)
         self.step, self._stop = 0, guard.StopRequest()
         self._sum_loss = torch.zeros((), device=device)  # of the epoch's steps so far
-        self._identity = {"trunk": self.before, "data": identity, **asdict(protocol)}
+        self._identity = {"backbone": self.before, "data": identity, **asdict(protocol)}
         self._resume()
 
     def train(
@@ -135,7 +136,7 @@ class Probe:
                     self._save(sum_loss)
                 if stopping:
                     return None
-        self.check_trunk()
+        self.check_backbone()
         return {name: value for name, value in figures.items() if name.startswith("top")}
 
     def _check_finite(self, loss: float) -> None:
@@ -161,16 +162,13 @@ class Probe:
         names = ("top1", "top5") if self.protocol.num_classes >= 5 else ("top1",)
         return {name: hits[name] / max(hits["count"], 1) for name in names}
 
-    @torch.no_grad()
     def pooled(self, pixels: Tensor) -> Tensor:
         """[B F] float32."""
-        with torch.autocast(self.device.type, self._amp, enabled=self._amp is not None):
-            res5 = self.trunk(pixels.to(self.device))["res5"]
-        return res5.float().mean((2, 3)).clone()
+        return knn.pooled(self.backbone, pixels.to(self.device), self._amp)
 
-    def check_trunk(self) -> None:
-        """AssertionError if the trunk isn't, bit for bit, what the probe began with."""
-        assert digest(self.trunk.state_dict()) == self.before, "the frozen trunk has changed"
+    def check_backbone(self) -> None:
+        """AssertionError if the backbone isn't, bit for bit, what the probe began with."""
+        assert digest(self.backbone.state_dict()) == self.before, "the frozen backbone has changed"
 
     def _resume(self) -> None:
         path = self.folder / "probe.pt"

@@ -8,30 +8,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from inscon.encoder import Trunk
+from inscon.nn.backbones import Backbone
+from inscon.transfer.export import STATISTICS
 
 
 @torch.no_grad()
-def estimate(trunk: Trunk, batches: Iterable[Tensor]) -> tuple[dict[str, Tensor], int]:
-    """(the trunk's BatchNorm buffers by name, number of batches): plain means over `batches` of pixels [B 3 S S].
+def estimate(backbone: Backbone, batches: Iterable[Tensor]) -> tuple[dict[str, Tensor], int]:
+    """(BatchNorm's buffers by their names in `backbone.network`, number of batches): means over `batches` of pixels [B 3 S S].
 
     The mean of the batches' means and of their unbiased variances, as torch.nn.BatchNorm2d has it with momentum None. The
-    trunk itself ends in eval mode with these statistics. Raises ValueError where there is no batch.
+    backbone itself ends in eval mode with these statistics. Raises ValueError where there is no batch, or no BatchNorm.
     """
-    norms = [module for module in trunk.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, getattr(norm, "num_groups", 1)) for norm in norms]
-    count = 0
-    trunk.train()
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise ValueError("the backbone has no BatchNorm whose statistics could be estimated; leave --norm-batches out")
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum, norm.num_groups = None, 1
+        norm.momentum = None
+    backbone.train()
+    count = 0
     for pixels in batches:
-        trunk(pixels)
+        backbone(pixels)
         count += 1
-    for norm, (momentum, num_groups) in zip(norms, before, strict=True):
-        norm.momentum, norm.num_groups = momentum, num_groups
-    trunk.eval()
+    backbone.eval()
     if not count:
         raise ValueError("BatchNorm's statistics need at least 1 batch. Found: 0; set --norm-batches 1 or more")
-    ends = ("running_mean", "running_var", "num_batches_tracked")
-    return {name: value.cpu().clone() for name, value in trunk.state_dict().items() if name.endswith(ends)}, count
+    held = backbone.network.state_dict()
+    return {name: value.cpu().clone() for name, value in held.items() if name.endswith(STATISTICS)}, count

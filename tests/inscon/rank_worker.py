@@ -1,96 +1,162 @@
-"""One rank of test_ranks.py: a step on its share of a fixed global batch; rank 0 writes what came out.
+"""One rank of test_ranks.py: steps on its share of fixed global batches, or one collective after the other; rank 0 writes.
 
-torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT frozen|live|four|fp16
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|moco|collectives ...]
 """
 
-import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from inscon import distributed
-from inscon.batch import Batch, View
-from inscon.config import Config, ModelConfig, OptimConfig, ViewConfig, resolve
-from inscon.model import InsCon
-from inscon.mosaic import assemble
-from inscon.plan import plan_views
-from inscon.train import over_ranks
+from inscon.config import Config, ModelConfig, OptimConfig
+from inscon.gradients import FlatGradients
+from inscon.methods import moco
+from inscon.methods.method import resolve
+from inscon.nn.norm import KeyShuffle
+from pipelines.finish import assemble
+from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon
 
-BATCH, SIDE = 16, 64
+BATCH = 16
+STEPS = {"frozen": 2, "four": 2, "fp16": 1}
+"""Of training, where it isn't three."""
 
 
-def share_of_batch(step: int, rank: int, world_size: int) -> Batch:
-    views = ViewConfig(view_size=SIDE)
-    plans = plan_views(0, step, np.arange(BATCH), np.full((BATCH, 2), 300), views)
-    generator = torch.Generator().manual_seed(step)
+def share_of_batch(settings, step, rank, world_size):
+    """The images of a rank out of a batch that every rank makes alike."""
+    whole = make_batch(settings, seed=step, batch=BATCH)
     mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-
-    def view(plan):
-        pixels = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)[mine]
-        pixels = pixels.to(memory_format=torch.channels_last)
-        return View(
-            pixels=pixels, crop_box=torch.from_numpy(plan.crop_box)[mine], flipped=torch.from_numpy(plan.flipped)[mine]
+    views = {
+        name: dataclasses.replace(
+            view, pixels=view.pixels[mine], crop_box=view.crop_box[mine], flipped=view.flipped[mine]
         )
-
-    query, key = view(plans.query), view(plans.key)
-    return Batch(query=query, key=key, mosaic=assemble(query.pixels), sample_ids=torch.arange(BATCH)[mine])
-
-
-def main(out: Path, mode: str) -> None:
-    distributed.start()
-    rank, world_size = distributed.rank(), distributed.world_size()
-    config = resolve(
-        Config(
-            views=ViewConfig(view_size=SIDE),
-            # As many images per BatchNorm group either way: a rank's share, or the split of one process
-            model=ModelConfig(
-                arch="resnet18",
-                queue_size=2 * BATCH,
-                cell_queue_size=18 * BATCH,
-                split_size=4 if mode == "four" else 8,
-                key_momentum=0.9,
-            ),
-            optim=OptimConfig(batch_size=BATCH),
-        ),
-        world_size,
+        for name, view in whole.views.items()
+    }
+    mosaics = settings.mosaics()
+    return dataclasses.replace(
+        whole,
+        views=views,
+        overlaps={pair: overlap[mine] for pair, overlap in whole.overlaps.items()},
+        mosaic=None if mosaics is None else assemble(views[mosaics.view].pixels, mosaics),
+        sample_ids=whole.sample_ids[mine],
     )
+
+
+def steps(mode, rank, world_size):
+    """Some steps of training."""
+    settings = moco.Settings(queue_size=2 * BATCH) if mode == "moco" else small_inscon(BATCH, key_momentum=0.9)
+    # As many images per BatchNorm group either way: a rank's share, or the split of one process
+    model = ModelConfig(backbone="resnet18", split_size=4 if mode == "four" else 8)
+    config = resolve(Config(method=settings, views=VIEWS, model=model, optim=OptimConfig(batch_size=BATCH)), world_size)
     torch.manual_seed(0)
-    cut = "joint" if mode == "frozen" else "passes" if world_size > 1 else "groups"
-    inscon = InsCon(config.model, config.views, BATCH // world_size, cut).double().train(mode != "frozen")
-    model = over_ranks(inscon, "fp16" if mode == "fp16" else "fp32")
-    optimizer = torch.optim.SGD(inscon.query_encoder.parameters(), lr=0.03, momentum=0.9)
+    method = config.method.build(config, BATCH // world_size).double().train(mode != "frozen")
+    gradients = FlatGradients(method.parameters(), "fp16" if mode == "fp16" else "none")
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9)
     record = {"losses": []}
-    for step in range(3):
-        batch = share_of_batch(step, rank, world_size)
-        prepared, losses = inscon.prepare(batch), None
-        for piece in inscon.pieces:
-            later = piece is not inscon.pieces[-1] and world_size > 1
-            with model.no_sync() if later else contextlib.nullcontext():
-                of_piece, _ = model(batch, prepared, piece)
-                of_piece.total.backward()
-            losses = of_piece.detach() if losses is None else losses + of_piece.detach()
-        inscon.enqueue(prepared.keys)
+    for step in range(STEPS.get(mode, 3)):
+        gradients.zero()
+        losses = backward(method, share_of_batch(settings, step, rank, world_size), step, 3)[1]
+        gradients.average()
         if step == 0:
-            record["gradients"] = {n: p.grad.clone() for n, p in inscon.query_encoder.named_parameters()}
+            record["gradients"] = {n: p.grad.clone() for n, p in method.named_parameters() if p.requires_grad}
         optimizer.step()
-        optimizer.zero_grad()
-        inscon.update_key_encoder()
-        parts = {"single": losses.single, "multi": losses.multi, "cell": losses.cell, "total": losses.total}
-        record["losses"].append(distributed.mean({name: value.item() for name, value in parts.items()}))
-    record["weights"] = {n: p.detach() for n, p in inscon.named_parameters()}
-    record["queues"] = {"single": inscon.key_queue.keys, "cell": inscon.cell_queue.keys}
-    record["stop"] = distributed.any_rank(rank == world_size - 1)
-    record["worst"] = distributed.worst({"rank": float(rank)})
-    record["total"] = distributed.total({"rank": float(rank + 1)})
-    record["union"] = distributed.union([7, rank + 1] if rank else [])
-    if rank == 0:
+        method.after_update()
+        of_loss = {name: value.item() for name, value in logged(losses).items() if name.startswith("loss")}
+        record["losses"].append(distributed.mean(of_loss))
+    record["weights"] = {n: p.detach() for n, p in method.named_parameters()}
+    record["queues"] = {name: queue.keys for name, queue in method.queues.items()}
+    return record
+
+
+def seen_by(rank):
+    """What one rank brings to the shuffle: tensors of every form, numbered so that rank and image can be told."""
+    number = torch.arange(4.0) + 4 * rank
+    pixels = (torch.arange(192.0).view(3, 8, 8) + 1000 * number.view(4, 1, 1, 1)).to(memory_format=torch.channels_last)
+    patches = torch.arange(432.0).view(9, 3, 4, 4) + 1000 * number.view(4, 1, 1, 1, 1)
+    patches = patches.movedim(2, -1).contiguous().movedim(-1, 2)  # as a jigsaw comes: each patch channels last
+    return {
+        "pixels": pixels,
+        "patches": patches,
+        "boxes": number[:, None] + torch.arange(4) / 8,
+        "flipped": number % 3 == 0,
+    }
+
+
+def shuffled(rank, world_size):
+    """Whether keys of any form come back as they are without a shuffle, in other company and in the same layout."""
+    arrived = []
+
+    def encode(pixels, patches, boxes, flipped):
+        arrived.append({"pixels": pixels, "patches": patches, "boxes": boxes, "flipped": flipped})
+        keys = {
+            "pooled": pixels.double().mean((1, 2, 3))[:, None],
+            "maps": pixels[:, :, ::2],
+            "patches": patches.sum((3, 4)),
+        }
+        return keys | {"boxes": boxes.long(), "flipped": ~flipped, "three": boxes[:, None].half()}
+
+    own = seen_by(rank)
+    made, expected = KeyShuffle("shuffle", 4, None)(encode, *own.values()), encode(*own.values())
+    met = arrived[0]
+    return {
+        "back": {name: bool(torch.equal(made[name], expected[name])) for name in expected},
+        "types": all(made[name].dtype == expected[name].dtype for name in expected),
+        "met": distributed.gather(met["boxes"][:, 0].contiguous()).view(world_size, -1),
+        "met_alike": bool((met["pixels"][:, 0, 0, 0] / 1000 == met["boxes"][:, 0]).all())
+        and bool((met["patches"][:, 0, 0, 0, 0] / 1000 == met["boxes"][:, 0]).all())
+        and torch.equal(met["flipped"], met["boxes"][:, 0] % 3 == 0),
+        "channels_last": {name: met[name].movedim(-3, -1).is_contiguous() for name in ("pixels", "patches")},
+    }
+
+
+def averaged(rank, compression):
+    """Gradients of a small network on this rank's own numbers, averaged; one parameter is used by rank 1 alone, one by none."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict(
+        {"conv": nn.Conv2d(3, 4, 3), "one": nn.Linear(3, 2), "none": nn.Linear(3, 2), "fine": nn.Linear(3, 2)}
+    )
+    net.to(memory_format=torch.channels_last)["fine"].double()
+    flat = FlatGradients(net.parameters(), compression)
+    for number in range(2):  # the second step forgets the first
+        flat.zero()
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(10 * number + rank))
+        total = net["conv"](x).square().sum() + net["fine"](x[..., 0, 0].double()).square().sum()
+        if rank == 1:
+            total = total + net["one"](x[..., 0, 0]).square().sum()
+        total.backward()
+        own = {name: p.grad.clone() for name, p in net.named_parameters()}
+        flat.average()
+    gathered = {name: distributed.gather(value[None]) for name, value in own.items()}
+    return {
+        "made": {name: p.grad.clone() for name, p in net.named_parameters()},
+        "own": gathered,
+        "strides": all(p.grad.stride() == p.stride() for p in net.parameters()),
+    }
+
+
+def collectives(rank, world_size):
+    return {
+        "stop": distributed.any_rank(rank == world_size - 1),
+        "worst": distributed.worst({"rank": float(rank)}),
+        "total": distributed.total({"rank": float(rank + 1)}),
+        "shuffled": shuffled(rank, world_size),
+        "averaged": {compression: averaged(rank, compression) for compression in ("none", "fp16", "bf16")},
+    }
+
+
+def main(out: Path, modes: list[str]) -> None:
+    distributed.start()
+    ranks = distributed.rank(), distributed.world_size()
+    record = {mode: collectives(*ranks) if mode == "collectives" else steps(mode, *ranks) for mode in modes}
+    if ranks[0] == 0:
         torch.save(record, out)
     distributed.stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

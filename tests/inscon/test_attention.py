@@ -1,25 +1,27 @@
-"""Attention maps: strong where the trunk's map is, whatever the channel."""
+"""Attention maps: strong where the backbone's map is, whatever the channel."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from inscon.encoder import Trunk
+from inscon.nn.backbones import Backbone, build_backbone
 from inscon.transfer.attention import attention, heat
-from scripts.attention_maps import picture_of
+from scripts.attention_maps import AttentionConfig, main, picture_of
+from tests.inscon.test_export import BACKBONES, make_run
 
 
-class Fixed(nn.Module):
-    """Gives a map of its own instead of a trunk's."""
+class Fixed(Backbone):
+    """Gives a map of its own instead of a network's."""
+
+    channels = {32: 4}  # noqa: RUF012
 
     def __init__(self, given):
         super().__init__()
         self.given = given
 
     def forward(self, _pixels):
-        return {"res5": self.given}
+        return {32: self.given}
 
 
 def test_strength_is_the_sum_of_squares():
@@ -36,9 +38,25 @@ def test_a_flat_map_shows_nothing():
     assert made.shape == (2, 64, 64) and not made.any()
 
 
-def test_a_trunk_in_training_is_refused():
-    with pytest.raises(ValueError, match="with the trunk in eval mode.*Found: train mode"):
-        attention(Trunk("resnet18").train(), torch.zeros(1, 3, 64, 64))
+def test_what_a_backbone_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="with the backbone in eval mode.*Found: train mode"):
+        attention(build_backbone("resnet18").train(), torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"takes no picture of this size. Found: .64, 64. px .*; set another --side"):
+        attention(build_backbone("pit_ti_224").eval(), torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_command_shows_any_backbone_before_and_after_training(name, tmp_path):
+    run = make_run(tmp_path / "run", name)
+    Image.effect_noise((96, 64), 90).convert("RGB").save(tmp_path / "a.png")
+    asked = {"runs": (str(run), "random"), "pictures": (tmp_path / "a.png",), "out": tmp_path / "sheet.png", "side": 64}
+    with Image.open(main(AttentionConfig(**asked))) as sheet:
+        _, trained, untrained = (np.asarray(sheet)[20:80, 104 * i : 104 * i + 96].astype(int) for i in range(3))
+    assert trained.std() > 10 and abs(trained - untrained).mean() > (1 if name == "resnet18" else -1)
+    main(AttentionConfig(**asked, stage="res4"))
+    if name.startswith("vit"):
+        with pytest.raises(ValueError, match=r"run's backbone has no map of stride 32 px. Found: 16; set --stage"):
+            main(AttentionConfig(**asked, stage="res5"))
 
 
 def test_colors_run_from_black_to_white():

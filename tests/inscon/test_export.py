@@ -11,40 +11,41 @@ import torch
 import torchvision
 from torch import nn
 
-from inscon import checkpoint
-from inscon.config import Config, ModelConfig, OptimConfig, RunConfig, ViewConfig, resolve
-from inscon.encoder import Trunk
-from inscon.model import InsCon
+from inscon import checkpoint, train
+from inscon.config import Config, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from inscon.methods import inscon, moco
+from inscon.methods.method import resolve
+from inscon.nn.backbones import build_backbone
 from inscon.transfer import export
+from inscon.transfer.backbone import backbone_tensors
 from inscon.transfer.statistics import estimate
-from inscon.transfer.trunk import PREFIX
+from scripts import export as export_script
+
+BACKBONES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
+"""Of torchvision and, convolutions and a transformer, of timm."""
 
 
-def make_run(folder, arch="resnet18"):
-    """A run folder whose two encoders differ in every weight and statistic."""
-    config = resolve(
-        Config(
-            views=ViewConfig(view_size=64),
-            model=ModelConfig(arch=arch, queue_size=16, cell_queue_size=144),
-            optim=OptimConfig(batch_size=8),
-            run=RunConfig(run_dir=folder),
-        ),
-        1,
+def make_run(folder, backbone="resnet18", step=7):
+    """A run folder with a checkpoint of weights as they were drawn; the two encoders differ in every weight and statistic."""
+    of_all = backbone == "resnet18"
+    settings = inscon.Settings(queue_size=16, cell_queue_size=144) if of_all else moco.Settings(queue_size=16)
+    model, run = ModelConfig(backbone=backbone), RunConfig(run_dir=folder, tensorboard=False)
+    config = Config(
+        method=settings, views=ViewConfig(view_size=64), model=model, optim=OptimConfig(batch_size=8), run=run
     )
-    torch.manual_seed(0)
-    model = InsCon(config.model, config.views, 8)
+    training = train.set_up(resolve(config, 1), torch.device("cpu"), "a set")
+    training.step = step
     with torch.no_grad():
-        for name, value in model.named_buffers():
+        for name, value in training.method.named_buffers():
             if name.endswith("running_mean"):
                 value.normal_(0, 0.1)
             elif name.endswith("running_var"):
                 value.uniform_(0.5, 2)
             elif name.endswith("num_batches_tracked"):
                 value.fill_(7)
-        for parameter in model.key_encoder.parameters():
+        for parameter in training.method.key_encoder.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    contents = {"step": 7, "model": model.state_dict(), "config": config.to_dict(), "data": "a set"}
-    checkpoint.save(folder, contents, keep=1)
+    checkpoint.save(folder, training.state_dict(), keep=1)
     return folder
 
 
@@ -68,35 +69,22 @@ def jpeg():
     return torchvision.transforms.functional.normalize(decoded, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]
 
 
-def tensors_of(run, prefix=PREFIX):
+def tensors_of(run):
     contents = checkpoint.load(checkpoint.latest(run))
-    return {name[len(prefix) :]: v for name, v in contents["model"].items() if name.startswith(prefix)}, contents
+    return backbone_tensors(contents), contents
 
 
-def hooked_stages(network, names, pixels):
-    """What comes out of four modules of any network."""
-    found, hooks = {}, []
-    for stage, name in names.items():
-        module = network.get_submodule(name)
-        hooks.append(module.register_forward_hook(lambda _m, _i, out, stage=stage: found.update({stage: out})))
-    with torch.inference_mode():
-        network.eval()(pixels)
-    for hook in hooks:
-        hook.remove()
-    return found
+def load(file):
+    if file.suffix == ".pth":
+        return torch.load(file, weights_only=True)
+    return pytest.importorskip("safetensors.torch", reason="safetensors is not installed").load_file(file)
 
 
-LAYERS = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
+@pytest.mark.parametrize(("library", "suffix"), [("torchvision", ".pth"), ("timm", ".safetensors")])
 def test_a_library_loads_an_export_strictly_and_computes_what_we_compute(run50, jpeg, tmp_path, library, suffix):
-    if suffix == ".safetensors":
-        safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     file = tmp_path / f"r50{suffix}"
     export.export(run50, library, file)
-    held = torch.load(file, weights_only=True) if suffix == ".pth" else safetensors.load_file(file)
+    held = load(file)
     assert len(held) == 318 and set(held) == set(tensors_of(run50)[0])
     if library == "torchvision":
         network = torchvision.models.resnet50(weights=None)
@@ -105,12 +93,43 @@ def test_a_library_loads_an_export_strictly_and_computes_what_we_compute(run50, 
         timm = pytest.importorskip("timm", reason="timm is not installed")
         network = timm.create_model("resnet50", pretrained=False, num_classes=0)
     network.load_state_dict(held, strict=True)
-    trunk = Trunk("resnet50")
-    trunk.load_state_dict(tensors_of(run50)[0])
-    ours, theirs = hooked_stages(trunk, LAYERS, jpeg), hooked_stages(network, LAYERS, jpeg)
-    for stage, value in ours.items():
+    backbone = build_backbone("resnet50").eval()
+    backbone.network.load_state_dict(tensors_of(run50)[0])
+    theirs, hooks = {}, []
+    for stride, layer in zip(backbone.channels, ("layer1", "layer2", "layer3", "layer4"), strict=True):
+        keep = lambda _module, _given, made, stride=stride: theirs.update({stride: made})  # noqa: E731
+        hooks.append(network.get_submodule(layer).register_forward_hook(keep))
+    with torch.inference_mode():
+        ours = backbone(jpeg)
+        network.eval()(jpeg)
+    for stride, value in ours.items():
         assert value.abs().max() > 1e-3
-        torch.testing.assert_close(theirs[stage], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs[stride], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONES[1:])
+def test_timm_loads_its_own_networks_and_what_no_training_reached_is_listed(name, tmp_path, capsys):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    folder, file = make_run(tmp_path / "run", name), tmp_path / "a.pth"
+    facts = export_script.main(export_script.ExportConfig(run=folder, format="timm", out=file))
+    untrained = {"convnext_atto": ["head.norm.weight", "head.norm.bias"]}.get(name, [])
+    assert facts["untrained"] == untrained and export.read(file)[1] == facts
+    assert (f"no map depends on them: {', '.join(untrained)}." in capsys.readouterr().out) == bool(untrained)
+    network = timm.create_model(name, num_classes=0)
+    network.load_state_dict(load(file), strict=True)
+    pixels = torch.randn(1, 3, 224, 224)
+    backbone, about = export.any_backbone(file)
+    assert about["step"] == 7
+    with torch.inference_mode():
+        theirs = network.eval().forward_features(pixels)
+        theirs = theirs if theirs.ndim == 4 else theirs[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
+        torch.testing.assert_close(theirs, backbone(pixels)[backbone.last])
+    for form, out in (("torchvision", "b.pth"), ("mmdet", "b.pth"), ("detectron2", "b.pkl")):
+        with pytest.raises(export.ExportError, match=f"{form} has no {name}, .* set --format timm"):
+            export.export(folder, form, tmp_path / out)
+    if name == "convnext_atto":
+        with pytest.raises(ValueError, match="no BatchNorm .*leave --norm-batches out"):
+            estimate(backbone, [])
 
 
 # The map of TRANSFER's table, written again from it and by other means than the exporter's: rules in order, first to last.
@@ -142,8 +161,8 @@ def test_the_file_for_detectron2_holds_every_tensor_under_its_name(run50, tmp_pa
 def test_what_made_it_travels_in_the_file(run, tmp_path, name):
     facts = export.export(run, "detectron2" if name.endswith("pkl") else "mmdet", tmp_path / name)
     tensors, held = export.read(tmp_path / name)
-    assert held == facts and held["step"] == 7 and held["encoder"] == "query" and held["norm_batches"] == 0
-    assert held["config"]["model"]["arch"] == "resnet18" and held["inscon"]
+    assert held == facts and held["step"] == 7 and held["norm_batches"] == 0 and held["untrained"] == []
+    assert held["config"]["model"]["backbone"] == "resnet18" and held["inscon"]
     assert all(torch.equal(tensors[n], v) for n, v in tensors_of(run)[0].items())
     assert export.check(tmp_path / name, tensors_of(run)[1]) == facts
 
@@ -171,12 +190,14 @@ def test_reading_back_catches_what_is_wrong(run, tmp_path):
     ):
         check_after(lambda held: held | {name: held[name] + 1e-7})
     with pytest.raises(
-        export.ExportError, match="holds 60 tensors where the trunk has 120.*BatchNorm's statistics are left out"
+        export.ExportError, match="holds 60 tensors where the backbone has 120.*BatchNorm's statistics are left out"
     ):
         check_after(lambda held: {n: v for n, v in held.items() if "running" not in n and "tracked" not in n})
-    key, _ = tensors_of(run, "key_encoder.trunk.")
-    with pytest.raises(export.ExportError, match="holds the key encoder's trunk, a slow copy"):
-        check_after(lambda held: {n: key[n] for n in held})
+    key = {n: contents["model"][f"key_encoder.backbone.network.{n}"] for n in tensors_of(run)[0]}
+    with pytest.raises(
+        export.ExportError, match="differs from its checkpoint in 100 of 120 tensors"
+    ):  # all but its counters
+        check_after(lambda held: key)
     with pytest.raises(export.ExportError, match="unknown is fc.weight"):
         check_after(lambda held: held | {"fc.weight": torch.zeros(2)})
     with pytest.raises(
@@ -200,17 +221,9 @@ def test_an_export_that_is_wrong_never_gets_its_name(run, tmp_path, monkeypatch)
 
 
 def test_features_that_a_library_computes_otherwise_are_caught(run, tmp_path, monkeypatch):
-    networks = export._networks
-
-    def with_another_stride(*arguments):
-        for library, network in networks(*arguments):
-            network.layer4[0].conv1.stride, network.layer4[0].conv2.stride = (1, 1), (2, 2)
-            yield library, network
-
-    monkeypatch.setattr(export, "_networks", with_another_stride)
-    with pytest.raises(
-        export.ExportError, match="makes torchvision compute other features at res5, .* apart; export again"
-    ):
+    pooled_by = export._pooled_by
+    monkeypatch.setattr(export, "_pooled_by", lambda *given: lambda pixels: 1.001 * pooled_by(*given)(pixels))
+    with pytest.raises(export.ExportError, match="makes torchvision compute other features, .* apart; export it again"):
         export.export(run, "torchvision", tmp_path / "a.pth")
 
 
@@ -225,11 +238,6 @@ def test_wrong_use_is_one_sentence(run, tmp_path):
         export.ExportError, match='there is no format "caffe"; set --format to one of: torchvision, timm'
     ):
         export.export(run, "caffe", tmp_path / "a.pth")
-    export.export(run, "detectron2", tmp_path / "a.pkl")
-    with pytest.raises(
-        export.ExportError, match="a.pkl is written for detectron2.*export the same run with --format torchvision"
-    ):
-        export.load_for_torchvision(tmp_path / "a.pkl")
     (tmp_path / "b.pth").write_bytes(b"no such thing")
     with pytest.raises(export.ExportError, match="b.pth is no export of this program"):
         export.read(tmp_path / "b.pth")
@@ -240,7 +248,7 @@ def test_wrong_use_is_one_sentence(run, tmp_path):
         export.read(tmp_path / "d.pth")
     contents = checkpoint.load(checkpoint.latest(run))
     torch.save(contents | {"version": 99}, tmp_path / "old.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads 1"):
+    with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads"):
         export.export(tmp_path / "old.pt", "torchvision", tmp_path / "e.pth")
     assert not (tmp_path / "e.pth").exists()
 
@@ -252,9 +260,9 @@ def test_weights_that_are_not_finite_are_no_export(run, tmp_path):
     broken.inscon = held.inscon
     torch.save(broken, tmp_path / "b.pth")
     with pytest.raises(export.ExportError, match="b.pth .*: conv1.weight is not finite; export an earlier step"):
-        export.any_trunk(tmp_path / "b.pth")
+        export.any_backbone(tmp_path / "b.pth")
     contents = torch.load(checkpoint.latest(run), weights_only=True)
-    contents["model"]["query_encoder.trunk.bn1.running_var"][0] = torch.nan
+    contents["model"]["query_encoder.backbone.network.bn1.running_var"][0] = torch.nan
     torch.save(contents, tmp_path / "step-00000007.pt")
     with pytest.raises(checkpoint.CheckpointError, match="bn1.running_var is not finite; delete it to begin again"):
         export.export(tmp_path / "step-00000007.pt", "torchvision", tmp_path / "c.pth")
@@ -284,13 +292,12 @@ def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path, capsys):
 
 def test_statistics_of_one_batch_are_its_own(run, tmp_path):
     """Closed form at the first layer: mean and unbiased variance of what the convolution gives, over all batches' means."""
-    trunk = Trunk("resnet18", num_groups=2)
-    trunk.load_state_dict(tensors_of(run)[0])
+    backbone, _ = export.any_backbone(run)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(6, 3, 64, 64, generator=generator) * (1 + i) for i in range(3)]
-    made, count = estimate(trunk, batches)
-    assert count == 3 and not trunk.training and trunk.bn1.num_groups == 2 and trunk.bn1.momentum == 0.1
-    maps = [trunk.conv1(batch).detach() for batch in batches]
+    made, count = estimate(backbone, batches)
+    assert count == 3 and not backbone.training
+    maps = [backbone.network.conv1(batch).detach() for batch in batches]
     mean = sum(m.mean((0, 2, 3)) for m in maps) / 3
     variance = sum(m.var((0, 2, 3), unbiased=True) for m in maps) / 3
     torch.testing.assert_close(made["bn1.running_mean"], mean, rtol=1e-4, atol=1e-5)
@@ -306,5 +313,5 @@ def test_statistics_of_one_batch_are_its_own(run, tmp_path):
     with pytest.raises(export.ExportError, match="is not as it was written, its checksum differs"):
         export.check(tmp_path / "a.pth", tensors_of(run)[1])
     with pytest.raises(ValueError, match="need at least 1 batch. Found: 0; set --norm-batches 1"):
-        estimate(trunk, [])
+        estimate(backbone, [])
     assert json.loads(held.inscon)["digest"] == facts["digest"]

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from inscon.config import ViewConfig
 from inscon.geometry import area, find_overlap, intersect, into_view, mirror
-from inscon.plan import plan_views
-from inscon.pooling import precise_roi_pool
+from inscon.nn.pooling import precise_roi_pool
+from inscon.plan import OverlapRule, ViewSpec, plan_views
 
 
 def boxes(*rows, kind):
@@ -42,9 +41,10 @@ def test_numpy_and_torch_agree_to_the_last_bit():
     corner = rng.uniform(0, 300, (500, 2, 2)).astype(np.float32)
     crops = np.concatenate([corner, corner + rng.uniform(40, 200, (500, 2, 2)).astype(np.float32)], -1)
     flips = rng.random((500, 2)) < 0.5
-    ours = find_overlap(crops[:, 0], flips[:, 0], crops[:, 1], flips[:, 1], 224)
-    theirs = find_overlap(*(torch.from_numpy(a) for a in (crops[:, 0], flips[:, 0], crops[:, 1], flips[:, 1])), 224)
-    for name in ("query_box", "key_box", "weight"):
+    arrays = crops[:, 0], flips[:, 0], crops[:, 1], flips[:, 1]
+    ours = find_overlap(*arrays, (224, 160))
+    theirs = find_overlap(*(torch.from_numpy(array) for array in arrays), (224, 160))
+    for name in ("first_box", "second_box", "weight"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name).numpy())
     assert 0.2 < ours.weight.mean() < 0.99
 
@@ -65,15 +65,35 @@ def test_an_overlap_spans_one_cell_per_axis_in_both_views(key_box, valid):
         torch.tensor([key_box], dtype=torch.float32),
         torch.tensor([False]),
     )
-    overlap = find_overlap(query, no, key, no, 100)
+    overlap = find_overlap(query, no, key, no, (100, 100))
     assert overlap.weight.item() == float(valid)
-    assert torch.isfinite(overlap.query_box).all()
+    assert torch.isfinite(overlap.first_box).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "valid"), [((100, 100), True), ((100, 80), False), ((80, 100), False), ((80, 80), False)]
+)
+def test_the_extent_is_measured_in_px_of_either_view(sizes, valid):
+    """40 source px of 100 are 40 px of a view of 100 and 32 of one of 80; boxes are in px of their own view."""
+    first, second = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([[60.0, 0, 160, 100]])
+    no, yes = torch.tensor([False]), torch.tensor([True])
+    overlap = find_overlap(first, no, second, yes, sizes, min_side=33.0)
+    assert overlap.weight.item() == float(valid)
+    assert overlap.first_box.tolist() == [[0.6 * sizes[0], 0, sizes[0], sizes[0]]]
+    assert overlap.second_box.tolist() == [[0.6 * sizes[1], 0, sizes[1], sizes[1]]]  # mirrored
+    assert find_overlap(first, no, second, yes, sizes, min_side=32.0).weight.item() == 1
+
+
+def test_overlaps_of_some_of_the_images():
+    crop, no = torch.rand(4, 4) + torch.tensor([0.0, 0, 100, 100]), torch.zeros(4, dtype=torch.bool)
+    overlap = find_overlap(crop, no, crop.flip(0), no, (64, 64))
+    assert torch.equal(overlap[1:3].second_box, overlap.second_box[1:3]) and len(overlap[[0]].weight) == 1
 
 
 def test_min_iou_is_measured_in_source_px():
     query, key, no = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([[50.0, 0, 150, 100]]), torch.tensor([False])
-    assert find_overlap(query, no, key, no, 224, min_iou=0.33).weight.item() == 1  # the IoU is 1/3
-    assert find_overlap(query, no, key, no, 224, min_iou=0.34).weight.item() == 0
+    assert find_overlap(query, no, key, no, (224, 224), min_iou=0.33).weight.item() == 1  # the IoU is 1/3
+    assert find_overlap(query, no, key, no, (224, 224), min_iou=0.34).weight.item() == 0
 
 
 def coordinate_features(axis: int, size: tuple[int, int], crop: np.ndarray, flipped: bool, side: int, stride: int):
@@ -88,20 +108,23 @@ def coordinate_features(axis: int, size: tuple[int, int], crop: np.ndarray, flip
     return torch.nn.functional.grid_sample(view, grid, padding_mode="border", align_corners=False)
 
 
-def test_a_ramp_pooled_in_both_views_gives_the_same_source_coordinates():
-    size, side, stride, config = (375, 500), 224, 32, ViewConfig()
-    plans = plan_views(3, 1, np.arange(24), np.tile(size, (24, 1)), config)
-    views = plans.query, plans.key
-    overlap = find_overlap(*(torch.from_numpy(a) for v in views for a in (v.crop_box, v.flipped)), side)
+@pytest.mark.parametrize("key_size", [224, 160])
+def test_a_ramp_pooled_in_both_views_gives_the_same_source_coordinates(key_size):
+    size, stride = (375, 500), 32
+    specs = ViewSpec(name="query"), ViewSpec(name="key", size=key_size, overlap=OverlapRule(view="query"))
+    plans = plan_views(3, 1, np.arange(24), np.tile(size, (24, 1)), specs)
+    views, overlap = tuple(plans.views.values()), plans.overlaps["query", "key"]
     assert {(bool(q), bool(k)) for q, k in zip(views[0].flipped, views[1].flipped)} == {
         (a, b) for a in (0, 1) for b in (0, 1)
     }
     shared = intersect(views[0].crop_box, views[1].crop_box)
     for axis in (0, 1):
         pooled = []
-        for view, view_boxes in zip(views, (overlap.query_box, overlap.key_box)):
-            maps = [coordinate_features(axis, size, c, f, side, stride) for c, f in zip(view.crop_box, view.flipped)]
-            cells = precise_roi_pool(torch.cat(maps), view_boxes, 3, 1 / stride)[:, 0]
+        for view, view_boxes in zip(views, (overlap.first_box, overlap.second_box)):
+            maps = [
+                coordinate_features(axis, size, c, f, view.size, stride) for c, f in zip(view.crop_box, view.flipped)
+            ]
+            cells = precise_roi_pool(torch.cat(maps), torch.from_numpy(view_boxes), 3, 1 / stride)[:, 0]
             pooled.append(torch.where(torch.from_numpy(view.flipped)[:, None, None], cells.flip(-1), cells))
         low, high = torch.from_numpy(shared[:, axis]), torch.from_numpy(shared[:, axis + 2])
         centers = low[:, None] + (high - low)[:, None] * (torch.arange(3) + 0.5) / 3

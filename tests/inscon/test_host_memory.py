@@ -1,6 +1,7 @@
 """Freed memory stays with the process: judged by the system's own count of page faults."""
 
 import ctypes
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from inscon import host_memory, train
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, resolve
+from inscon.methods import moco
+from tests.inscon.methods.steps import make_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,12 +59,7 @@ def test_a_library_without_the_settings_changes_nothing(monkeypatch):
 def test_a_run_on_a_cpu_keeps_its_memory(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "keep_freed_memory", lambda: calls.append(1))
-    config = Config(
-        loader=LoaderConfig(pipeline="synthetic"),
-        model=ModelConfig(arch="resnet18", queue_size=64, cell_queue_size=144, split_size=4, norm="split"),
-        views=ViewConfig(view_size=64),
-        optim=OptimConfig(batch_size=8),
-        run=RunConfig(run_dir=tmp_path),
-    )
-    train.set_up(resolve(config, 1), torch.device("cpu"), "none")
+    config = make_config(moco.Settings(queue_size=64))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=tmp_path))
+    train.set_up(config, torch.device("cpu"), "none")
     assert calls == [1]

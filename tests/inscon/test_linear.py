@@ -1,16 +1,14 @@
-"""The linear probe: learns what is there to be learned, leaves the trunk alone, goes on where it stopped, keeps the protocol."""
+"""The linear probe: learns what is there to be learned, leaves the backbone alone, goes on where it stopped, keeps the protocol."""
 
 import contextlib
-import errno
 import json
-import resource
 import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from inscon.encoder import Trunk
+from inscon.nn.backbones import build_backbone
 from inscon.transfer import knn
 from inscon.transfer.export import digest
 from inscon.transfer.linear import Probe, Protocol
@@ -34,10 +32,10 @@ def crops(start, stop):
     yield batches(start, stop)
 
 
-def make_probe(folder, trunk=None, data="data", **protocol):
+def make_probe(folder, backbone=None, data="data", **protocol):
     torch.manual_seed(0)
     protocol = Protocol(num_classes=3, **{"epochs": 4, "batch_size": 8, "base_lr": 30.0, **protocol})
-    return Probe(trunk or Trunk("resnet18"), protocol, folder, CPU, data)
+    return Probe(backbone or build_backbone("resnet18"), protocol, folder, CPU, data)
 
 
 def train(probe, epochs=None, said=None):
@@ -61,7 +59,7 @@ def test_a_probe_equals_the_protocol_written_out(tmp_path):
     for step, (pixels, labels) in enumerate(batches(0, 4 * STEPS)):
         lr = 1 * 8 / 256 * (1 if step // STEPS < 2 else 0.1 if step // STEPS < 3 else 0.01)
         with torch.no_grad():
-            pooled = probe.trunk(pixels)["res5"].mean((2, 3))
+            pooled = probe.backbone(pixels)[32].mean((2, 3))
         loss = F.cross_entropy(pooled @ weight.T + bias, labels)
         for i, (parameter, gradient) in enumerate(zip((weight, bias), torch.autograd.grad(loss, (weight, bias)))):
             velocity[i] = 0.9 * velocity[i] + gradient
@@ -72,18 +70,18 @@ def test_a_probe_equals_the_protocol_written_out(tmp_path):
     assert [round(figures["lr"], 6) for _, figures in said] == [0.03125, 0.03125, 0.003125, 0.000313]
 
 
-def test_the_trunk_is_untouched_and_a_touched_one_is_noticed(tmp_path):
-    trunk = Trunk("resnet18")
-    trunk.bn1.running_mean.fill_(0.1)
-    before = digest(trunk.state_dict())
-    probe = make_probe(tmp_path, trunk)
+def test_the_backbone_is_untouched_and_a_touched_one_is_noticed(tmp_path):
+    backbone = build_backbone("resnet18")
+    backbone.network.bn1.running_mean.fill_(0.1)
+    before = digest(backbone.state_dict())
+    probe = make_probe(tmp_path, backbone)
     train(probe)
-    assert digest(probe.trunk.state_dict()) == before == probe.before
-    assert not any(p.requires_grad or p.grad is not None for p in probe.trunk.parameters())
+    assert digest(probe.backbone.state_dict()) == before == probe.before
+    assert not any(p.requires_grad or p.grad is not None for p in probe.backbone.parameters())
     with torch.no_grad():
-        probe.trunk.layer4[1].bn2.running_var[3] += 1e-6
-    with pytest.raises(AssertionError, match="the frozen trunk has changed"):
-        probe.check_trunk()
+        probe.backbone.network.layer4[1].bn2.running_var[3] += 1e-6
+    with pytest.raises(AssertionError, match="the frozen backbone has changed"):
+        probe.check_backbone()
 
 
 def test_a_stopped_probe_goes_on(tmp_path):
@@ -103,8 +101,10 @@ def test_a_stopped_probe_goes_on(tmp_path):
         make_probe(tmp_path / "stopped", epochs=5, base_lr=3.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [4, 5, "evaluation"])
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [(signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGTERM, 5), (signal.SIGTERM, "evaluation")],
+)
 def test_a_probe_that_is_asked_to_stop_goes_on_within_the_epoch(tmp_path, number, at):
     """Steps 4 and 5 are within the second epoch and its last; it is evaluated after the second epoch. Signals come in numbers."""
 
@@ -129,33 +129,6 @@ def test_a_probe_that_is_asked_to_stop_goes_on_within_the_epoch(tmp_path, number
     lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in
              ("whole", "stopped")]  # fmt: skip
     assert [(line["epoch"], line["loss"]) for line in lines[0]] == [(line["epoch"], line["loss"]) for line in lines[1]]
-
-
-def test_kept_features_that_find_no_room_leave_nothing(tmp_path):
-    """Before a picture is looked at; a mapped file that grows on a full disk would kill the process."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
-    try:
-        with pytest.raises(OSError, match="val.npy") as full:
-            knn.kept_features(tmp_path, "val", Trunk("resnet18").eval(), lambda done: [], 10_000, "id")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert full.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == []
-
-
-def test_kept_features_of_another_trunk_are_forgotten_before_they_are_overwritten(tmp_path):
-    def features(identity, made):
-        return knn.kept_features(tmp_path, "val", trunk, lambda done: made, 8, identity)[0]
-
-    def killed():
-        yield from ()
-        raise KeyboardInterrupt
-
-    trunk = Trunk("resnet18").eval()
-    first = features("one", batches(0, 1))
-    with pytest.raises(KeyboardInterrupt):
-        features("other", killed())
-    assert torch.equal(features("one", batches(0, 1)), first)
 
 
 def test_the_learning_rate_fits_the_batch():
@@ -194,11 +167,11 @@ def test_a_probe_that_cannot_be_written_is_named_and_leaves_no_rest(tmp_path, sm
 
 
 def test_features_that_are_not_finite_are_no_features():
-    trunk = Trunk("resnet18").eval()
+    backbone = build_backbone("resnet18").eval()
     with torch.no_grad():
-        trunk.layer4[1].bn2.weight[3] = torch.nan
+        backbone.network.layer4[1].bn2.weight[3] = torch.nan
     with pytest.raises(FloatingPointError, match="24 of 24 pictures have features that are not finite"):
-        knn.monitor(trunk, batches(0, 3), k=3)
+        knn.monitor(backbone, batches(0, 3), k=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ neighbors
@@ -231,48 +204,24 @@ def test_accuracy_in_pieces_is_the_same(monkeypatch):
     assert knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True) == alone
 
 
-def test_the_monitor_leaves_the_trunk_in_training():
-    trunk = Trunk("resnet18").train()
-    before = digest(trunk.state_dict())
-    share = knn.monitor(trunk, batches(0, 3), k=3)
-    assert trunk.training and digest(trunk.state_dict()) == before and 0 <= share <= 1
+def test_the_monitor_leaves_the_backbone_in_training():
+    backbone = build_backbone("resnet18").train()
+    before = digest(backbone.state_dict())
+    share = knn.monitor(backbone, batches(0, 3), k=3)
+    assert backbone.training and digest(backbone.state_dict()) == before and 0 <= share <= 1
 
 
 def test_a_rank_without_pictures_changes_no_answer(monkeypatch):
-    trunk = Trunk("resnet18").eval()
-    rows, labels = knn.features(trunk, [])
+    backbone = build_backbone("resnet18").eval()
+    rows, labels = knn.features(backbone, [])
     assert rows.shape == (0, 512) and labels.shape == (0,)
-    alone = knn.monitor(trunk, batches(0, 3), k=3)
+    alone = knn.monitor(backbone, batches(0, 3), k=3)
     # Two ranks, this one without pictures: what the other one sends is put before what this one does.
-    theirs = knn.features(trunk, batches(0, 3))
+    theirs = knn.features(backbone, batches(0, 3))
     monkeypatch.setattr("inscon.distributed.world_size", lambda: 2)
     monkeypatch.setattr("inscon.distributed.worst", lambda values: {"rows": float(len(theirs[0]))})
     monkeypatch.setattr(
         "inscon.distributed.gather",
         lambda mine: torch.cat([theirs[0] if mine.is_floating_point() else theirs[1], mine]),
     )
-    assert knn.monitor(trunk, [], k=3) == alone
-
-
-def test_kept_features_go_on(tmp_path):
-    trunk = Trunk("resnet18").eval()
-    held = list(batches(0, 3))
-    expected, labels = knn.features(trunk, held)
-    asked = []
-
-    def batches_from(done, stop=None):
-        asked.append(done)
-        for number, batch in enumerate(held[done // 8 :], done // 8):
-            if number == stop:
-                raise KeyboardInterrupt
-            yield batch
-
-    with pytest.raises(KeyboardInterrupt):
-        knn.kept_features(tmp_path, "bank", trunk, lambda done: batches_from(done, stop=2), 24, "this trunk")
-    rows, same = knn.kept_features(tmp_path, "bank", trunk, batches_from, 24, "this trunk")
-    assert asked == [0, 16] and torch.equal(same, labels)
-    assert (rows - expected).abs().max() < 1e-3 and (rows.norm(dim=1) - 1).abs().max() < 1e-5
-    knn.kept_features(tmp_path, "bank", trunk, batches_from, 24, "this trunk")
-    assert asked == [0, 16]  # all there
-    knn.kept_features(tmp_path, "bank", trunk, batches_from, 24, "another trunk")
-    assert asked == [0, 16, 0]
+    assert knn.monitor(backbone, [], k=3) == alone

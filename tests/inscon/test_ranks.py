@@ -1,5 +1,6 @@
-"""Two gloo processes against one process on the joined batch, in float64."""
+"""Two gloo processes against one process on the joined batch, in float64; and what they send each other, by itself."""
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -11,34 +12,36 @@ import torch
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
+MODES = {1: ("frozen", "live", "moco", "four"), 2: ("frozen", "live", "moco", "fp16", "collectives"), 4: ("four",)}
+"""Number of ranks -> what they do, one after the other: starting them takes longer."""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """run(mode, ranks): what came out, once for each."""
 
     @cache
-    def run(mode, ranks):
+    def start(ranks):
         out = tmp_path_factory.mktemp("ranks") / "out"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), str(out), mode], capture_output=True, text=True, timeout=300
-        )
+            [sys.executable, *launcher, str(WORKER), str(out), *MODES[ranks]], capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(out, weights_only=True)
 
-    return run
+    return lambda mode, ranks: start(ranks)[mode]
 
 
-@pytest.mark.parametrize("mode", ["frozen", "live"])
+@pytest.mark.parametrize("mode", ["frozen", "live", "moco"])
 def test_two_ranks_equal_one_process_on_the_joined_batch(run, mode):
-    """frozen: BatchNorm in eval mode. live: two ranks shuffle, one process splits into the same groups of images; and the two
-    cut their steps into passes, the one into groups."""
+    """frozen: BatchNorm in eval mode. live, moco: two ranks shuffle, one process splits into the same groups of images."""
     one, two = run(mode, 1), run(mode, 2)
-    assert one["stop"] is two["stop"] is True and two["worst"] == {"rank": 1.0}
-    assert two["total"] == {"rank": 3.0} and two["union"] == [2, 7] and one["union"] == []
-    for a, b in zip(one["losses"], two["losses"]):
+    for a, b in zip(one["losses"], two["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-9)
     for part in ("gradients", "weights", "queues"):
-        assert one[part].keys() == two[part].keys()
+        assert one[part].keys() == two[part].keys() and len(one[part])
         for name in one[part]:
             torch.testing.assert_close(
                 one[part][name], two[part][name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
@@ -48,7 +51,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(run, mode):
 def test_four_ranks_send_each_other_what_one_process_deals_its_groups(run):
     """With four of them every rank sends to three, and images, boxes and keys must find their way back."""
     one, four = run("four", 1), run("four", 4)
-    for a, b in zip(one["losses"], four["losses"]):
+    for a, b in zip(one["losses"], four["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-9)
     for name in one["queues"]:
         torch.testing.assert_close(one["queues"][name], four["queues"][name], rtol=1e-7, atol=1e-9)
@@ -61,3 +64,30 @@ def test_gradients_may_travel_in_half_precision(run):
         apart = (two["gradients"][name] - gradient).abs().max()
         assert apart <= 2e-3 * gradient.abs().max() + 1e-6, name
     assert any(not torch.allclose(two["gradients"][n], g, rtol=1e-6, atol=0) for n, g in one["gradients"].items())
+
+
+@pytest.mark.parametrize(("compression", "digits"), [("none", 1e-6), ("fp16", 2e-3), ("bf16", 2e-2)])
+def test_ranks_average_gradients_in_any_format(run, compression, digits):
+    """Every type, in the parameters' own strides; a parameter that one rank left out counts as zero there, and none is lost."""
+    result = run("collectives", 2)["averaged"][compression]
+    assert result["strides"]
+    for name, made in result["made"].items():
+        expected = result["own"][name].mean(0)
+        torch.testing.assert_close(made, expected, rtol=digits, atol=digits * expected.abs().max().item())
+        rounded = not torch.allclose(made, expected, rtol=1e-6, atol=0)
+        assert rounded == (compression != "none" and not name.startswith("none")), name
+    assert (result["own"]["one.weight"][0] == 0).all() and (result["made"]["one.weight"] != 0).any()
+    assert all((result["made"][name] == 0).all() for name in ("none.weight", "none.bias"))
+
+
+def test_keys_of_any_form_travel_and_come_back(run):
+    """Pixels, a jigsaw's patches, boxes, flags; each image in company of the other rank's, and channels last as it came."""
+    result = run("collectives", 2)["shuffled"]
+    assert all(result["back"].values()), result["back"]
+    assert result["types"] and result["met_alike"] and all(result["channels_last"].values()), result["channels_last"]
+    assert [sorted(own) for own in result["met"].tolist()] == [[0, 2, 5, 7], [1, 3, 4, 6]]
+
+
+def test_the_few_collectives_beside_them(run):
+    two = run("collectives", 2)
+    assert two["stop"] is True and two["worst"] == {"rank": 1.0} and two["total"] == {"rank": 3.0}

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from inscon import checkpoint, train
-from inscon.batch import Batch, View
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, resolve
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, unsteady
-from inscon.model import Losses
-from inscon.mosaic import assemble
+from inscon.methods import inscon
+from inscon.methods.method import resolve
+from tests.inscon.methods.steps import make_batch
 
 SIDE, BATCH, PER_EPOCH = 64, 8, 3
 CPU = torch.device("cpu")
@@ -24,8 +24,9 @@ CPU = torch.device("cpu")
 def make_config(run_dir, **run):
     return resolve(
         Config(
+            method=inscon.Settings(queue_size=16, cell_queue_size=144),
             views=ViewConfig(view_size=SIDE),
-            model=ModelConfig(arch="resnet18", queue_size=16, cell_queue_size=144),
+            model=ModelConfig(backbone="resnet18"),
             optim=OptimConfig(batch_size=BATCH, epochs=2),
             run=RunConfig(run_dir=run_dir, log_every=1, checkpoint_every=2, tensorboard=False, **run),
         ),
@@ -34,16 +35,7 @@ def make_config(run_dir, **run):
 
 
 def batch_of(step):
-    generator = torch.Generator().manual_seed(step)
-
-    def view():
-        pixels = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator).to(memory_format=torch.channels_last)
-        return View(
-            pixels=pixels, crop_box=torch.tensor([[0.0, 0, 100, 100]]).repeat(BATCH, 1), flipped=torch.zeros(BATCH) > 0
-        )
-
-    query = view()
-    return Batch(query=query, key=view(), mosaic=assemble(query.pixels), sample_ids=torch.arange(BATCH))
+    return make_batch(inscon.Settings(), step, BATCH, torch.float32, ViewConfig(view_size=SIDE))
 
 
 def run(config, total=6, data="set A", spoil=None):
@@ -86,7 +78,7 @@ def test_a_run_logs_every_window_and_keeps_the_newest_checkpoints(tmp_path):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000004.pt", "step-00000006.pt"]
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written == training.config.to_dict() and written["model"]["cell_queue_size"] == 144
+    assert written == training.config.to_dict() and written["method"]["cell_queue_size"] == 144
 
 
 def test_a_crash_and_a_resume_equal_the_undisturbed_run_bit_for_bit(tmp_path):
@@ -161,25 +153,20 @@ class LoaderOfThree:
     def read(self):
         return {"loader_read_ms": 1.5, "loader_substituted": 2.0}
 
-    def bad_samples(self):
-        return [9, 4]
 
-
-def test_what_the_loader_says_is_logged_and_its_bad_samples_are_kept(tmp_path, capsys):
+def test_what_the_loader_says_is_logged(tmp_path, capsys):
     config = make_config(tmp_path)
     training = train.set_up(config, CPU, "set A")
-    assert training.bad_samples == []
     train.train(training, [batch_of(step) for step in range(3)], PER_EPOCH, 3, telemetry=LoaderOfThree())
     assert all(line["loader_read_ms"] == 1.5 and line["loader_substituted"] == 2 for line in lines(tmp_path))
     assert "2 samples substituted" in capsys.readouterr().out
-    assert train.set_up(config, CPU, "set A").bad_samples == [4, 9]
 
 
 def test_losses_that_are_not_finite_stop_the_run_in_one_sentence(tmp_path):
     config = make_config(tmp_path)
     training = train.set_up(config, CPU, "set A")
     bad = batch_of(0)
-    bad.query.pixels[0] = float("nan")
+    bad.views["query"].pixels[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"Found: nan at step 1; there is no checkpoint yet: .*--lr 0.015$"):
         train.train(training, [bad], PER_EPOCH, 1)
     assert checkpoint.latest(tmp_path) is None
@@ -188,7 +175,7 @@ def test_losses_that_are_not_finite_stop_the_run_in_one_sentence(tmp_path):
 
 def gradient_at(training, steps, value):
     """In these steps, one gradient becomes `value` times what it is."""
-    weight = training.model.query_encoder.trunk.conv1.weight
+    weight = training.method.query_encoder.backbone.network.conv1.weight
     weight.register_hook(lambda gradient: gradient * value if training.step in steps else gradient)
 
 
@@ -228,10 +215,12 @@ def test_half_precision_on_a_gpu_stays_finite(tmp_path):
 
 
 def on_gpu(batch):
-    def moved(view):
-        return View(pixels=view.pixels.cuda(), crop_box=view.crop_box.cuda(), flipped=view.flipped.cuda())
+    def moved(held):
+        return dataclasses.replace(held, **{f.name: getattr(held, f.name).cuda() for f in dataclasses.fields(held)})
 
-    return dataclasses.replace(batch, query=moved(batch.query), key=moved(batch.key), mosaic=batch.mosaic.cuda())
+    views = {name: moved(view) for name, view in batch.views.items()}
+    overlaps = {pair: moved(overlap) for pair, overlap in batch.overlaps.items()}
+    return dataclasses.replace(batch, views=views, overlaps=overlaps, mosaic=batch.mosaic.cuda())
 
 
 @pytest.mark.parametrize("ending", ["finished", "signal", "evaluation"])
@@ -251,7 +240,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path, e
         monitor = (lambda: evaluated.append(training.step) or {}) if ending == "evaluation" else None
         train.train(training, loader(), PER_EPOCH, total, monitor=monitor)
     sentence = str(found.value)
-    assert "model.query_encoder.trunk.conv1.weight is not finite any more at step 3" in sentence and not evaluated
+    assert (
+        "model.query_encoder.backbone.network.conv1.weight is not finite any more at step 3" in sentence
+        and not evaluated
+    )
     assert f"the last checkpoint, {tmp_path}/checkpoints/step-00000002.pt, is finite" in sentence
     assert sentence.endswith("go on from it with --lr 0.015 --change-on-resume lr")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.pt"]
@@ -311,7 +303,7 @@ def test_other_settings_of_the_optimizer_take_effect(tmp_path):
 def test_what_the_sentences_about_resuming_advise_works(tmp_path):
     config = make_config(tmp_path / "a")
     run(config, total=4)
-    warm = changed(config, "model", temperature=0.1)
+    warm = changed(config, "method", temperature=0.1)
     with pytest.raises(checkpoint.CheckpointError) as found:
         train.set_up(warm, CPU, "set A")
     assert "Start with the old settings and data, or set another --run-dir" in str(found.value)
@@ -332,22 +324,22 @@ def test_what_the_sentences_about_resuming_advise_works(tmp_path):
 
 def test_a_checkpoint_that_is_not_finite_is_of_no_use(tmp_path):
     """As earlier versions wrote them: nothing goes on from it, and nothing evaluates it."""
-    from inscon.transfer.export import any_trunk
-    from inscon.transfer.trunk import load_trunk
+    from inscon.transfer.backbone import load_backbone
+    from inscon.transfer.export import any_backbone
 
     config = make_config(tmp_path)
     run(config, total=2)
     good = checkpoint.latest(tmp_path)
     contents = torch.load(good, weights_only=True)
-    contents["model"]["query_encoder.trunk.conv1.weight"][0] = torch.nan
+    contents["model"]["query_encoder.backbone.network.conv1.weight"][0] = torch.nan
     torch.save(contents | {"step": 4}, good.with_name("step-00000004.pt"))
-    for use in (lambda: train.set_up(config, CPU, "set A"), lambda: load_trunk(tmp_path), lambda: any_trunk(tmp_path),
-                lambda: any_trunk(tmp_path, untrained=True)):  # fmt: skip
+    for use in (lambda: train.set_up(config, CPU, "set A"), lambda: load_backbone(tmp_path), lambda: any_backbone(tmp_path),
+                lambda: any_backbone(tmp_path, untrained=True)):  # fmt: skip
         with pytest.raises(checkpoint.CheckpointError, match="step-00000004.pt .*conv1.weight is not finite; delete it .*"
                            "the one before, step-00000002.pt"):  # fmt: skip
             use()
     checkpoint.latest(tmp_path).unlink()
-    assert train.set_up(config, CPU, "set A").step == 2 and any_trunk(tmp_path)[1]["step"] == 2
+    assert train.set_up(config, CPU, "set A").step == 2 and any_backbone(tmp_path)[1]["step"] == 2
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -370,7 +362,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     refused = [
         (changed(config, "optim", lr=0.1), r"optim.lr was 0.03 and is 0.1"),
         (changed(config, "views", view_size=96), r"views.view_size was 64 and is 96"),
-        (changed(config, "model", temperature=0.1), r"model.temperature was 0.2 and is 0.1"),
+        (changed(config, "method", temperature=0.1), r"method.temperature was 0.2 and is 0.1"),
         (changed(config, "run", seed=1), r"run.seed was 0 and is 1"),
     ]
     for other, message in refused:
@@ -398,7 +390,7 @@ def test_checkpoints_that_are_none_say_so(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="can't be read as a checkpoint .*; delete it"):
         checkpoint.load(path)
     torch.save({"version": 99, "step": 1}, path)
-    with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads 1"):
+    with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads 2"):
         checkpoint.load(path)
 
 
@@ -448,8 +440,8 @@ def test_what_killed_processes_left_goes_with_the_next_checkpoint(tmp_path):
 def test_meters_read_means_and_start_anew(monkeypatch):
     meter = LossMeter()
     for value in (1.0, 3.0):
-        total = torch.tensor(value)
-        meter.add(Losses(single=total, multi=None, cell=None, total=total, top1={"single": total / 10}))
+        loss = torch.tensor(value)
+        meter.add({"loss": loss, "loss_single": loss, "top1_single": loss / 10})
     assert meter.read() == pytest.approx({"loss": 2.0, "loss_single": 2.0, "top1_single": 0.2})
     clock = iter([0.0, 1.0, 2.0, 5.0, 5.0, 10.0, 10.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
@@ -514,10 +506,9 @@ def test_on_a_gpu_it_is_the_devices_time_that_varies():
 
 
 def test_the_trainer_names_a_shared_machine(tmp_path, monkeypatch, capsys):
-    def step(training, model, batch):
+    def step(training, batch):
         time.sleep(0.06 if training.step % 3 == 0 else 0.002)
-        total = torch.zeros(())
-        return Losses(single=total, multi=None, cell=None, total=total, top1={"single": total})
+        return {"loss": torch.zeros(())}
 
     monkeypatch.setattr(train, "run_step", step)
     config = changed(make_config(tmp_path), "run", log_every=55, checkpoint_every=1000)

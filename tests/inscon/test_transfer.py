@@ -1,6 +1,5 @@
-"""Frozen features: nearest neighbors against a loop, the right trunk out of a checkpoint, the report's arithmetic."""
+"""Frozen features: nearest neighbors against a loop, the right backbone out of a checkpoint."""
 
-import dataclasses
 import json
 import math
 
@@ -10,15 +9,13 @@ import torch
 from PIL import Image
 
 from data_prep.make_dali import pack_folder
-from inscon.config import resolve, smoke
-from inscon.encoder import Trunk
-from inscon.model import InsCon
-from inscon.profiling.rates import read_metrics, run_speed
+from inscon import checkpoint
+from inscon.nn.backbones import build_backbone
 from inscon.transfer import knn
-from inscon.transfer.trunk import load_trunk, untrained_trunk
+from inscon.transfer.backbone import load_backbone, rebuild, untrained_backbone
 from scripts import knn as knn_script
 from scripts import linear as linear_script
-from tests.inscon.test_train import make_config, run
+from tests.inscon.test_export import BACKBONES, make_run
 
 
 def test_knn_equals_a_loop():
@@ -37,33 +34,41 @@ def test_knn_equals_a_loop():
         knn.accuracy(queries, labels, bank, bank_labels)
 
 
-def test_features_leave_the_trunk_as_it_is():
-    trunk = Trunk("resnet18").eval()
-    before = {k: v.clone() for k, v in trunk.state_dict().items()}
-    rows, labels = knn.features(trunk, [(torch.randn(3, 3, 64, 64), torch.arange(3))])
-    assert rows.shape == (3, 512) and labels.tolist() == [0, 1, 2]
+@pytest.mark.parametrize(("name", "width"), list(zip(BACKBONES, (512, 320, 192), strict=True)))
+def test_features_leave_the_backbone_as_it_is(name, width):
+    backbone = build_backbone(name).eval()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    rows, labels = knn.features(backbone, [(torch.randn(3, 3, 64, 64), torch.arange(3))])
+    assert rows.shape == (3, width) and labels.tolist() == [0, 1, 2]
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
-    assert all(torch.equal(before[k], v) for k, v in trunk.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
     with pytest.raises(ValueError, match="Found: train mode"):
-        knn.features(trunk.train(), [])
+        knn.features(backbone.train(), [])
 
 
-def test_the_trunk_of_a_checkpoint_is_the_query_encoders(tmp_path):
-    training = run(make_config(tmp_path), total=2)
-    trunk, settings = load_trunk(tmp_path)
-    assert settings == training.config.to_dict() and not trunk.training
-    for name, value in training.model.query_encoder.trunk.state_dict().items():
-        assert torch.equal(trunk.state_dict()[name], value)
-    assert not torch.equal(trunk.conv1.weight, training.model.key_encoder.trunk.conv1.weight)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_backbone_of_a_checkpoint_is_the_trained_one_and_can_be_made_as_it_began(name, tmp_path):
+    contents = checkpoint.load(checkpoint.latest(make_run(tmp_path, name)))
+    backbone, settings = load_backbone(tmp_path)
+    assert settings == contents["config"] == rebuild(settings).to_dict() and not backbone.training
+    encoders = [
+        {n: contents["model"][f"{which}_encoder.backbone.network.{n}"] for n in backbone.network.state_dict()}
+        for which in ("query", "key")
+    ]
+    began = untrained_backbone(settings).network.state_dict()
+    for name, value in backbone.network.named_parameters():
+        assert torch.equal(value, encoders[0][name]) and torch.equal(value, began[name])
+        assert not torch.equal(value, encoders[1][name])
+    assert all(torch.equal(value, encoders[0][name]) for name, value in backbone.network.named_buffers())
     with pytest.raises(ValueError, match="there is no checkpoint at"):
-        load_trunk(tmp_path / "elsewhere")
+        load_backbone(tmp_path / "elsewhere")
 
 
 @pytest.fixture(scope="module")
 def classes_apart(tmp_path_factory):
     """A run, a training set of three classes of plain colors, and copies of those of its last two classes."""
     folder = tmp_path_factory.mktemp("classes")
-    run(make_config(folder / "run"), total=2)
+    make_run(folder / "run")
     for number, (name, color) in enumerate({"ape": (250, 20, 20), "bee": (20, 250, 20), "cat": (20, 20, 250)}.items()):
         for split in ("train", "val") if number else ("train",):
             (folder / split / name).mkdir(parents=True)
@@ -76,10 +81,9 @@ def classes_apart(tmp_path_factory):
     return {"view_size": 64, "pipeline": "reference", "threads": 0, **sets}, folder / "run"
 
 
-def test_knn_knows_copies_of_training_pictures_though_a_class_is_missing(classes_apart, capsys):
+def test_knn_knows_copies_of_training_pictures_though_a_class_is_missing(classes_apart):
     sets, trained = classes_apart
-    knn_script.main(knn_script.KnnConfig(run=trained, k=1, **sets))
-    assert capsys.readouterr().out.count("trained: 100.0 % of 12 pictures") == 2
+    assert knn_script.main(knn_script.KnnConfig(run=trained, k=1, **sets)) == {"untrained": 1.0, "trained": 1.0}
     with pytest.raises(ValueError, match="Found: ape; pack both from class folders of the same names"):
         knn_script.main(knn_script.KnnConfig(run=trained, k=1, **sets | {"train": sets["val"], "val": sets["train"]}))
 
@@ -93,36 +97,16 @@ def test_a_probe_knows_copies_of_training_pictures_though_a_class_is_missing(cla
     assert json.loads((tmp_path / "result.json").read_text())["top1"] > 0.9
 
 
-def test_the_untrained_trunk_is_the_one_the_run_began_with():
-    config = resolve(dataclasses.replace(smoke()), 1)
-    torch.manual_seed(config.run.seed)
-    began = InsCon(config.model, config.views, config.optim.batch_size).query_encoder.trunk
-    again = untrained_trunk(config.to_dict())
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in began.state_dict().items())
-
-
-def windows(rates):
-    return [
-        {
-            "step": 10 * (i + 1),
-            "step_s": 8 / r,
-            "images_per_s": float(r),
-            "data_wait_percent": i,
-            "loss_single": 9.0 - i,
-        }
-        for i, r in enumerate(rates)
-    ]
-
-
-def test_the_report_gives_medians_without_warm_up():
-    speed = run_speed(windows([1, 100, 200, 300, 400, 50]), fill_steps=15)
-    assert (speed.windows, speed.steps, speed.images_per_s, speed.step_ms) == (5, 50, 200.0, 40.0)
-    assert speed.step_ms_p99 == 160.0 and speed.data_wait_percent == 3
-    assert speed.first["step"] == 30 and speed.first["loss_single"] == 7.0 and speed.last["loss_single"] == 4.0
-
-
-def test_the_report_refuses_too_few_windows(tmp_path):
-    with pytest.raises(ValueError, match="at least 6 log windows.* Found: 5"):
-        run_speed(windows([1, 100, 200, 300, 400]), 15)
-    with pytest.raises(ValueError, match="there are no metrics at"):
-        read_metrics(tmp_path)
+def test_a_size_that_a_network_does_not_take_is_refused_before_pictures_are_read(classes_apart, tmp_path):
+    sets, _ = classes_apart
+    contents = checkpoint.load(checkpoint.latest(make_run(tmp_path, "convnext_atto")))
+    contents["config"]["model"]["backbone"] = "pit_ti_224"
+    contents["model"] = {
+        contents["backbone"] + "." + n: v for n, v in build_backbone("pit_ti_224").network.state_dict().items()
+    }
+    checkpoint.save(tmp_path / "pit", contents, keep=1)
+    asked = {"untrained": False, **sets, "train": tmp_path / "none"}
+    with pytest.raises(ValueError, match="pit_.* takes no views or mosaics of this size. Found: 64 px .*--view-size"):
+        knn_script.main(knn_script.KnnConfig(run=tmp_path / "pit", **asked))
+    with pytest.raises(ValueError, match="pit_.* takes no views .* Found: 64 px"):
+        linear_script.main(linear_script.LinearConfig(checkpoint=tmp_path / "pit", out=tmp_path / "out", **asked))

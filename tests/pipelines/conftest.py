@@ -1,6 +1,11 @@
-"""Pictures and shards for the tests of the engines."""
+"""Pictures and shards for the tests of the engines, engines opened on them, batches compared."""
 
+from __future__ import annotations
+
+import contextlib
+import functools
 import gc
+import hashlib
 import io
 import os
 import threading
@@ -9,16 +14,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+import torch
 from PIL import Image
 
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from inscon.batch import Batch
+from inscon.config import LoaderConfig
+from inscon.plan import Mosaics, OverlapRule, ViewSpec
+
+with contextlib.suppress(
+    ModuleNotFoundError
+):  # what these need may be missing, which each test says: tests/conftest.py
+    from data_prep.index import DatasetIndex
+    from pipelines import open_pipeline
+    from pipelines.color import STD
+    from pipelines.feed import Feed, Pipeline, open_index
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train"
 SIZES = [(1, 1), (1, 90), (200, 3), (64, 64), (75, 500), (500, 75)] + [(90 + 7 * i, 160 - 5 * i) for i in range(14)]
 """(height, width), px."""
 GRAY = (3, 8)
 """Which of the pictures have one channel."""
+NO_JPEG = b"\xff\xd8\xff\xe0" + bytes(3000)
+"""With the right checksum: packed like that, say by another program. No decoder takes it."""
+PAIR = (ViewSpec(name="query", size=64), ViewSpec(name="key", size=64, overlap=OverlapRule(view="query")))
+MOSAICS = Mosaics(view="query")
+PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
+"""It changed the order of its two resize passes for tall pictures, and with it the last bit; the kernels do as it does."""
+every = pytest.mark.parametrize("name", ["dali", "ffcv", "reference"])
+compiled = pytest.mark.parametrize("name", ["dali", "ffcv"])
 
 
 def draw_picture(number: int, height: int, width: int) -> Image.Image:
@@ -37,10 +62,12 @@ def as_jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: dict[int, tuple] | None = None) -> Path:
-    """Twenty pictures in several shards, and in a .beton beside them (`data_for`); `jpegs` and `sizes` replace what is stored of
-    single samples."""
-    from tests.packed import Sample, write_set  # what it needs may be missing: tests/conftest.py
+def write_shards(
+    folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: dict[int, tuple] | None = None, copies: int = 1
+) -> Path:
+    """Twenty pictures, or so many copies of them, in several shards, and in a .beton beside them (`data_for`); `jpegs` and `sizes`
+    replace what is stored of single samples."""
+    from tests.packed import Sample  # what it needs may be missing: tests/conftest.py
 
     samples = []
     for i, (height, width) in enumerate(SIZES):
@@ -48,9 +75,16 @@ def write_shards(folder: Path, *, jpegs: dict[int, bytes] | None = None, sizes: 
         jpeg = (jpegs or {}).get(i) or as_jpeg(image.convert("L") if i in GRAY else image)
         stored = (sizes or {}).get(i, (height, width))
         samples.append(Sample(jpeg, *stored, label=0, name=f"a/picture_{i}.jpg"))
+    write_both(folder, samples * copies)
+    return folder
+
+
+def write_both(folder: Path, samples: list) -> None:
+    """`tests.packed.Sample`s as shards, and as a .beton beside them."""
+    from tests.packed import write_set
+
     write_set(folder, samples, per_shard=6, class_names=["a"], seed=0)
     write_set(beton_beside(folder), samples, per_shard=6, class_names=["a"], seed=0, container="beton")
-    return folder
 
 
 def beton_beside(folder: Path) -> Path:
@@ -72,20 +106,104 @@ def make_shards(tmp_path):
     return lambda **changes: write_shards(tmp_path / "shards", **changes)
 
 
-@pytest.fixture
-def make_config(shards):
-    """Batches of 8 out of 20 samples: two steps per epoch."""
+def damage(folder: Path, sample_id: int, how: str = "flip") -> None:
+    """Change one sample of a packed set behind its back: one bit of its bytes, or everything from it on is gone."""
+    index = DatasetIndex.open(folder)
+    record = index.records([sample_id])[0]
+    shard = folder / index.manifest.shards[record["shard"]].name
+    if how == "cut":
+        os.truncate(shard, int(record["offset"]) + 10)
+        return
+    at = int(record["offset"]) + int(record["byte_count"]) // 2
+    with open(shard, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
 
-    def make(data=shards, *, threads=2, batch_size=8, heads=("single", "multi", "cell"), decode="auto", **views):
-        return Config(
-            loader=LoaderConfig(data=data, threads=threads, decode=decode),
-            views=ViewConfig(**{"view_size": 64, **views}),
-            model=ModelConfig(heads=heads),
-            optim=OptimConfig(batch_size=batch_size),
-            run=RunConfig(seed=3),
-        )
 
-    return make
+def installed(name: str) -> str:
+    """The engine `name`; skips where it is not installed."""
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+        pytest.importorskip("numba", reason="numba is not installed")
+    if name == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed", exc_type=ImportError)
+    return name
+
+
+def stored_in(name: str, shard: str = r"shard-\d+.tar") -> str:
+    """How an engine's messages call the file that a sample is in."""
+    return "samples.beton" if name == "ffcv" else shard
+
+
+def loader_of(name: str, folder: Path | None, **settings) -> LoaderConfig:
+    """Settings to read a set made by `write_shards`: two threads, and no workers of the reference, which take long to start."""
+    threads = 0 if name == "reference" else 2
+    return LoaderConfig(**{"data": data_for(name, folder), "pipeline": name, "threads": threads, **settings})
+
+
+def feed_of(loader: LoaderConfig, views=PAIR, mosaics=MOSAICS, **settings) -> Feed:
+    """Batches of 8: of 20 samples two steps per epoch; four steps show all of them."""
+    return Feed(open_index(loader), views, mosaics, **{"batch_size": 8, "seed": 0, **settings})
+
+
+def opened(
+    name: str,
+    folder: Path | None,
+    total_steps: int,
+    *,
+    start_step=0,
+    device="cpu",
+    dtype=torch.float32,
+    loader=None,
+    **feed,
+) -> Pipeline:
+    """`open_pipeline` of the engine `name`; `loader` and `feed` are settings of these."""
+    config = loader_of(installed(name), folder, **(loader or {}))
+    return open_pipeline(
+        feed_of(config, **feed), config, device=device, dtype=dtype, start_step=start_step, total_steps=total_steps
+    )
+
+
+def batches(name: str, folder: Path | None, total_steps: int, **settings) -> list[Batch]:
+    with opened(name, folder, total_steps, **settings) as pipeline:
+        return list(pipeline)
+
+
+@pytest.fixture(scope="session")
+def whole(shards):
+    """(engine) -> the first seven batches of `shards`, made once."""
+    return functools.cache(lambda name: batches(name, shards, 7))
+
+
+def assert_same(one: Batch, other: Batch, *, by_pil: bool = False) -> None:
+    """To the last bit; where PIL cut one of them (`by_pil`) with a Pillow before 13, pixels up to a fraction of a level."""
+    assert list(one.views) == list(other.views) and one.overlaps.keys() == other.overlaps.keys()
+    assert torch.equal(one.sample_ids, other.sample_ids)
+    for a, b in zip(one.tensors(), other.tensors(), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if a.ndim >= 4 and by_pil and not PILLOW_13:
+            assert levels_apart(a, b) <= 0.5
+        else:
+            assert torch.equal(a, b)
+
+
+def levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean difference of normalized pixels, levels 0..255."""
+    return float((one.cpu() - other.cpu()).abs().mean()) * 255 * float(np.mean(STD))
+
+
+def digest(batch: Batch) -> str:
+    """Equal for batches that are the same to the last bit."""
+    found = hashlib.sha256(batch.sample_ids.numpy())
+    for tensor in batch.tensors():
+        found.update(tensor.contiguous().numpy())
+    return found.hexdigest()
+
+
+def ids_of(made: list[Batch]) -> list[list[int]]:
+    return [batch.sample_ids.tolist() for batch in made]
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch.overrides import TorchFunctionMode
 
-from inscon.config import ViewConfig
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, ViewPlan, plan_views
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, SATURATION, ColorSpec, ViewPlan, ViewSpec, plan_views
 from pipelines import color, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,24 +29,28 @@ def views(count, side=48, seed=0) -> np.ndarray:
     return made
 
 
-def plan_of(ops, factors, sigma=0.0) -> ViewPlan:
-    """One row per list of operations."""
+def plan_of(ops, factors, sigma=0.0, solarize=NEVER) -> ViewPlan:
+    """One row per list of operations, for views that are cut already."""
     n = len(ops)
     rows = np.zeros((n, 5), np.uint8)
     for row, codes in zip(rows, ops, strict=True):
         row[: len(codes)] = codes
     return ViewPlan(
+        size=48,
+        side=48,
         crop_box=np.tile(np.float32([0, 0, 48, 48]), (n, 1)),
         flipped=np.zeros(n, bool),
+        offset=np.zeros((n, 2), np.float32),
         color_ops=rows,
         factors=np.broadcast_to(np.array(factors, np.float32), (n, 4)),
         blur_sigma=np.broadcast_to(np.float32(sigma), (n,)),
+        solarize=np.broadcast_to(np.float32(solarize), (n,)).copy(),
     )
 
 
 def colored(pixels, plan, device) -> np.ndarray:
     levels = color.jitter(torch.from_numpy(pixels).to(device).float(), plan)
-    return color.blur(levels, plan.blur_sigma).cpu().numpy()
+    return color.solarize(color.blur(levels, plan.blur_sigma), plan.solarize).cpu().numpy()
 
 
 OPERATIONS = {
@@ -143,24 +146,31 @@ def test_blur_equals_pil(device):
         np.testing.assert_array_equal(made[i], wanted)
 
 
+def test_solarize_equals_pil(device):
+    """The second is left alone; one threshold inverts everything."""
+    thresholds = np.float32([128, NEVER, 0, 255, 1, 77])
+    pixels = views(6)
+    made = colored(pixels, plan_of([[]] * 6, (1, 1, 1, 0), solarize=thresholds), device)
+    np.testing.assert_array_equal(made[1], pixels[1])
+    for i in (0, 2, 3, 4, 5):
+        wanted = np.asarray(ImageOps.solarize(Image.fromarray(pixels[i]), int(thresholds[i])))
+        np.testing.assert_array_equal(made[i], wanted)
+
+
 def test_whole_plans_equal_the_reference(device):
     count = 24
-    config = ViewConfig(view_size=64, jitter_probability=0.9, gray_probability=0.3)
-    plan = plan_views(1, 0, np.arange(count), np.full((count, 2), 80), config).query
-    pictures = views(count, side=80, seed=4)
-    plain = plan_of([[]] * count, (1, 1, 1, 0))
-    crops, wanted = [], []
-    for i, picture in enumerate(map(Image.fromarray, pictures)):
-        only_crop = ViewPlan(
-            crop_box=plan.crop_box, flipped=plan.flipped, color_ops=plain.color_ops, factors=plain.factors,
-            blur_sigma=plain.blur_sigma,
-        )  # fmt: skip
-        crops.append(np.asarray(reference.render_view(picture, only_crop, i, 64)))
-        wanted.append(np.asarray(reference.render_view(picture, plan, i, 64)))
-    np.testing.assert_array_equal(colored(np.stack(crops), plan, device), np.stack(wanted))
-    finished = color.color_views(torch.from_numpy(np.stack(crops)).to(device), plan, torch.float32)
-    expected = color.normalize(torch.from_numpy(np.stack(wanted)), torch.float32)
-    torch.testing.assert_close(finished.cpu(), expected, atol=1e-5, rtol=0)
+    spec = ViewSpec(
+        name="view", size=64, color=ColorSpec(jitter_probability=0.9, gray_probability=0.3, solarize_probability=0.5)
+    )
+    plan = plan_views(1, 0, np.arange(count), np.full((count, 2), 80), [spec]).views["view"]
+    pictures = [Image.fromarray(picture) for picture in views(count, side=80, seed=4)]
+    crops, wanted = (
+        np.stack([np.asarray(reference.render_view(picture, plan, i, whole)) for i, picture in enumerate(pictures)])
+        for whole in (False, True)
+    )
+    np.testing.assert_array_equal(colored(crops, plan, device), wanted)
+    finished = color.color_views(torch.from_numpy(crops).to(device), plan, torch.float32)
+    assert torch.equal(finished.cpu(), color.normalize(torch.from_numpy(wanted), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

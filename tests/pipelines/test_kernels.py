@@ -8,42 +8,67 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
-from inscon.config import ViewConfig
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, ROW, SATURATION, ViewPlan, plan_views
+from inscon.plan import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    NEVER,
+    ROW,
+    SATURATION,
+    ColorSpec,
+    Grid,
+    ViewPlan,
+    ViewSpec,
+    plan_views,
+)
+from tests.pipelines.conftest import PILLOW_13
+
+ROOT = Path(__file__).resolve().parents[2]
 
 kernels = pytest.importorskip("pipelines.kernels", reason="numba is not installed")
 reference = pytest.importorskip("pipelines.reference")
 
-ROOT = Path(__file__).resolve().parents[2]
 
-VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
-"""Pillow 13 changed the order of its two resize passes for tall pictures, and with it the last bit."""
-
-
-def plan_of(boxes, *, flipped=False, ops=(), factors=(1, 1, 1, 0), sigma=0.0) -> ViewPlan:
+def plan_of(
+    boxes,
+    *,
+    flipped=False,
+    ops=(),
+    factors=(1, 1, 1, 0),
+    sigma=0.0,
+    size=224,
+    side=None,
+    offsets=(0, 0),
+    solarize=NEVER,
+) -> ViewPlan:
     n = len(boxes)
     return ViewPlan(
+        size=size,
+        side=side or size,
         crop_box=np.array(boxes, np.float32).reshape(n, 4),
         flipped=np.full(n, flipped),
+        offset=np.broadcast_to(np.array(offsets, np.float32), (n, 2)),
         color_ops=np.tile(np.array([*ops, *[0] * (5 - len(ops))], np.uint8), (n, 1)),
         factors=np.tile(np.array(factors, np.float32), (n, 1)),
         blur_sigma=np.full(n, sigma, np.float32),
+        solarize=np.full(n, solarize, np.float32),
     )
 
 
-def render(image: Image.Image, plan: ViewPlan, side=224, color=True) -> np.ndarray:
-    out = np.empty((len(plan), side, side, 3), np.uint8)
-    kernels.render_views(np.array(image), plan.rows(), out, color)
+def render(image: Image.Image, plan: ViewPlan, color=True) -> np.ndarray:
+    out = np.empty((len(plan), plan.side, plan.side, 3), np.uint8)
+    for made, [row] in zip(out, plan.rows(), strict=True):
+        kernels.render_view(np.array(image), row, made, color)
     return out
 
 
-def expected(image: Image.Image, plan: ViewPlan, side=224) -> np.ndarray:
-    return np.stack([np.asarray(reference.render_view(image, plan, i, side)) for i in range(len(plan))])
+def expected(image: Image.Image, plan: ViewPlan) -> np.ndarray:
+    return np.stack([np.asarray(reference.render_view(image, plan, i)) for i in range(len(plan))])
 
 
 def noise(height, width, seed=0) -> Image.Image:
@@ -53,7 +78,7 @@ def noise(height, width, seed=0) -> Image.Image:
 def agree(made, wanted, *, tall, colored=False):
     """Equal; before Pillow 13 a tall crop may be a level off, of noise in a quarter of its values, and color adds to it."""
     difference = np.abs(made.astype(int) - wanted)
-    if VERTICAL_FIRST or not tall:
+    if PILLOW_13 or not tall:
         assert difference.max() == 0
     else:
         assert difference.max() <= (16 if colored else 1) and difference.mean() <= (0.5 if colored else 0.3)
@@ -69,6 +94,35 @@ def test_crop_and_resize_equals_pil(height, width, flipped):
     plan = plan_of([(0, 0, width, height)], flipped=flipped)
     image = noise(height, width)
     agree(render(image, plan), expected(image, plan), tall=height > width)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(
+    "box", [(30, 20, 530, 300), (5, 0, 260, 900), (10, 10, 14, 13), (0, 40, 600, 41), (3, 0, 4, 900)]
+)
+def test_a_window_of_the_resized_crop_equals_pil(box, flipped):
+    """A jigsaw's patches, by PIL alone: cut, resized (rows first, and columns first: the second box), mirrored, then the window."""
+    image, corners = noise(900, 600), [(0, 0), (191, 191), (0, 191), (191, 0), (85, 107), (170, 3), (64, 128)]
+    plan = plan_of([box] * len(corners), flipped=flipped, size=255, side=64, offsets=corners)
+    whole = image.crop(box).resize((255, 255), Image.Resampling.BILINEAR)
+    whole = ImageOps.mirror(whole) if flipped else whole
+    wanted = np.stack([np.asarray(whole.crop((x, y, x + 64, y + 64))) for x, y in corners])
+    agree(render(image, plan), wanted, tall=box[3] - box[1] > box[2] - box[0])
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 128, 200, 255])
+def test_solarize_equals_pil(threshold):
+    image = noise(64, 64)
+    plan = plan_of([(0, 0, 64, 64)], size=64, solarize=threshold)
+    np.testing.assert_array_equal(render(image, plan)[0], np.asarray(ImageOps.solarize(image, threshold)))
+    np.testing.assert_array_equal(render(image, plan, color=False)[0], np.asarray(image))
+
+
+def test_solarize_is_the_last_of_all():
+    image = noise(64, 64)
+    plan = plan_of([(0, 0, 64, 64)], size=64, ops=[BRIGHTNESS], factors=(0.7, 1, 1, 0), sigma=1.0, solarize=90)
+    made = F.adjust_brightness(image, float(np.float32(0.7))).filter(ImageFilter.GaussianBlur(1.0))
+    np.testing.assert_array_equal(render(image, plan)[0], np.asarray(ImageOps.solarize(made, 90)))
 
 
 def test_crops_inside_real_pictures_equal_pil(real_pictures):
@@ -88,7 +142,7 @@ def test_nothing_outside_of_the_crop_bleeds_in():
 
 @pytest.mark.parametrize("box", [(-9, -9, 400, 300), (90, 90, 95, 99), (50, 50, 20, 20), (1e9, -1e9, 2e9, 1e9)])
 def test_a_box_that_leaves_the_picture_is_clamped_into_it(box):
-    made = render(Image.new("RGB", (60, 40), (7, 8, 9)), plan_of([box]), side=32)
+    made = render(Image.new("RGB", (60, 40), (7, 8, 9)), plan_of([box], size=32))
     assert (made == (7, 8, 9)).all()
 
 
@@ -99,33 +153,35 @@ def every_color() -> Image.Image:
     return Image.fromarray(np.resize(cube, (812, 812, 3)))
 
 
+def colored(image: Image.Image, operation: int, factor: float = 0.0) -> np.ndarray:
+    factors = [1, 1, 1, 0, 0]
+    factors[operation - 1] = factor
+    view = np.array(image)
+    kernels.color_view(view, plan_of([(0, 0, 1, 1)], ops=[operation], factors=factors[:4]).rows()[0, 0])
+    return view
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.6, 0.831, 1.0, 1.2345, 1.4])
 @pytest.mark.parametrize(
     ("operation", "adjust"),
     [(BRIGHTNESS, F.adjust_brightness), (CONTRAST, F.adjust_contrast), (SATURATION, F.adjust_saturation)],
 )
 def test_blends_equal_torchvision(operation, adjust, factor):
-    factors = [1, 1, 1, 0]
-    factors[operation - 1] = factor
-    plan, image = plan_of([(0, 0, 1, 1)], ops=[operation], factors=factors), every_color()
-    view = np.array(image)
-    kernels.color_view(view, plan.rows()[0])
-    np.testing.assert_array_equal(view, np.asarray(adjust(image, float(np.float32(factor)))))
+    image = every_color()
+    np.testing.assert_array_equal(
+        colored(image, operation, factor), np.asarray(adjust(image, float(np.float32(factor))))
+    )
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.037, -0.001, 0.0, 0.05, 0.1, 0.4, 0.5])
 def test_hue_equals_torchvision(turns):
     image = every_color()
-    view = np.array(image)
-    kernels.shift_hue(view, np.float32(turns))
-    np.testing.assert_array_equal(view, np.asarray(F.adjust_hue(image, float(np.float32(turns)))))
+    np.testing.assert_array_equal(colored(image, HUE, turns), np.asarray(F.adjust_hue(image, float(np.float32(turns)))))
 
 
 def test_gray_equals_torchvision():
     image = every_color()
-    view = np.array(image)
-    kernels.color_view(view, plan_of([(0, 0, 1, 1)], ops=[GRAY]).rows()[0])
-    np.testing.assert_array_equal(view, np.asarray(F.to_grayscale(image, 3)))
+    np.testing.assert_array_equal(colored(image, GRAY), np.asarray(F.to_grayscale(image, 3)))
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.3, 0.5, 0.83452356, 1.0, 1.2247, 1.2248, 1.7, 2.0, 5.0])
@@ -137,25 +193,26 @@ def test_blur_equals_pil(sigma):
 
 
 def test_whole_views_of_real_pictures_equal_torchvision(real_pictures):
-    config = ViewConfig(tiles_from="third")
+    specs = [
+        ViewSpec(name="a", color=ColorSpec(solarize_probability=0.5)),
+        ViewSpec(name="b", size=96),
+        ViewSpec(name="c", size=255, grid=Grid()),
+    ]
     for i, image in enumerate(real_pictures):
-        plans = plan_views(5, 2, np.array([i]), np.array([[image.height, image.width]]), config)
-        for plan in (plans.query, plans.key, plans.tile):
-            agree(render(image, plan), expected(image, plan), tall=True, colored=True)
+        for plan in plan_views(5, 2, np.array([i]), np.array([[image.height, image.width]]), specs).views.values():
+            agree(render(image, plan.flat()), expected(image, plan.flat()), tall=True, colored=True)
 
 
 def test_color_is_left_out_on_request():
     image = noise(80, 90)
-    colored = plan_of([(3, 4, 80, 70)], flipped=True, ops=[HUE, GRAY], factors=(1, 1, 1, 0.1), sigma=1.0)
+    planned = plan_of([(3, 4, 80, 70)], flipped=True, ops=[HUE, GRAY], factors=(1, 1, 1, 0.1), sigma=1.0, solarize=9)
     plain = plan_of([(3, 4, 80, 70)], flipped=True)
-    np.testing.assert_array_equal(render(image, colored, color=False), expected(image, plain))
+    np.testing.assert_array_equal(render(image, planned, color=False), expected(image, plain))
 
 
 def test_threads_do_not_disturb_each_other():
-    image, plan = (
-        noise(300, 320),
-        plan_of([(10, 5, 300, 280)] * 3, ops=[HUE, CONTRAST], factors=(1, 0.7, 1, 0.1), sigma=1.5),
-    )
+    image = noise(300, 320)
+    plan = plan_of([(10, 5, 300, 280)] * 3, ops=[HUE, CONTRAST], factors=(1, 0.7, 1, 0.1), sigma=1.5)
     wanted, results = render(image, plan), {}
     threads = [threading.Thread(target=lambda n=n: results.update({n: render(image, plan)})) for n in range(4)]
     for thread in threads:
@@ -168,7 +225,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_row_layout_is_the_plans():
-    assert ROW == 16
+    assert ROW == 20
 
 
 def test_compiled_code_is_kept_elsewhere_where_nothing_can_be_written(tmp_path):

@@ -1,78 +1,80 @@
 """Faults planted in a training run, for test_throughput_report.py, and a rank of a report with one of them.
 
-torchrun --nproc_per_node=2 tests/scripts/planted.py OUT none|delay
+torchrun --nproc_per_node=2 tests/scripts/planted.py OUT none|delay DELAY_S
 """
 
-import functools
+import dataclasses
 import json
-import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from inscon import distributed, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from inscon.profiling.report import Measurement
-
-
-@functools.cache
-def delay_s() -> float:
-    """Of each planted fault, about as long as a step here and now: machines differ, and the same one from day to day.
-
-    1.3 forward and backward passes of what `small_run` trains. The ranks of a test are told the test's own in PLANTED_DELAY_S.
-    """
-    if "PLANTED_DELAY_S" in os.environ:
-        return float(os.environ["PLANTED_DELAY_S"])
-    trunk, pixels, seconds = resnet18(), torch.randn(64, 3, 32, 32), []
-    for _ in range(3):
-        start = time.perf_counter()
-        trunk(pixels).sum().backward()
-        seconds.append(time.perf_counter() - start)
-    return max(0.15, 1.3 * min(seconds))
+from inscon.gradients import FlatGradients
+from inscon.report.measure import Measurement
+from scripts.train import feed_of
+from tests.inscon.methods import toy
 
 
 def small_run(
-    data: Path | None, *, batch_size: int = 64, view_size: int = 32, pipeline: str = "synthetic", threads: int = 2
+    data: Path | None, *, pipeline: str = "synthetic", batch_size: int = 16, backbone: str = "test_resnet"
 ) -> Config:
-    """A step of some tenths of a second, most in the trunk. `view_size`, px: at 32 a third of it is the same for any batch."""
+    """A step of a tenth of a second, most in the networks; a method that the report has never heard of."""
     return Config(
-        loader=LoaderConfig(data=data, pipeline=pipeline, threads=threads),
-        views=ViewConfig(view_size=view_size, overlap_min_side=8.0),
-        model=ModelConfig(arch="resnet18", heads=("single",), queue_size=2 * batch_size, split_size=batch_size // 2),
+        method=toy.Settings(),
+        loader=LoaderConfig(data=data, pipeline=pipeline, threads=0 if pipeline == "reference" else 2),
+        views=ViewConfig(view_size=64, overlap_min_side=8.0),
+        model=ModelConfig(backbone=backbone, norm="none"),
         optim=OptimConfig(batch_size=batch_size, epochs=2),
         run=RunConfig(tensorboard=False),
     )
 
 
-def delayed(hook):
-    """Gradients as from a slow network."""
+@dataclass(frozen=True, kw_only=True)
+class Sleepy(toy.Settings):
+    """The host does something else for a while in every step, outside of its parts."""
 
-    def slow(group, bucket):
-        def late(future):
-            time.sleep(delay_s())
-            return future.value()
+    sleep_s: float = 0.0
+    """Of a step."""
 
-        return hook(group, bucket).then(late)
+    def build(self, config: Config, rank_batch_size: int) -> toy.Toy:
+        method = super().build(config, rank_batch_size)
+        method.schedule = lambda step, total_steps: time.sleep(self.sleep_s)
+        return method
 
-    return slow
+
+def measure(config: Config, out: Path, engines=None, kind: str | None = None, device="cpu") -> dict:
+    """A report of 10 steps; measured again where something else had the machine, or a verdict of another `kind` came out."""
+    for _ in range(3):
+        measurement = Measurement(config, feed_of, torch.device(device), out, steps=10, warm_up=2)
+        report = measurement.report(engines or [config.loader.pipeline])
+        if report["verdict"]["kind"] == (kind or report["verdict"]["kind"].replace("disturbed", "")):
+            break
+    return report | {"predictions": []}
 
 
-def main(out: Path, fault: str) -> None:
+def main(out: Path, fault: str, delay_s: float) -> None:
+    class SlowGradients(FlatGradients):
+        def average(self) -> None:
+            time.sleep(delay_s)
+            super().average()
+
     device = distributed.start()
     torch.set_num_threads(1)
     if fault == "delay":
-        train.GRADIENT_HOOKS["fp32"] = delayed(train.GRADIENT_HOOKS["fp32"])
-    config = small_run(None)
-    report = Measurement(config, device, out.parent, steps=10, warm_up=2).report(["synthetic"], trace=0)
+        train.FlatGradients = SlowGradients
+    config = dataclasses.replace(small_run(None), optim=OptimConfig(batch_size=32, epochs=2))
+    report = measure(config, out.parent, device=device)
     if distributed.rank() == 0:
         out.write_text(json.dumps(report))
     distributed.stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

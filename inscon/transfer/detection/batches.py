@@ -1,8 +1,8 @@
 """Batches to fine-tune on. What is drawn is decided first, from the seed and the iteration alone, and then carried out."""
 
+import functools
 import multiprocessing
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +41,24 @@ def decide(seed: int, iteration: int, batch_size: int, count: int, short_sides: 
     return draws
 
 
-@lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
+
+
+def work_of(data: CocoSet, draws: list[Draw], masks: bool) -> Callable[[], Batch]:
+    """What makes this batch, with all that a worker needs for it and no more."""
+    return functools.partial(_make, data.part([draw.position for draw in draws]), draws, masks)
+
+
+def _make(data: CocoSet, draws: list[Draw], masks: bool) -> Batch:
+    images, targets = [], []
+    for place, draw in enumerate(draws):
+        image, target = data.pixels(place), data.target(place, masks)
+        image, target = flip(image, target) if draw.flipped else (image, target)
+        images.append(image)
+        targets.append(target | {"short_side": draw.short_side})
+    return images, targets
 
 
 def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,67 +71,22 @@ def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Te
     return image.flip(-1), flipped
 
 
-class TrainWork(NamedTuple):
-    """One batch, decided: all that a worker needs, so that nobody hands it the whole set."""
-
-    data: CocoSet
-    """The images of the batch, in its order."""
-    draws: list[Draw]
-    masks: bool
-
-    def make(self) -> Batch:
-        images, targets = [], []
-        for place, draw in enumerate(self.draws):
-            image, target = self.data.pixels(place), self.data.target(place, self.masks)
-            if draw.flipped:
-                image, target = flip(image, target)
-            images.append(image)
-            targets.append(target | {"short_side": draw.short_side})
-        return images, targets
-
-
-class TrainBatches:
-    """Iteration -> the work of its batch."""
-
-    def __init__(self, data: CocoSet, masks: bool, seed: int, batch_size: int, short_sides: tuple[int, ...]):
-        self.data, self.masks = data, masks
-        self.positions = data.trainable()
-        self._asked = (batch_size, len(self.positions), short_sides)
-        self._seed = seed
-
-    def work(self, iteration: int) -> TrainWork:
-        draws = decide(self._seed, iteration, *self._asked)
-        return TrainWork(self.data.part([self.positions[draw.position] for draw in draws]), draws, self.masks)
-
-
-class ValWork(NamedTuple):
-    """One image to be judged on."""
-
-    position: int
-    data: CocoSet
-    """The image alone."""
-
-    def make(self) -> tuple[int, Tensor]:
-        """Its position and pixels [3 H W]."""
-        return self.position, self.data.pixels(0)
-
-
 class _Makers(Dataset):
     """Work -> what it makes, or the error that a user should read."""
 
-    def __getitem__(self, work: TrainWork | ValWork) -> tuple | Exception:
+    def __getitem__(self, work: Callable[[], object]) -> object:
         try:
-            return work.make()
+            return work()
         except guard.REFUSALS as error:
             # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
             return error
 
 
-def load(asked: Iterable[TrainWork | ValWork], workers: int, stall_timeout: float = 600.0) -> Iterator:
-    """`work.make()` of all that is asked, in order, made by `workers` processes; 0: by this one.
+def load(asked: Iterable[Callable[[], object]], workers: int, stall_timeout: float = 600.0) -> Iterator:
+    """What each of `asked` makes, in order, made by `workers` processes; 0: by this one.
 
-    Raises what `make` raises; ChildProcessError, TimeoutError (after `stall_timeout` seconds without a batch) or MemoryError, in
-    a sentence, for workers that die, hang or have no shared memory.
+    Raises what they raise; ChildProcessError, TimeoutError (after `stall_timeout` seconds without a batch) or MemoryError, in a
+    sentence, for workers that die, hang or have no shared memory.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     loader = DataLoader(

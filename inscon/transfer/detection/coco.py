@@ -5,7 +5,6 @@ Category ids may have gaps (COCO's 80 lie in 1..90): labels are 1..K in the orde
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,29 +16,14 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from data_prep.pictures import BadPicture, read_picture
-from inscon.transfer.detection.schema import CocoError, check, is_flat, read_json
+from inscon.transfer.detection.schema import CocoError, check, read_json
 
 LEAST_SIDE = 0.1
 """Of a box to learn from, px. What is less may have no area after resizing, in float32."""
 
 
-@dataclass(frozen=True)
-class Categories:
-    """COCO's ids and names of K categories, in the order of the ids."""
-
-    ids: tuple[int, ...]
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def label(self, category_id: int) -> int:
-        """COCO's id -> label in 1..K."""
-        return self.ids.index(category_id) + 1
-
-    def category_id(self, label: int) -> int:
-        """The inverse of `label`."""
-        return self.ids[label - 1]
+Categories = dict[int, str]
+"""COCO's ids and names of K categories, in the order of the ids; labels 1..K are their places."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +37,12 @@ class CocoSet:
     annotations: tuple[tuple[dict, ...], ...]
     """Of each image, crowds included: what AP counts."""
     objects: tuple[tuple[dict, ...], ...]
-    """Of each image, those to learn from: no crowds, boxes with sides inside the image, masks with an area."""
+    """Of each image, those to learn from: no crowds, boxes with sides inside the image."""
     categories: Categories
     fingerprint: str
     """Checksum of the json."""
     left_out: str = ""
-    """How many annotations that are no crowds are none of the objects, and why, in a sentence; empty: none."""
+    """How many annotations that are no crowds are none of the objects, in a sentence; empty: none."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -84,24 +68,23 @@ class CocoSet:
             raise CocoError(f"{bad}; copy it again, or take image {image['id']} out of {self.json.name}") from None
         height, width = pixels.shape[:2]
         if (height, width) != (image["height"], image["width"]):
-            swapped = (width, height) == (image["height"], image["width"]) and _is_turned(path)
-            raise CocoError(
-                f"{path} is {width} x {height} px where {self.json.name} says {image['width']} x {image['height']}; "
-                + (
+            remedy = "use the pictures the json was made for"
+            if (width, height) == (image["height"], image["width"]) and _is_turned(path):
+                remedy = (
                     "its EXIF data turn it: write sizes and boxes for the turned picture, or save it without EXIF data"
-                    if swapped
-                    else "use the pictures the json was made for"
                 )
+            raise CocoError(
+                f"{path} is {width} x {height} px where {self.json.name} says {image['width']} x {image['height']}; {remedy}"
             )
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def target(self, position: int, masks: bool) -> dict[str, Tensor]:
         """`boxes` [n 4] x0 y0 x1 y1 in px, float32; `labels` [n] in 1..K; with `masks`, `masks` [n H W] uint8 0 or 1."""
         image, objects = self.images[position], self.objects[position]
-        boxes = [_clipped(a["bbox"], image) for a in objects]
+        labels = [list(self.categories).index(a["category_id"]) + 1 for a in objects]
         target = {
-            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor([self.categories.label(a["category_id"]) for a in objects], dtype=torch.int64),
+            "boxes": torch.tensor([_clipped(a["bbox"], image) for a in objects], dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(labels, dtype=torch.int64),
         }
         if masks:
             size = (image["height"], image["width"])
@@ -138,50 +121,31 @@ def read_coco(path: Path, folder: Path, masks: bool) -> CocoSet:
     check(path, contents, masks)
     images = {image["id"]: image for image in contents["images"]}
     _check_pictures(path, folder, contents["images"])
-    of_image, objects = ({key: [] for key in images} for _ in range(2))
-    useless = []
+    of_image, objects, flat = {key: [] for key in images}, {key: [] for key in images}, []
     for annotation in contents["annotations"]:
         key = annotation["image_id"]
         of_image[key].append(annotation)
-        if annotation.get("iscrowd", 0):
-            continue
-        why = _useless(annotation, images[key], masks)
-        if why:
-            useless.append((annotation, why))
-        else:
-            objects[key].append(annotation)
-    categories = sorted(contents["categories"], key=lambda category: category["id"])
+        x0, y0, x1, y1 = _clipped(annotation["bbox"], images[key])
+        if not annotation.get("iscrowd", 0):
+            (objects[key] if min(x1 - x0, y1 - y0) >= LEAST_SIDE else flat).append(annotation)
+    left_out = (
+        f"{path.name}: {len(flat)} of {len(contents['annotations'])} annotations are left out of training, with a side below "
+        f"{LEAST_SIDE} px inside the image; the first is annotation {flat[0].get('id', 'without id')}"
+        if flat
+        else ""
+    )
+    categories = dict(sorted((category["id"], category["name"]) for category in contents["categories"]))
     return CocoSet(
         path, folder, tuple(images.values()), tuple(map(tuple, of_image.values())), tuple(map(tuple, objects.values())),
-        Categories(tuple(c["id"] for c in categories), tuple(c["name"] for c in categories)), fingerprint,
-        _left_out(path, useless, len(contents["annotations"])),
+        categories, fingerprint, left_out,
     )  # fmt: skip
-
-
-def _useless(annotation: dict, image: dict, masks: bool) -> str | None:
-    """Why there is nothing to learn from an annotation; None: there is."""
-    x0, y0, x1, y1 = _clipped(annotation["bbox"], image)
-    if min(x1 - x0, y1 - y0) < LEAST_SIDE:
-        return f"with a side below {LEAST_SIDE} px inside the image"
-    return "with a flat mask" if masks and is_flat(annotation["segmentation"]) else None
-
-
-def _left_out(path: Path, useless: list[tuple[dict, str]], total: int) -> str:
-    if not useless:
-        return ""
-    counted = ", ".join(f"{count} {why}" for why, count in Counter(why for _, why in useless).items())
-    return (
-        f"{path.name}: {len(useless)} of {total} annotations are left out of training: {counted}; the first is annotation "
-        f"{useless[0][0].get('id', 'without id')}"
-    )
 
 
 def check_same_categories(ours: Categories, theirs: Categories, ours_from: str, theirs_from: str) -> None:
     """CocoError if two sets number or name their categories differently."""
     if ours == theirs:
         return
-    one, other = (set(zip(c.ids, c.names)) for c in (ours, theirs))
-    different = min(one ^ other)
+    different = min(ours.items() ^ theirs.items())
     raise CocoError(
         f"the categories must be the same. Found: {len(ours)} in {ours_from}, {len(theirs)} in {theirs_from}, and "
         f"{different[0]} ({different[1]}) is not in both; write both with one list of categories"

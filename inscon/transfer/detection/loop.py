@@ -5,22 +5,22 @@ A folder receives `checkpoints/step-*.pt`, enough to build the detector again, a
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection import FasterRCNN
 
 from inscon import checkpoint, guard
 from inscon.precision import Precision
-from inscon.transfer.detection.batches import Batch, TrainBatches, load, to_device
+from inscon.transfer.detection.batches import Batch, decide, load, to_device, work_of
 from inscon.transfer.detection.coco import CocoSet
-from inscon.transfer.detection.models import Design, build
+from inscon.transfer.detection.models import Design, Protocol, build
 
 BASE_BATCH = 16
 STEPS = (2 / 3, 8 / 9)
@@ -36,71 +36,43 @@ class FineTuningError(ValueError):
     """A fine-tuning that can't begin or go on; the message says why and what to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """What a fine-tuning depends on, beside detector and data."""
+def full_lr(protocol: Protocol) -> float:
+    """The learning rate of this batch size: proportional to it."""
+    return protocol.base_lr * protocol.batch_size / BASE_BATCH
 
-    iterations: int = 90_000
-    batch_size: int = 16
-    base_lr: float = 0.02
-    """For 16 images; `lr` is what is used."""
-    warmup: int = 1000
-    """Iterations in which the learning rate grows linearly; at most a tenth of all."""
-    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    """Of the images, px; one is drawn for each."""
-    seed: int = 0
 
-    def __post_init__(self):
-        for name in ("iterations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise FineTuningError(f"{name} must be at least 1. Found: {getattr(self, name)}")
-        if not (0 < self.base_lr < math.inf):
-            raise FineTuningError(f"base_lr must be greater than 0. Found: {self.base_lr}")
-        if self.warmup < 0:
-            raise FineTuningError(f"warmup must be at least 0. Found: {self.warmup}")
-        if not self.short_sides or min(self.short_sides) < 32:
-            raise FineTuningError(f"min_size must be sides of at least 32 px. Found: {self.short_sides}")
-
-    @property
-    def lr(self) -> float:
-        """Of this batch size: proportional to it."""
-        return self.base_lr * self.batch_size / BASE_BATCH
-
-    def lr_at(self, iteration: int) -> float:
-        lr = self.lr * 0.1 ** sum(iteration >= round(share * self.iterations) for share in STEPS)
-        warmup = min(self.warmup, self.iterations // 10)
-        if iteration < warmup:
-            lr *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * iteration / warmup
-        return lr
+def lr_at(protocol: Protocol, iteration: int) -> float:
+    lr = full_lr(protocol) * 0.1 ** sum(iteration >= round(share * protocol.iterations) for share in STEPS)
+    warmup = min(protocol.warmup, protocol.iterations // 10)
+    if iteration < warmup:
+        lr *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * iteration / warmup
+    return lr
 
 
 class FineTuning:
     """A fine-tuning between two iterations; `iteration` is the next one, counted from 0.
 
     Args:
-        start: what the trunk began as, {"what", "digest"}.
+        model: (images, targets) -> losses by name.
+        start: what the backbone began as, {"what", "digest"}.
         folder: an earlier part of the same run in it is gone on from; FineTuningError if it is of another run.
     """
 
     def __init__(
-        self, model: GeneralizedRCNN, design: Design, schedule: Schedule, start: dict[str, str], data: CocoSet,
-        folder: Path, device: torch.device, precision: Precision,
+        self, model: nn.Module, design: Design, start: dict[str, str], data: CocoSet, folder: Path,
+        device: torch.device, precision: Precision,
     ):  # fmt: skip
-        if not data.trainable():
+        self.data = data.part(data.trainable())
+        if not len(self.data):
             raise FineTuningError(
                 f"none of the {len(data)} images of {data.json} has a box to learn from; give another json"
             )
-        self.schedule, self.folder, self.device, self.precision = schedule, Path(folder), device, precision
+        self.design, self.folder, self.device, self.precision = design, Path(folder), device, precision
         self.model = model.to(device=device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(_groups(self.model), lr=schedule.lr, momentum=MOMENTUM)
+        self.optimizer = torch.optim.SGD(_groups(self.model), lr=full_lr(design), momentum=MOMENTUM)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
         self.iteration = 0
-        self._batches = TrainBatches(data, design.has_masks, schedule.seed, schedule.batch_size, schedule.short_sides)
-        self._identity = {
-            "arch": design.arch, "trunk": design.trunk, "weights": start["digest"], "train data": data.fingerprint,
-            **asdict(schedule), "sides": [design.test_side, design.max_side], "rois": design.rois, "proposals": design.proposals,
-        }  # fmt: skip
-        self._about = {"design": design.to_dict(), "start": start}
+        self._about = {"design": dataclasses.asdict(design), "start": start, "train data": data.fingerprint}
         self._resume()
 
     def train(
@@ -112,17 +84,17 @@ class FineTuning:
 
         On SIGTERM or Ctrl-C it finishes the iteration, writes a checkpoint and returns the signal's name.
         """
-        total = self.schedule.iterations if stop is None else min(stop, self.schedule.iterations)
-        loaded = load(map(self._batches.work, range(self.iteration, total)), workers, stall_timeout)
+        left = range(self.iteration, self.design.iterations if stop is None else stop)
         clock, since = time.perf_counter(), self.iteration
+        loaded = load(map(self._work, left), workers, stall_timeout)
         with guard.stop_requests() as asked, contextlib.closing(loaded) as batches:
-            for iteration, batch in zip(range(self.iteration, total), batches):
+            for iteration, batch in zip(left, batches):
                 figures = self.step(iteration, batch)
                 done = self.iteration = iteration + 1
                 stopping = asked.requested
-                last = asked.final = stopping or done == total
+                last = asked.final = stopping or done == left.stop
                 if done % log_every == 0 or last:
-                    speed = self.schedule.batch_size * (done - since) / (time.perf_counter() - clock)
+                    speed = self.design.batch_size * (done - since) / (time.perf_counter() - clock)
                     clock, since = time.perf_counter(), done
                     self._record({"iteration": done, **figures, "images_per_s": round(speed, 2)})
                 if done % checkpoint_every == 0 or last:
@@ -134,43 +106,40 @@ class FineTuning:
 
     def step(self, iteration: int, batch: Batch) -> dict[str, float]:
         """One iteration; its losses by name, `loss`, their sum, and `lr`. FineTuningError for a loss that is not finite."""
-        torch.manual_seed((self.schedule.seed << 32) + iteration)  # of the boxes that are sampled
+        torch.manual_seed((self.design.seed << 32) + iteration)  # of the boxes that are sampled
         self.model.train()
-        lr = self.schedule.lr_at(iteration)
+        lr, amp_dtype = lr_at(self.design, iteration), self.precision.autocast_dtype
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(self.device.type, self.precision.autocast_dtype, enabled=self._mixed):
+        with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
             losses = self.model(*to_device(batch, self.device))
         loss = sum(losses.values())
-        figures = {
-            "loss": float(loss.detach()),
-            **{name: float(value.detach()) for name, value in losses.items()},
-            "lr": lr,
-        }
-        if not math.isfinite(figures["loss"]):
-            bad = [name for name in losses if not math.isfinite(figures[name])]
+        figures = {name: float(value.detach()) for name, value in {"loss": loss, **losses}.items()}
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if bad:
             raise FineTuningError(
-                f"the loss is not finite any more. Found: {figures['loss']} ({', '.join(bad)}) at iteration {iteration} with lr "
-                f"{lr:g}; {self._slower}"
+                f"the loss is not finite any more. Found: {figures['loss']} ({', '.join(bad[1:])}) at iteration {iteration} with "
+                f"lr {lr:g}; {self._slower}"
             )
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return figures
+        return {**figures, "lr": lr}
+
+    def _work(self, iteration: int) -> Callable[[], Batch]:
+        design = self.design
+        draws = decide(design.seed, iteration, design.batch_size, len(self.data), design.min_size)
+        return work_of(self.data, draws, design.has_masks)
 
     @property
     def _slower(self) -> str:
-        return f"set a smaller --base-lr than {self.schedule.base_lr:g}, or a longer --warmup, and another --out"
-
-    @property
-    def _mixed(self) -> bool:
-        return self.precision.autocast_dtype is not None
+        return f"set a smaller --base-lr than {self.design.base_lr:g}, or a longer --warmup, and another --out"
 
     def _save(self) -> None:
         contents = {
             "step": self.iteration, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "identity": self._identity, **self._about,
+            "scaler": self.scaler.state_dict(), **self._about,
         }  # fmt: skip
         try:
             checkpoint.save(self.folder, contents, KEPT)
@@ -179,23 +148,28 @@ class FineTuning:
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.folder)
-        if path is None:
-            self._forget_after(0)
-            return
-        held = checkpoint.load(path, self.device)
-        if "identity" not in held:
+        if path is not None:
+            held = checkpoint.load(path, self.device)
+            self._check_same(path, held)
+            self.model.load_state_dict(held["model"])
+            self.optimizer.load_state_dict(held["optimizer"])
+            self.scaler.load_state_dict(held["scaler"])
+            self.iteration = held["step"]
+        self._forget_after(self.iteration)
+
+    def _check_same(self, path: Path, held: dict) -> None:
+        if "design" not in held:
             raise FineTuningError(f"{path} is a pre-training's; set another --out, where nothing is yet")
-        different = [name for name, value in self._identity.items() if held["identity"].get(name) != value]
+        before, now = (
+            {**about["design"], "weights": about["start"]["digest"], "train data": about["train data"]}
+            for about in (held, self._about)
+        )
+        different = [name for name, value in now.items() if before.get(name) != value]
         if different:
             raise FineTuningError(
                 f"{path} is of a fine-tuning with another {' and '.join(different)}; set another --out, or the old settings to go "
                 "on"
             )
-        self.model.load_state_dict(held["model"])
-        self.optimizer.load_state_dict(held["optimizer"])
-        self.scaler.load_state_dict(held["scaler"])
-        self.iteration = held["step"]
-        self._forget_after(self.iteration)
 
     def _record(self, line: dict[str, int | float]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,17 +186,16 @@ class FineTuning:
                 file.write("".join(line + "\n" for line in kept).encode())
 
 
-def load_detector(folder: Path) -> tuple[GeneralizedRCNN, Design, dict]:
+def load_detector(folder: Path) -> tuple[FasterRCNN, Design, dict]:
     """The newest detector of a fine-tuning's folder, in eval mode, and {"start", "step"}; `models.build` says how to use it.
 
     Raises CheckpointError or FineTuningError.
     """
-    folder = Path(folder)
-    path = checkpoint.latest(folder) or folder / "checkpoints/step-*.pt"
+    path = checkpoint.latest(folder) or Path(folder) / "checkpoints/step-*.pt"
     held = checkpoint.load(path)
     if "design" not in held:
         raise FineTuningError(f"{path} is a pre-training's, no detector; give the --out folder of a fine-tuning")
-    design = Design.from_dict(held["design"])
+    design = Design(**held["design"])
     model = build(design)
     model.load_state_dict(held["model"], strict=True)
     return model.eval(), design, {"start": held["start"], "step": held["step"]}

@@ -1,95 +1,118 @@
-"""Mask R-CNN with FPN, and Faster and Mask R-CNN in the C4 design, around a ResNet whose BatchNorms all learn.
+"""torchvision's `maskrcnn_resnet50_fpn_v2` around any backbone of four maps, and the same without masks. Every BatchNorm learns."""
 
-Built of torchvision's parts. `maskrcnn-fpn` is its `maskrcnn_resnet50_fpn_v2`, tensor for tensor, for any ResNet. The C4 pair
-follows the transfer protocol of MoCo: RPN and RoIs on res4, res5 as the box head with one more BatchNorm after it.
-"""
-
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_model
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from inscon.nn.backbones import Backbone, build_backbone, check_side, facts_of
 from inscon.transfer.detection.coco import Categories
-from inscon.transfer.detection.res5 import Res4, Res4Align, Res5, Res5Masks, Res5RoIHeads
 
-ARCHES = ("maskrcnn-fpn", "fasterrcnn-c4", "maskrcnn-c4")
-TRUNKS = ("resnet18", "resnet34", "resnet50", "resnet101")
+ARCHES = ("maskrcnn-fpn", "fasterrcnn-fpn")
+STRIDES = (4, 8, 16, 32)
+"""Of the maps that a pyramid stands on, px."""
 SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 """Of the anchors, px of the resized image; heights by widths."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of RGB in 0..1, as in pre-training."""
-FPN_STAGES = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
+LEAST = {"iterations": 1, "batch_size": 1, "warmup": 0, "test_size": 32, "max_size": 32, "rois": 4, "proposals": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Design:
-    """All that is needed to build a detector."""
+class Protocol:
+    """What a fine-tuning depends on, beside detector, weights and data."""
 
-    arch: str
-    trunk: str
-    categories: Categories
-    test_side: int = 800
-    """Short side of an image that is judged, px."""
-    max_side: int = 1333
-    """Long side of any image, px."""
+    iterations: int = 90_000
+    """The learning rate falls to a tenth at 2/3 and at 8/9 of them. 90000 on COCO is the 1x schedule."""
+    batch_size: int = 16
+    """Images per iteration."""
+    base_lr: float = 0.02
+    """For 16 images; what is used is this times batch_size / 16."""
+    warmup: int = 1000
+    """Iterations of linear warm-up, at most a tenth of all."""
+    min_size: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    """Short sides in training, px; one is drawn for every image."""
+    test_size: int = 800
+    """Short side in evaluation, px; --eval-only judges with that of the run."""
+    max_size: int = 1333
+    """Longest side, px."""
     rois: int = 512
-    """Sampled from an image to learn from; at most a quarter of them are objects."""
+    """Boxes an image to learn from is sampled for; fewer make trials on a CPU bearable."""
     proposals: int = 1000
-    """Of an image that is judged; each goes through the box head."""
+    """Of an image that is judged; fewer as well."""
+    seed: int = 0
+    """Of the heads, the order, flips, sizes and sampled boxes."""
 
     def __post_init__(self):
-        for name, value, known in (("arch", self.arch, ARCHES), ("trunk", self.trunk, TRUNKS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}. Found: {value}; set --{name} {known[0]}")
-        for name in ("rois", "proposals", "test_side", "max_side"):
-            if getattr(self, name) < 4:
-                raise ValueError(f"{name} must be at least 4. Found: {getattr(self, name)}")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}. Found: {getattr(self, name)}")
+        if not 0 < self.base_lr < math.inf:
+            raise ValueError(f"base_lr must be greater than 0. Found: {self.base_lr}")
+        if not self.min_size or min(self.min_size) < 32:
+            raise ValueError(f"min_size must be sides of at least 32 px. Found: {self.min_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design(Protocol):
+    """All that a detector is built from, and how it learns."""
+
+    arch: str
+    backbone: str
+    categories: Categories
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.arch not in ARCHES:
+            raise ValueError(f"arch must be one of {', '.join(ARCHES)}. Found: {self.arch}")
+        strides = tuple(facts_of(self.backbone).channels)
+        if strides != STRIDES:
+            raise ValueError(
+                f"{self.arch} stands on maps of strides {STRIDES} px. Found: {self.backbone} with {strides}; give a "
+                "backbone with these four"
+            )
+        try:
+            check_side(self.backbone, 96)
+        except ValueError:
+            raise ValueError(
+                f"a detector sees pictures of many sizes, and {self.backbone} takes one; give another backbone, resnet50 or "
+                "convnext_tiny, say"
+            ) from None
 
     @property
     def has_masks(self) -> bool:
         return self.arch.startswith("maskrcnn")
 
-    def to_dict(self) -> dict:
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, held: Mapping) -> "Design":
-        categories = Categories(tuple(held["categories"]["ids"]), tuple(held["categories"]["names"]))
-        return cls(**{**held, "categories": categories})
-
-
-def build(design: Design) -> GeneralizedRCNN:
-    """The detector with a trunk of noise; `weights.start_from` puts one in.
+def build(design: Design) -> FasterRCNN:
+    """The detector with a backbone of noise; `weights.start_from` puts one into its `backbone.body.network`.
 
     In train mode it takes images [3 H W] in 0..1 and targets as in `batches.Batch` and returns losses by name; in eval mode it
     returns, per image, `boxes` [n 4] in px of the image given, `labels` [n], `scores` [n] and maybe `masks` [n 1 H W] in 0..1.
     """
-    make = _fpn if design.arch == "maskrcnn-fpn" else _c4
-    model = make(design)
-    model.transform = Resizing(design.test_side, design.max_side, list(MEAN), list(STD))
+    anchors = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * len(SIZES))
+    masks = {"mask_head": MaskRCNNHeads(256, [256] * 4, 1, norm_layer=nn.BatchNorm2d)} if design.has_masks else {}
+    model = (MaskRCNN if design.has_masks else FasterRCNN)(
+        Pyramid(build_backbone(design.backbone)), num_classes=len(design.categories) + 1, rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(256, anchors.num_anchors_per_location()[0], conv_depth=2),
+        rpn_post_nms_top_n_test=design.proposals, box_batch_size_per_image=design.rois,
+        box_head=FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d), **masks,
+    )  # fmt: skip
+    model.transform = Resizing(design.test_size, design.max_size, list(MEAN), list(STD))
     # Anchors and RoIs take the type of the maps, and box deltas that of the head: in bfloat16 a box at 900 px would move by 4.
-    predictors = [model.backbone, model.rpn.head, model.roi_heads.box_predictor]
-    for part in predictors + ([model.roi_heads.mask_predictor] if design.has_masks else []):
-        part.register_forward_hook(_in_float32)
+    for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor):
+        if part is not None:
+            part.register_forward_hook(_in_float32)
     return model
-
-
-def trunk_of(model: GeneralizedRCNN) -> nn.Module:
-    """The ResNet inside a detector, under torchvision's names: its state dict has the names of an exported trunk."""
-    if isinstance(model.backbone, Res4):
-        return nn.ModuleDict({**dict(model.backbone.named_children()), "layer4": model.roi_heads.box_head.layer4})
-    return model.backbone.body
 
 
 class Resizing(GeneralizedRCNNTransform):
@@ -109,51 +132,19 @@ class Resizing(GeneralizedRCNNTransform):
         return image, target
 
 
-def _fpn(design: Design) -> MaskRCNN:
-    resnet = get_model(design.trunk, weights=None)
-    width = resnet.fc.in_features // 8
-    backbone = BackboneWithFPN(
-        resnet, FPN_STAGES, [width, 2 * width, 4 * width, 8 * width], 256, norm_layer=nn.BatchNorm2d
-    )
-    anchors = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * len(SIZES))
-    return MaskRCNN(
-        backbone,
-        num_classes=len(design.categories) + 1,
-        rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(256, anchors.num_anchors_per_location()[0], conv_depth=2),
-        rpn_post_nms_top_n_test=design.proposals,
-        box_batch_size_per_image=design.rois,
-        box_head=FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d),
-        mask_head=MaskRCNNHeads(256, [256] * 4, 1, norm_layer=nn.BatchNorm2d),
-    )
+class Pyramid(nn.Module):
+    """[N 3 H W] -> maps [N 256 h w] of the strides 4 to 64 px, by torchvision's names."""
 
+    out_channels = 256
 
-def _c4(design: Design) -> GeneralizedRCNN:
-    """Numbers as in detectron2's C4: 12000 (test: 6000) candidates, 2000 (1000) proposals, 512 RoIs, a quarter of them objects."""
-    resnet, num_classes = get_model(design.trunk, weights=None), len(design.categories) + 1
-    backbone, pool = Res4(resnet), Res4Align()
-    head = Res5(resnet)
-    anchors = AnchorGenerator((SIZES,), (RATIOS,))
-    rpn = RegionProposalNetwork(
-        anchors, RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
-        pre_nms_top_n={"training": 12000, "testing": 6000}, post_nms_top_n={"training": 2000, "testing": design.proposals},
-        nms_thresh=0.7,
-    )  # fmt: skip
-    boxes = {
-        "fg_iou_thresh": 0.5, "bg_iou_thresh": 0.5, "batch_size_per_image": design.rois, "positive_fraction": 0.25,
-        "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0), "score_thresh": 0.05, "nms_thresh": 0.5, "detections_per_img": 100,
-    }  # fmt: skip
-    predictor = FastRCNNPredictor(head.out_channels, num_classes)
-    if not design.has_masks:
-        roi_heads = RoIHeads(pool, head, predictor, **boxes)
-    else:
-        masks = {
-            "mask_roi_pool": Res5Masks(pool, head), "mask_head": nn.Identity(),
-            "mask_predictor": MaskRCNNPredictor(head.out_channels, 256, num_classes),
-        }  # fmt: skip
-        roi_heads = Res5RoIHeads(pool, head, predictor, **boxes, **masks)
-    return GeneralizedRCNN(backbone, rpn, roi_heads, nn.Identity())
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.body = backbone
+        channels = list(backbone.channels.values())
+        self.fpn = FeaturePyramidNetwork(channels, self.out_channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.fpn({str(place): made for place, made in enumerate(self.body(x).values())})
 
 
 def _in_float32(module: nn.Module, given, made):

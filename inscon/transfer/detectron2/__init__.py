@@ -1,4 +1,4 @@
-"""Fine-tuning a trunk of ours with detectron2, as the paper's tables do it: settings, one head, and checks before the work.
+"""Fine-tuning a backbone of ours with detectron2, as the paper's tables do it: settings, one head, and checks before the work.
 
 `import inscon.transfer.detectron2` is what rebuilding a fine-tuned model takes beside its config.yaml: it makes the head
 `Res5ROIHeadsExtraNorm` known to detectron2, where that is installed. Nothing here imports detectron2 before it is used.

@@ -15,12 +15,13 @@ FREE = (
     "OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.MAX_ITER", "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD", "CUDNN_BENCHMARK", "VIS_PERIOD", "DATASETS.TEST", "INPUT.MIN_SIZE_TEST", "TEST.",
 )  # fmt: skip
-"""Settings that may change on --resume: how long, where, and how it is tested. One that ends in a point: all of its group."""
+"""How settings begin that may change on --resume: how long, where, and how it is tested."""
+ELSEWHERE = "set OUTPUT_DIR to another folder"
 
 
 def identity(cfg) -> dict:
     """What a fine-tuning of `cfg` is: {"weights": file, "digest": of it, "settings": {key: value}}."""
-    kept = {key: value for key, value in flat(cfg).items() if not any(_covers(free, key) for free in FREE)}
+    kept = {key: value for key, value in flat(cfg).items() if not key.startswith(FREE)}
     return {"weights": cfg.MODEL.WEIGHTS, "digest": digest(cfg.MODEL.WEIGHTS), "settings": kept}
 
 
@@ -35,33 +36,37 @@ def check_output(cfg, resume: bool, eval_only: bool) -> Path | None:
 
     SettingsError where OUTPUT_DIR holds another fine-tuning than this one, which would be replaced or tested in its place.
     """
-    folder = Path(cfg.OUTPUT_DIR)
+    folder, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
     newest, held = newest_checkpoint(folder), _read(folder / NAME)
     if newest is None:
         return None
     whose = f"{folder} holds a fine-tuning{' of ' + held['weights'] if held else ''}"
-    if eval_only and not resume:
-        if folder.resolve() not in Path(cfg.MODEL.WEIGHTS).resolve().parents:
-            raise SettingsError(
-                f"{whose}, and MODEL.WEIGHTS is from elsewhere. Found: {cfg.MODEL.WEIGHTS}; set OUTPUT_DIR to another folder, "
-                "so that one's results don't replace the other's"
-            )
-        return None
-    if not resume:
+    if not resume and not eval_only:
+        raise SettingsError(f"{whose}; add --resume without MODEL.WEIGHTS to go on with it, or {ELSEWHERE}")
+    if not resume and folder.resolve() not in Path(weights).resolve().parents:
         raise SettingsError(
-            f"{whose}; add --resume without MODEL.WEIGHTS to go on with it, or set OUTPUT_DIR to another folder"
+            f"{whose}, and MODEL.WEIGHTS is from elsewhere. Found: {weights}; {ELSEWHERE}, so that one's results don't replace the "
+            "other's"
         )
+    if not resume:
+        return None
     if not (folder / LAST).is_file() or not newest.is_file():
         raise SettingsError(
             f"{folder / LAST} must name what --resume goes on from, and names no file there; write one of its model_*.pth into it"
         )
-    if cfg.MODEL.WEIGHTS and not _began_with(cfg.MODEL.WEIGHTS, held, newest):
+    same = Path(weights).resolve() == newest.resolve() or (held and digest(weights) == held["digest"])
+    if weights and not same:
         raise SettingsError(
-            f"{whose}, which --resume takes, and MODEL.WEIGHTS is another file. Found: {cfg.MODEL.WEIGHTS}; leave MODEL.WEIGHTS "
-            "out, or set OUTPUT_DIR to another folder"
+            f"{whose}, which --resume takes, and MODEL.WEIGHTS is another file. Found: {weights}; leave MODEL.WEIGHTS out, or "
+            f"{ELSEWHERE}"
         )
-    if held:
-        _check_settings(folder, held["settings"], identity(cfg)["settings"])
+    before, now = held["settings"] if held else {}, identity(cfg)["settings"]
+    changes = [f"{key} was {before[key]} and is {now[key]}" for key in before if key in now and before[key] != now[key]]
+    if changes:
+        raise SettingsError(
+            f"{folder} holds a fine-tuning with other settings. Found: {', '.join(changes)}; set them (and --num-gpus) as they "
+            f"were, or {ELSEWHERE}"
+        )
     return newest
 
 
@@ -76,35 +81,15 @@ def digest(file: str) -> str:
     """SHA-256 of a file here; of what only detectron2 can fetch (https://, detectron2://) the name itself."""
     if not Path(file).is_file():
         return file
+    found = hashlib.sha256()
     with open(file, "rb") as opened:
-        found = hashlib.sha256()
         while block := opened.read(1 << 20):
             found.update(block)
     return found.hexdigest()
 
 
-def _covers(free: str, key: str) -> bool:
-    return key.startswith(free) if free.endswith(".") else key == free
-
-
-def _began_with(weights: str, held: dict | None, newest: Path) -> bool:
-    return Path(weights).resolve() == newest.resolve() or (held is not None and digest(weights) == held["digest"])
-
-
-def _check_settings(folder: Path, before: dict, now: dict) -> None:
-    different = [key for key in before if key in now and before[key] != now[key]]
-    if different:
-        changes = ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in different)
-        raise SettingsError(
-            f"{folder} holds a fine-tuning with other settings. Found: {changes}; set them (and --num-gpus) as they were, or "
-            "OUTPUT_DIR to another folder"
-        )
-
-
 def _read(file: Path) -> dict | None:
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
+        return json.loads(file.read_text()) if file.exists() else None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} can't be read ({error}); remove it, or set OUTPUT_DIR to another folder") from None
+        raise SettingsError(f"{file} can't be read ({error}); remove it, or {ELSEWHERE}") from None

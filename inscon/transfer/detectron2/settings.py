@@ -1,40 +1,36 @@
 """The settings of a fine-tuning: its YAML file, the schedule for the GPUs there are, and whether the data sets fit."""
 
+import contextlib
 import difflib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 CONFIGS = Path(__file__).with_name("configs")
 STARTS = ("coco_", "voc_")
 """How the files in CONFIGS begin that a user may choose; the others are their parts."""
 WHERE = "set the environment's DETECTRON2_DATASETS to the folder that holds coco/, VOC2007/ and VOC2012/, or bring what is missing"
-KINDS = {bool: "True or False", int: "a whole number", float: "a number with a point", str: "text"}
-OF_THE_TRUNK = {
+OF_THE_BACKBONE = {
     "MODEL.RESNETS.STRIDE_IN_1X1": False, "INPUT.FORMAT": "RGB",
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53], "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
 }  # fmt: skip
-"""How a trunk of ours was trained: with other values its tensors load as well, and the network computes something else."""
+"""How a backbone of ours was trained: with other values its tensors load as well, and the network computes something else."""
 
 
 class SettingsError(ValueError):
-    """Settings that do not fit together; the message says what was found and what to set."""
+    """Settings, weights or data that do not fit together; the message says what was found and what to set."""
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """What a data set holds, as far as a model has to fit it."""
-
-    name: str
-    kind: str | None
-    """detectron2's evaluator_type: "coco", "pascal_voc", or another, or None."""
-    classes: int
-    instances: bool
-    """Are there boxes in it?"""
-    masks: bool
+@contextlib.contextmanager
+def telling(what: str, remedy: str) -> Iterator[None]:
+    """A SettingsError that says what detectron2 `what` ("can't build the model") for whatever it raises: of YAML, yacs, torch."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SettingsError(f"detectron2 {what} ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def installed() -> bool:
@@ -69,10 +65,8 @@ def read_config(file: str, options: list[str], num_gpus: int):
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
-    try:
+    with telling(f"can't read the config {file}", f"mend it, or {choose}"):
         cfg.merge_from_file(file)
-    except Exception as error:  # of YAML, yacs and detectron2, for whatever the file may be
-        raise SettingsError(f"detectron2 can't read the config {file} ({_said(error)}); mend it, or {choose}") from None
     merge_options(cfg, options)
     if not cfg.DATASETS.TRAIN:
         raise SettingsError(f"{file} names no data set to train on, it may be a part of a config; {choose}")
@@ -92,9 +86,9 @@ def merge_options(cfg, options: list[str]) -> None:
             raise SettingsError(f"detectron2 has no setting {key}; the one most like it is {like}")
         try:
             cfg.merge_from_list([key, value])
-        except Exception:  # of yacs, which names Python's types
-            kind = KINDS.get(type(there[key]), "a list")
-            raise SettingsError(f"{key} must be {kind}. Found: {value}; write it like {there[key] or kind}") from None
+        except Exception:  # of yacs, which names no key
+            kind = type(there[key]).__name__
+            raise SettingsError(f"{key} must be of type {kind}. Found: {value}; write it like {there[key]!r}") from None
 
 
 def flat(tree, prefix: str = "") -> dict:
@@ -107,10 +101,6 @@ def flat(tree, prefix: str = "") -> dict:
 
 def _plain(value):
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def adapt_schedule(cfg, num_gpus: int):
@@ -144,13 +134,13 @@ def describe_schedule(cfg) -> str:
     return f"{s.IMS_PER_BATCH} images a step, learning rate {s.BASE_LR:g} after {s.WARMUP_ITERS} steps, {drops}, {s.MAX_ITER} steps"
 
 
-def check_trunk(cfg) -> None:
-    """SettingsError where the network would not be the one that our trunks were trained in."""
+def check_backbone(cfg) -> None:
+    """SettingsError where the network would not be the one that our backbones were trained in."""
     found = flat(cfg)
-    for key, value in OF_THE_TRUNK.items():
+    for key, value in OF_THE_BACKBONE.items():
         if found[key] != value:
             raise SettingsError(
-                f"{key} must be {value} for a trunk of ours; another value loads as well and computes something else. "
+                f"{key} must be {value} for a backbone of ours; another value loads as well and computes something else. "
                 f"Found: {found[key]}; leave it out"
             )
 
@@ -160,24 +150,21 @@ def check_schedule(cfg) -> None:
     import torch
     from detectron2.solver import build_lr_scheduler
 
-    try:
+    with telling(
+        f"makes no schedule from SOLVER, {describe_schedule(cfg)}",
+        "set MAX_ITER to 1 or more and STEPS to rising numbers up to it",
+    ):
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR))
-    except Exception as error:
-        raise SettingsError(
-            f"detectron2 makes no schedule from SOLVER ({_said(error)}). Found: {describe_schedule(cfg)}; set MAX_ITER to 1 or "
-            "more and STEPS to rising numbers up to it"
-        ) from None
 
 
 def check_data_sets(cfg, test_only: bool = False) -> None:
-    """Raise SettingsError where a data set is not there, holds no instances, or has other classes than the model."""
-    names = (*(() if test_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
-    for name in names:
-        judge(read_data_set(name), cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON)
+    """SettingsError where a data set is not there, holds no instances, or has other classes than the model."""
+    for name in (*(() if test_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        judge(name, *read_data_set(name), cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON)
 
 
-def read_data_set(name: str) -> DataSet:
-    """What detectron2 knows of a data set and, for COCO's format, what its file of annotations holds."""
+def read_data_set(name: str) -> tuple[int, bool, bool]:
+    """(classes, whether there are instances, whether they have masks): what detectron2 knows, and what files of COCO's hold."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     if name not in DatasetCatalog.list():
@@ -185,20 +172,24 @@ def read_data_set(name: str) -> DataSet:
             f'detectron2 knows no data set "{name}"; register it, or set DATASETS.TRAIN and DATASETS.TEST'
         )
     known = MetadataCatalog.get(name)
-    kind, file = known.get("evaluator_type"), known.get("json_file")
-    if kind == "pascal_voc":
-        listing = Path(known.dirname, "ImageSets", "Main", f"{known.split}.txt")
-        _require_file(name, listing)
-        pictures = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
-        require_files(name, Path(known.dirname), [f"Annotations/{each}.xml" for each in pictures])
-        require_files(name, Path(known.dirname), [f"JPEGImages/{each}.jpg" for each in pictures])
-        return DataSet(name, kind, len(known.thing_classes), bool(pictures), masks=False)
-    if kind == "coco":
-        _require_file(name, Path(file))
-        held = read_annotations(Path(file))
-        require_files(name, Path(known.image_root), [image["file_name"] for image in held["images"]])
-        return describe_annotations(name, held)
-    return DataSet(name, kind, len(known.get("thing_classes", ())), True, True)
+    if known.get("evaluator_type") == "pascal_voc":
+        root = Path(known.dirname)
+        require_files(name, root, [f"ImageSets/Main/{known.split}.txt"])
+        lines = (root / f"ImageSets/Main/{known.split}.txt").read_text().splitlines()
+        pictures = [line.split()[0] for line in lines if line.strip()]
+        require_files(name, root, [f"Annotations/{each}.xml" for each in pictures])
+        require_files(name, root, [f"JPEGImages/{each}.jpg" for each in pictures])
+        return len(known.thing_classes), bool(pictures), False
+    if known.get("evaluator_type") != "coco":
+        raise SettingsError(
+            f"{name} is tested in neither COCO's nor VOC's way. Found: evaluator_type \"{known.get('evaluator_type')}\"; set it in "
+            'MetadataCatalog to "coco" or "pascal_voc"'
+        )
+    file = Path(known.json_file)
+    require_files(name, file.parent, [file.name])
+    held = read_annotations(file)
+    require_files(name, Path(known.image_root), [image["file_name"] for image in held["images"]])
+    return describe_annotations(held)
 
 
 def read_annotations(file: Path) -> dict:
@@ -228,33 +219,21 @@ def require_files(name: str, root: Path, files: Iterable[str]) -> None:
         )
 
 
-def describe_annotations(name: str, held: dict) -> DataSet:
-    """`held`: a file of annotations in COCO's format."""
+def describe_annotations(held: dict) -> tuple[int, bool, bool]:
+    """Of a file of annotations in COCO's format what `read_data_set` returns."""
     instances = [each for each in held.get("annotations", ()) if "bbox" in each]
-    masks = any(each.get("segmentation") for each in instances)
-    return DataSet(name, "coco", len(held.get("categories", ())), bool(instances), masks)
+    return len(held.get("categories", ())), bool(instances), any(each.get("segmentation") for each in instances)
 
 
-def judge(data: DataSet, num_classes: int, mask_on: bool) -> None:
-    """Raise SettingsError where a model of so many classes, with or without masks, doesn't fit `data`."""
-    if data.kind not in ("coco", "pascal_voc"):
-        raise SettingsError(
-            f"{data.name} is tested in neither COCO's nor VOC's way. Found: evaluator_type \"{data.kind}\"; set it in "
-            'MetadataCatalog to "coco" or "pascal_voc"'
-        )
-    if not data.instances:
-        raise SettingsError(f"{data.name} holds no instances, only images; take the annotations named instances_*.json")
-    if data.classes != num_classes:
-        start = {80: "coco_", 20: "voc_"}.get(data.classes)
+def judge(name: str, classes: int, instances: bool, masks: bool, num_classes: int, mask_on: bool) -> None:
+    """SettingsError where a model of `num_classes`, with or without masks, doesn't fit a data set."""
+    if not instances:
+        raise SettingsError(f"{name} holds no instances, only images; take the annotations named instances_*.json")
+    if classes != num_classes:
+        start = {80: "coco_", 20: "voc_"}.get(classes)
         ours = next((f", or --config-file {c}" for c in choices() if start and c.startswith(start)), "")
         raise SettingsError(
-            f"{data.name} has {data.classes} classes and the config {num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES "
-            f"{data.classes}{ours}"
+            f"{name} has {classes} classes and the config {num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {classes}{ours}"
         )
-    if mask_on and not data.masks:
-        raise SettingsError(f"{data.name} has boxes only, and the config wants masks; set MODEL.MASK_ON False")
-
-
-def _require_file(name: str, file: Path) -> None:
-    if not file.is_file():
-        raise SettingsError(f"{name} is not there. Found: no {file}; {WHERE}")
+    if mask_on and not masks:
+        raise SettingsError(f"{name} has boxes only, and the config wants masks; set MODEL.MASK_ON False")

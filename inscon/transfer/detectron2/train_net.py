@@ -1,4 +1,4 @@
-"""Fine-tune a trunk of ours with detectron2, and test it; settings and weights are checked before the work starts.
+"""Fine-tune a backbone of ours with detectron2, and test it; settings and weights are checked before the work starts.
 
     python scripts/export.py --run RUN_DIR --format detectron2 --out r50.pkl
     export DETECTRON2_DATASETS=...          # the folder that holds coco/, VOC2007/ and VOC2012/
@@ -26,12 +26,13 @@ from inscon import guard
 from inscon.transfer.detectron2.identity import check_output, write_identity
 from inscon.transfer.detectron2.settings import (
     SettingsError,
+    check_backbone,
     check_data_sets,
     check_schedule,
-    check_trunk,
     describe_schedule,
     read_config,
     require_detectron2,
+    telling,
 )
 from inscon.transfer.detectron2.weights import check_weights
 
@@ -48,20 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
             held.enter_context(guard.only_process(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR"))
             if not goes_on:
                 write_identity(cfg)
-        launch(
-            work,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(cfg, args),
-        )
+        launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (cfg, args))
 
 
 def check(cfg, args) -> bool:
     """Everything that can be refused before a process is started. Is there an earlier part of the run to go on from?"""
     check_devices(cfg, args)
-    check_trunk(cfg)
+    check_backbone(cfg)
     check_schedule(cfg)
     check_data_sets(cfg, test_only=args.eval_only)
     goes_on = check_output(cfg, args.resume, args.eval_only) is not None
@@ -77,13 +71,8 @@ def build(cfg) -> torch.nn.Module:
     """The model on the CPU; SettingsError where detectron2 makes none from the settings."""
     from detectron2.modeling import build_model
 
-    try:
+    with telling("can't build the model of these settings", "leave out what you changed of MODEL"):
         return build_model(_with(cfg, "MODEL.DEVICE", "cpu"))
-    except Exception as error:  # of whatever part of detectron2 the setting reaches
-        raise SettingsError(
-            f"detectron2 can't build the model of these settings ({type(error).__name__}: {error}); leave out what you changed of "
-            "MODEL"
-        ) from error
 
 
 def check_devices(cfg, args) -> None:

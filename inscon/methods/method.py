@@ -1,0 +1,279 @@
+"""What trainer, report, export and command line know of a method, and what methods share.
+
+One step, in order:
+
+    method.schedule(step, total)
+    prepared = method.prepare(batch)                       # keys, targets: without gradient
+    for piece in method.pieces(batch, prepared):           # each a graph of its own; losses and gradients add up
+        piece.losses().total.backward()
+    method.after_backward(prepared)                        # keys join the queues, which the backward pass still read
+    optimizer.step()
+    method.after_update()                                  # slow copies move
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inscon import distributed
+from inscon.batch import Batch
+from inscon.config import Config, ViewConfig
+from inscon.nn.backbones import Backbone, check_side, facts_of
+from inscon.nn.norm import KeyShuffle
+from inscon.nn.queue import KeyQueue
+from inscon.plan import Mosaics, ViewSpec
+
+NORM_GROUP = 32
+"""Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Of this rank's images, on the device."""
+
+    total: Float[Tensor, ""]
+    """What is minimized."""
+    logged: dict[str, Float[Tensor, ""]]
+    """Figures by name, means over the images. "loss_NAME": a part of the total. "top1_NAME": share of queries whose positive beats
+    every negative, 0..1; above 99 % says that BatchNorm leaks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a step with a graph of its own."""
+
+    name: str
+    losses: Callable[[], Losses]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Base of a method's own settings: a frozen dataclass, its fields flags with reasons."""
+
+    def resolved(self, config: Config) -> "MethodSettings":
+        """The same with every None that depends on the batch filled in. ValueError for what does not go together."""
+        return self
+
+    def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
+        """What is made of every image."""
+        raise NotImplementedError
+
+    def mosaics(self) -> Mosaics | None:
+        """Which of the views lies on mosaics."""
+        return None
+
+    def memory(self, batch_size: int) -> int:
+        """Steps that an image's key stays in a queue."""
+        return 0
+
+    def build(self, config: Config, rank_batch_size: int) -> "Method":
+        """The method, for a resolved `config` that holds these settings."""
+        raise NotImplementedError
+
+
+class Method(nn.Module):
+    """A method of pre-training. Submodules and buffers are what a checkpoint holds."""
+
+    backbone: Backbone
+    """What is trained for others: exports, kNN, probe, attention maps and detectors take it."""
+    followers: "tuple[Follower, ...]" = ()
+    """Slow copies that move after every update."""
+    queues: dict[str, KeyQueue]
+    """Queues of keys, by the name of the loss that reads them; empty where there are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.queues = {}
+
+    def schedule(self, step: int, total_steps: int) -> None:
+        """Before step `step` of `total_steps`, on the host: what changes over a run (momentum, loss weights)."""
+
+    def param_groups(self) -> list[dict]:
+        """What the optimizer is given."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def prepare(self, batch: Batch):
+        """What every piece needs and no gradient reaches."""
+        return None
+
+    def pieces(self, batch: Batch, prepared) -> list[Piece]:
+        """Of a step, in order."""
+        raise NotImplementedError
+
+    def after_backward(self, prepared) -> None:
+        """When all gradients are there."""
+
+    def after_update(self) -> None:
+        """When the weights have moved."""
+        for follower in self.followers:
+            follower.move()
+
+
+class Follower:
+    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision."""
+
+    def __init__(self, slow: nn.Module, fast: nn.Module, momentum: float, renamed: Callable[[str], str] = str):
+        by_name = dict(fast.named_parameters())
+        self.slow = [parameter for _, parameter in slow.named_parameters()]
+        self.fast = [by_name[renamed(name)] for name, _ in slow.named_parameters()]
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def move(self) -> None:
+        torch._foreach_lerp_(self.slow, self.fast, 1 - self.momentum)
+
+
+def slow_copy(module: nn.Module) -> nn.Module:
+    """A twin without gradient."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """This rank's keys of one step, without gradient."""
+
+    own: dict[str, Tensor]
+    """By name, each beginning with [B]."""
+    queued: dict[str, Tensor]
+    """Those that join a queue, [B n D]."""
+    arriving: distributed.Gathering | None
+    """Those of all ranks, on their way; None on one process."""
+
+
+class KeyMethod(Method):
+    """What MoCo and its kin share: a query encoder, a key encoder that follows, shuffled BatchNorm, queues of keys.
+
+    A subclass sets `query_encoder`, `key_encoder`, `followers` and `queues` (also as submodules), and says what its key encoder
+    takes; both encoders return tensors by name.
+    """
+
+    query_encoder: nn.Module
+    key_encoder: nn.Module
+
+    def __init__(self, config: Config, rank_batch_size: int):
+        super().__init__()
+        self.shuffle = KeyShuffle(config.model.norm, rank_batch_size, config.model.split_size)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.query_encoder.backbone
+
+    def add_queue(self, name: str, size: int, embedding_dim: int, per_step: int) -> None:
+        queue = self.queues[name] = KeyQueue(size, embedding_dim, per_step)
+        self.add_module(f"queue_{name}", queue)
+
+    def key_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the key encoder takes, each beginning with [B]."""
+        return (batch.views["key"].pixels,)
+
+    def queued(self, keys: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of the keys joins which queue, [B n D] each."""
+        return {name: keys[name] if keys[name].ndim == 3 else keys[name][:, None] for name in self.queues}
+
+    def encode_keys(self, batch: Batch) -> dict[str, Tensor]:
+        """Keys in the order of the batch, normalized among other images than their queries are."""
+        inputs = self.key_inputs(batch)
+        return self.shuffle(self.key_encoder, *inputs) if self.training else self.key_encoder(*inputs)
+
+    def prepare(self, batch: Batch) -> Keys:
+        """The keys of a batch; they set out for the other ranks, to arrive while the backward pass runs."""
+        with torch.inference_mode():
+            keys = self.encode_keys(batch)
+        keys = {name: made.clone() for name, made in keys.items()}  # autograd refuses to keep what inference mode made
+        queued = self.queued(keys)
+        packed = torch.cat([made.flatten(1) for made in queued.values()], 1)
+        return Keys(own=keys, queued=queued, arriving=distributed.start_gather(packed))
+
+    @torch.no_grad()
+    def after_backward(self, prepared: Keys) -> None:
+        """The keys of every rank join the queues: images in batch order, all keys of an image in a row."""
+        queued = prepared.queued
+        if prepared.arriving is not None:
+            parts = prepared.arriving.wait().split([made[0].numel() for made in queued.values()], 1)
+            queued = {
+                n: part.unflatten(1, made.shape[1:]) for part, (n, made) in zip(parts, queued.items(), strict=True)
+            }
+        for name, keys in queued.items():
+            self.queues[name].enqueue(keys.flatten(0, 1))
+
+
+def queue_size(name: str, asked: int | None, per_step: int) -> int:
+    """`asked`, or 65536, in whole global batches, so that a step's keys always lie in one piece (METHOD 11)."""
+    if asked is None:
+        return max(65536 // per_step, 1) * per_step
+    if asked < per_step or asked % per_step:
+        nearest = max(round(asked / per_step), 1) * per_step
+        flag = name.replace("_", "-")
+        raise ValueError(
+            f"{name} must be a multiple of the {per_step} keys of one step. Found: {asked}; set --{flag} {nearest}"
+        )
+    return asked
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """Fill in every None that depends on the batch and the number of ranks, and check what only shows together.
+
+    Raises ValueError with the value found and what to set instead.
+    """
+    batch, model, of_four = config.optim.batch_size, config.model, config.method.mosaics() is not None
+    unit = (4 if of_four else 1) * world_size
+    if batch % unit:
+        raise ValueError(
+            f"batch_size must be a multiple of {'4 images (one mosaic) times ' if of_four else ''}{world_size} rank(s). Found: "
+            f"{batch}; set --batch-size {max(batch // unit, 1) * unit}"
+        )
+    per_rank = batch // world_size
+    norm = model.norm
+    if not facts_of(model.backbone).has_batch_norm:
+        norm = "none"
+    elif norm == "auto":
+        alone = world_size == 1 or (per_rank >= 4 * NORM_GROUP and per_rank % NORM_GROUP == 0)
+        norm = "split" if alone else "shuffle"
+    if norm == "shuffle" and world_size == 1:
+        raise ValueError(
+            "norm=shuffle permutes images over ranks and needs at least 2. Found: 1 rank; set --norm split"
+        )
+    split_size = _split_size(model.split_size, per_rank) if norm == "split" else None
+    config = dataclasses.replace(config, model=dataclasses.replace(model, norm=norm, split_size=split_size))
+    config = dataclasses.replace(config, method=config.method.resolved(config))
+    for side in _sides(config):
+        check_side(model.backbone, side)
+    return config
+
+
+def _sides(config: Config) -> list[int]:
+    """Of what the backbone will see, px."""
+    mosaics, specs = config.method.mosaics(), config.method.view_specs(config.views)
+    canvases = {2 * spec.side for spec in specs if mosaics and mosaics.tile == "full" and spec.name == mosaics.view}
+    return sorted({spec.side for spec in specs} | canvases)
+
+
+def _split_size(asked: int | None, per_rank: int) -> int:
+    if asked is None:
+        groups = max(per_rank // NORM_GROUP, min(4, per_rank // 4))
+        while groups > 1 and per_rank % (4 * groups):
+            groups -= 1
+        asked = per_rank // groups if groups > 1 else 4
+    if asked % 4 or per_rank % asked or per_rank // asked < 2:
+        raise ValueError(
+            f"norm=split needs at least 2 BatchNorm groups of whole mosaics: split_size must be a multiple of 4 that divides "
+            f"the {per_rank} images of a rank into 2 or more. Found: {asked}; set --split-size 4, and --batch-size to at least 8 "
+            "images per rank, a multiple of 4"
+        )
+    return asked
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32 at least."""
+    return nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def full_precision(device: torch.device):
+    """While inside, products are not autocast: losses and similarities need their digits."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,0 +1,99 @@
+"""MoCo v1 (He et al., arXiv 1911.05722) and v2 (Chen et al., arXiv 2003.04297): one instance loss against a queue of keys."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from inscon.batch import Batch
+from inscon.config import Config, ViewConfig
+from inscon.methods.method import (
+    Follower,
+    KeyMethod,
+    Keys,
+    Losses,
+    MethodSettings,
+    Piece,
+    full_precision,
+    queue_size,
+    slow_copy,
+    unit,
+)
+from inscon.nn.backbones import Backbone, build_backbone
+from inscon.nn.heads import instance_head
+from inscon.nn.loss import row_logits, separate_terms
+from inscon.plan import ViewSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(MethodSettings):
+    """MoCo: two views, a query encoder, a slow key encoder, a queue."""
+
+    mlp: bool = True
+    """Two-layer head (v2); false: one linear layer (v1)."""
+    embedding_dim: int = 128
+    """D of the head."""
+    temperature: float = 0.2
+    """Of the loss; v1 has 0.07."""
+    queue_size: int | None = None
+    """Keys in the queue. None: 65536 rounded down to whole global batches."""
+    key_momentum: float = 0.999
+    """m of key = m*key + (1-m)*query."""
+
+    def __post_init__(self):
+        if self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1. Found: {self.embedding_dim}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0. Found: {self.temperature}")
+        if not 0 <= self.key_momentum <= 1:
+            raise ValueError(f"key_momentum must lie in 0..1. Found: {self.key_momentum}")
+
+    def resolved(self, config: Config) -> "Settings":
+        size = queue_size("queue_size", self.queue_size, config.optim.batch_size)
+        return dataclasses.replace(self, queue_size=size)
+
+    def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
+        return views.spec("query"), views.spec("key")
+
+    def memory(self, batch_size: int) -> int:
+        return (self.queue_size or 65536) // batch_size
+
+    def build(self, config: Config, rank_batch_size: int) -> "MoCo":
+        return MoCo(config, rank_batch_size)
+
+
+class Encoder(nn.Module):
+    """Backbone and instance head."""
+
+    def __init__(self, backbone: Backbone, settings: Settings):
+        super().__init__()
+        self.backbone = backbone
+        self.head = instance_head(backbone.channels[backbone.last], settings.embedding_dim, settings.mlp)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """{"single": [B D]}, unit vectors."""
+        return {"single": unit(self.head(self.backbone.pooled(self.backbone(pixels))))}
+
+
+class MoCo(KeyMethod):
+    def __init__(self, config: Config, rank_batch_size: int):
+        super().__init__(config, rank_batch_size)
+        self.settings: Settings = config.method
+        groups = rank_batch_size // config.model.split_size if config.model.norm == "split" else 1
+        self.query_encoder = Encoder(build_backbone(config.model.backbone, groups), self.settings)
+        self.key_encoder = slow_copy(self.query_encoder)
+        self.followers = (Follower(self.key_encoder, self.query_encoder, self.settings.key_momentum),)
+        batch_size = config.optim.batch_size
+        self.add_queue("single", self.settings.queue_size, self.settings.embedding_dim, batch_size)
+
+    def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
+        def losses() -> Losses:
+            query = self.query_encoder(batch.views["query"].pixels)["single"]
+            with full_precision(query.device):
+                logits = row_logits(
+                    query, prepared.own["single"], self.queues["single"].keys, self.settings.temperature
+                )
+                loss = separate_terms(logits).mean()
+            return Losses(total=loss, logged={"loss_single": loss.detach(), "top1_single": logits.top1})
+
+        return [Piece("query", losses)]

@@ -1,0 +1,148 @@
+"""Networks that give feature maps: torchvision's ResNets, and timm's that offer intermediate ones.
+
+    backbone = build_backbone("resnet50")          # also resnext50_32x4d, wide_resnet50_2, convnext_tiny, vit_small_patch16_224
+    maps = backbone(pixels)                        # {4: [N 256 h w], 8: ..., 16: ..., 32: [N 2048 h w]}
+
+Strides and channels are asked of the network. Parameters have the library's own names below `network`, so that a state dict loads
+into the library's network as it is.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inscon.nn.norm import split_batch_norm
+
+TORCHVISION = [
+    name for name in torchvision.models.list_models() if name.startswith(("resnet", "resnext", "wide_resnet"))
+]
+LEAST_STRIDE = 4
+
+
+class Backbone(nn.Module):
+    """A network without its classifier, and the maps that it gives."""
+
+    network: nn.Module
+    channels: dict[int, int]
+    """Stride of a map, px of the input -> its channels, in ascending order; the last one is what gets pooled."""
+
+    @property
+    def last(self) -> int:
+        """Stride of the last map."""
+        return max(self.channels)
+
+    def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> dict[int, Tensor]:
+        """[N F h w] by stride."""
+        raise NotImplementedError
+
+    def pooled(self, maps: dict[int, Tensor]) -> Float[Tensor, "N F"]:
+        """The mean of the last map."""
+        # Over rows of a channels-last map, so that the gradient goes back channels last too.
+        return maps[self.last].permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+
+    def check_stride(self, stride: int, flag: str, name: str) -> None:
+        """ValueError, naming `flag`, unless there is a map of this stride."""
+        if stride not in self.channels:
+            have = ", ".join(map(str, self.channels))
+            raise ValueError(f"{name} has no map of stride {stride} px. Found: {have}; set {flag} to one that it has")
+
+
+class _TorchvisionResNet(Backbone):
+    def __init__(self, name: str):
+        super().__init__()
+        self.network = torchvision.models.get_model(name, weights=None)
+        features = self.network.fc.in_features
+        self.network.fc = nn.Identity()
+        self.channels = {32 >> i: features >> i for i in (3, 2, 1, 0)}
+
+    def forward(self, pixels):
+        net, maps = self.network, {}
+        x = net.maxpool(net.relu(net.bn1(net.conv1(pixels))))
+        for stride, layer in zip(self.channels, (net.layer1, net.layer2, net.layer3, net.layer4), strict=True):
+            maps[stride] = x = layer(x)
+        return maps
+
+
+class _TimmNetwork(Backbone):
+    def __init__(self, name: str):
+        super().__init__()
+        self.network = _create(name)
+        strides = [info["reduction"] for info in self.network.feature_info]
+        last = {stride: place for place, stride in enumerate(strides) if stride >= LEAST_STRIDE}
+        self.channels = {stride: self.network.feature_info[place]["num_chs"] for stride, place in sorted(last.items())}
+        self._indices = [last[stride] for stride in self.channels]
+
+    def forward(self, pixels):
+        maps = self.network.forward_intermediates(pixels, indices=self._indices, norm=True, intermediates_only=True)
+        return dict(zip(self.channels, maps, strict=True))
+
+
+def _create(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(
+            f"the backbone {name} is none of torchvision's ({', '.join(TORCHVISION)}), and timm is not installed: pip install timm"
+        ) from None
+    if not timm.is_model(name):
+        raise ValueError(f"there is no backbone {name}; set --backbone to a name of torchvision's ResNets or of timm's")
+    try:
+        # Views and mosaics have sizes of their own, which a ViT takes if it is told.
+        network = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        network = timm.create_model(name, num_classes=0)
+    if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
+        raise ValueError(
+            f"timm's {name} gives no feature maps; set --backbone to another one, resnet50 or convnext_tiny, say"
+        )
+    return network
+
+
+def build_backbone(name: str, norm_groups: int = 1) -> Backbone:
+    """The network, its weights drawn from PyTorch's generator. `norm_groups`: BatchNorm is taken over so many parts of a batch.
+
+    Raises ValueError for a name that nobody knows, a library that is missing, or a network whose BatchNorm cannot be split.
+    """
+    backbone = _TorchvisionResNet(name) if name in TORCHVISION else _TimmNetwork(name)
+    if norm_groups > 1:
+        split_batch_norm(backbone, norm_groups, name)
+    return backbone
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneFacts:
+    """What is known of a backbone before it is built."""
+
+    channels: dict[int, int]
+    has_batch_norm: bool
+
+
+@functools.lru_cache
+def facts_of(name: str) -> BackboneFacts:
+    """Of the network, built without memory. ValueError as `build_backbone`."""
+    backbone = _without_memory(name)
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
+    return BackboneFacts(backbone.channels, norms)
+
+
+def check_side(name: str, side: int) -> None:
+    """ValueError unless the network takes pictures of `side` x `side` px: some of timm's take one size alone."""
+    if name in TORCHVISION:
+        return
+    try:
+        _without_memory(name)(torch.empty(2, 3, side, side, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"the backbone {name} takes no views or mosaics of this size. Found: {side} px ({str(error).strip()}); set "
+            "--view-size to one that it takes, or another --backbone"
+        ) from None
+
+
+@functools.lru_cache
+def _without_memory(name: str) -> Backbone:
+    with torch.device("meta"):
+        return build_backbone(name)

@@ -1,0 +1,191 @@
+"""BatchNorm that does not give the answer away (METHOD 13).
+
+A query and its key normalized among the same images carry the same batch's signature, and the loss can be solved by
+reading it (MoCo, section 3.3, "Shuffling BN"). So the images whose statistics an image's key meets must be others than
+those its query met: over ranks by exchanging images, within one process by splitting the batch into groups.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from inscon import distributed
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics are taken over each of `num_groups` equal, contiguous parts of the batch.
+
+    One group is plain BatchNorm. Running statistics follow the mean of the groups' statistics with the momentum of one
+    update: each group updates with `1 - (1 - momentum)^(1/num_groups)`, which costs no further kernel. In eval mode
+    it is plain BatchNorm. Raises ValueError if the batch doesn't divide.
+    """
+
+    def __init__(self, num_features: int, num_groups: int = 1):
+        super().__init__(num_features)
+        self.num_groups = num_groups
+
+    def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
+        if not self.training or self.num_groups == 1:
+            return super().forward(x)
+        momentum = 1 - (1 - self.momentum) ** (1 / self.num_groups)
+        running = (self.running_mean, self.running_var)
+        if x.shape[0] % self.num_groups:
+            raise ValueError(
+                f"split BatchNorm needs a multiple of {self.num_groups} samples, one equal part per group. "
+                f"Found: {x.shape[0]}"
+            )
+        self.num_batches_tracked.add_(1)
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype:
+            return _BatchNormOfGroups.apply(x, self.weight, self.bias, *running, self.num_groups, momentum, self.eps)
+        groups = [
+            F.batch_norm(group, *running, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps)
+            for group in x.chunk(self.num_groups)
+        ]
+        return torch.cat(groups)
+
+
+class _BatchNormOfGroups(torch.autograd.Function):
+    """BatchNorm of equal parts of a batch, written straight into one result: putting parts together costs a CPU a tenth of a step.
+
+    The same kernels as `F.batch_norm` of each part, to the last bit.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, num_groups, momentum, eps):
+        result, statistics = torch.empty_like(x), []
+        for part, place in zip(x.chunk(num_groups), result.chunk(num_groups)):
+            mean, inverse_std = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+            torch.ops.aten.native_batch_norm.out(
+                part, weight, bias, running_mean, running_var, True, momentum, eps,
+                out=place, save_mean=mean, save_invstd=inverse_std,
+            )  # fmt: skip
+            statistics += [mean, inverse_std]
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.eps = eps
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, weight, *statistics = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        num_groups = len(statistics) // 2
+        parts = (tensor.chunk(num_groups) for tensor in (x, gradient, of_x))
+        for part, part_gradient, place, mean, inverse_std in zip(*parts, statistics[::2], statistics[1::2]):
+            of_part, more_weight, more_bias = torch.ops.aten.native_batch_norm_backward(
+                part_gradient, part, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+            )
+            place.copy_(of_part)
+            of_weight += more_weight
+            of_bias += more_bias
+        return of_x, of_weight, of_bias, None, None, None, None, None
+
+
+def split_batch_norm(module: nn.Module, num_groups: int, name: str) -> None:
+    """Make every BatchNorm of `module` take its statistics over `num_groups` parts of a batch. ValueError, with the `name` of the
+    network, where there is one that is more than nn.BatchNorm2d."""
+    for parent in list(module.modules()):
+        for child_name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                split = SplitBatchNorm2d(child.num_features, num_groups)
+                split.load_state_dict(child.state_dict())
+                split.eps, split.momentum = child.eps, child.momentum
+                setattr(parent, child_name, split)
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(
+                    f"BatchNorm of {name} cannot be split into groups, as it is fused with something else. Found: "
+                    f"{type(child).__name__}; set --norm shuffle or sync, on several ranks, or another --backbone"
+                )
+
+
+class KeyShuffle(nn.Module):
+    """Has keys normalized among other images than their queries were (MoCo's shuffling BN), by a fixed assignment.
+
+    Args:
+        norm: "split": within the rank, over its groups; "shuffle": over the ranks; else keys stay where they are.
+        rank_batch_size: images per rank and step.
+        split_size: images per group, with "split".
+    """
+
+    def __init__(self, norm: str, rank_batch_size: int, split_size: int | None):
+        super().__init__()
+        order, self._counts = None, None
+        if norm == "split":
+            order = shuffle_order(rank_batch_size, split_size)
+        elif norm == "shuffle":
+            ranks = distributed.world_size(), distributed.rank()
+            order, self._counts = exchange_order(rank_batch_size, *ranks)
+        # On the device from the start, so that no step copies them.
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("back", None if order is None else order.argsort(), persistent=False)
+
+    def forward(self, encode: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
+        """`encode(*inputs)`, whose inputs and outputs begin with [B], in the order of the batch: of any tensors by name."""
+        if self.order is None:
+            return encode(*inputs)
+        if self._counts is None:
+            return {name: made[self.back] for name, made in encode(*(tensor[self.order] for tensor in inputs)).items()}
+        made = encode(*(self._exchange(tensor, self.order) for tensor in inputs))
+        return {name: self._return(tensor) for name, tensor in made.items()}
+
+    def _exchange(self, tensor: Tensor, order: Tensor) -> Tensor:
+        if tensor.ndim >= 4:  # as it lies in memory: channels last
+            return distributed.exchange(tensor.movedim(-3, -1)[order], *self._counts).movedim(-1, -3)
+        return distributed.exchange(tensor[order], *self._counts)
+
+    def _return(self, tensor: Tensor) -> Tensor:
+        return distributed.exchange(tensor, *reversed(self._counts))[self.back]
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module):
+    """While inside, forward passes of `module` leave BatchNorm's running statistics as they are (METHOD 14).
+
+    Batch statistics still normalize. Works for every BatchNorm, synchronized ones too: their momentum is 0 meanwhile.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+
+
+def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
+    """Which image each slot of the key pass takes: slots `[k*group_size, (k+1)*group_size)` are normalized together.
+
+    A fixed assignment: the images at given places of a batch are other ones in every step, so it is as good as a random one,
+    and every rank knows it without a word. An image never meets the group of its own number again (with two groups: every
+    second image stays, since a plain swap would bring the same images together), and it shares with its query's group at
+    most ceil(group_size / max(groups - 1, 2)) images. Raises ValueError with fewer than two groups or odd groups.
+    """
+    groups, remainder = divmod(batch_size, group_size)
+    if remainder or groups < 2 or group_size % 2:
+        raise ValueError(
+            f"keys are shuffled over at least 2 equal groups of an even number of images. "
+            f"Found: {batch_size} images in groups of {group_size}"
+        )
+    group = torch.arange(groups)[:, None]
+    place = torch.arange(group_size)[None, :]
+    target = (group + place) % 2 if groups == 2 else (group + 1 + place % (groups - 1)) % groups
+    return target.flatten().argsort(stable=True)
+
+
+def exchange_order(per_rank: int, ranks: int, rank: int) -> tuple[Int[Tensor, "B"], tuple[list[int], list[int]]]:
+    """`shuffle_order` of a batch whose groups are the ranks' shares, as `rank` sees it.
+
+    Returns its images sorted by the rank that encodes their keys, and how many it sends to each rank and receives from each.
+    What it receives, by sender, is then in the order of `shuffle_order`.
+    """
+    order = shuffle_order(per_rank * ranks, per_rank)
+    destination = order.argsort()[rank * per_rank :][:per_rank] // per_rank
+    origin = order[rank * per_rank :][:per_rank] // per_rank
+    counts = (torch.bincount(of, minlength=ranks).tolist() for of in (destination, origin))
+    return destination.argsort(stable=True), tuple(counts)

@@ -1,0 +1,38 @@
+"""KeyQueue: a ring of the newest keys, the negatives of the contrastive losses (MoCo, section 3.1)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class KeyQueue(nn.Module):
+    """The last `size` keys, each a row of `keys [K D]`, a persistent buffer; the oldest are overwritten first.
+
+    The pointer (the row the next key goes to) lives on the host, so that a step never waits for the device, and travels
+    with the state dict. Fresh queues hold random unit vectors.
+    """
+
+    def __init__(self, size: int, embedding_dim: int, per_step: int):
+        super().__init__()
+        self.per_step = per_step
+        """Keys that join in a step, over all ranks."""
+        self.register_buffer("keys", F.normalize(torch.randn(size, embedding_dim), dim=1))
+        self.pointer = 0
+
+    @torch.no_grad()
+    def enqueue(self, keys: Float[Tensor, "N D"]) -> None:
+        """Overwrite the N oldest keys, in order. Raises ValueError unless N divides the size: then no write ever wraps."""
+        size = self.keys.shape[0]
+        if size % keys.shape[0]:
+            raise ValueError(
+                f"the queue of {size} keys must be a multiple of the {keys.shape[0]} keys enqueued at once"
+            )
+        self.keys[self.pointer : self.pointer + keys.shape[0]] = keys
+        self.pointer = (self.pointer + keys.shape[0]) % size
+
+    def get_extra_state(self) -> dict:
+        return {"pointer": self.pointer}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.pointer = state["pointer"]

@@ -1,0 +1,85 @@
+"""Whole configurations to start from: `scripts/train.py --recipe NAME`. Each says its command, cost and expected result.
+
+Hours are predictions from docs/method.md's budget until somebody measures them. r2 to r8 are the pre-trainings behind Tables 2 to
+9: Table 1 of the paper, each with the setting that its rows vary (docs/reproduce.md).
+"""
+
+from pathlib import Path
+
+from inscon.config import Config, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from inscon.methods import inscon, moco
+
+
+def imagenet_r50() -> Config:
+    """InsCon as the paper trains it: ResNet-50, ImageNet-1k, 200 epochs, batch 256 (Table 1).
+
+    `torchrun --nproc_per_node=8 scripts/train.py --pipeline dali --data SHARDS`. Predicted 20 h at the ceiling of 8 V100s,
+    target 27 h (not measured: no V100 was at hand). Expected after fine-tuning: VOC 59.1 AP, COCO FPN 1x 40.9 box AP.
+    """
+    return Config(method=inscon.Settings())
+
+
+def moco_v2() -> Config:
+    """The baseline. Expected: VOC 57.0 AP, COCO FPN 1x 39.8 box, 35.9 mask AP, ImageNet linear 67.5 top-1."""
+    return Config(method=moco.Settings())
+
+
+def moco_v1() -> Config:
+    """MoCo v1: one linear head, temperature 0.07, v1's augmentation (gray first, strong hue, no blur). Expected: VOC 55.9 AP."""
+    return Config(
+        method=moco.Settings(mlp=False, temperature=0.07),
+        views=ViewConfig(jitter_probability=1.0, hue=0.4, gray_first=True, blur_probability=0.0),
+    )
+
+
+def smoke() -> Config:
+    """All three heads in miniature, for the demo and for trying things on a CPU: ResNet-18 at 64 px, minutes on 2 cores.
+
+    What differs from Table 1 makes some 150 steps enough to see all losses fall: queues of two batches, a faster key encoder
+    and a lower temperature. With queues of 8 to 16 batches, or rates of 0.03 and more, the losses of short runs rose instead.
+    """
+    settings = inscon.Settings(
+        queue_size=128, cell_queue_size=1152, key_momentum=0.99, temperature=0.1, cell_temperature=0.1
+    )
+    return Config(
+        method=settings,
+        views=ViewConfig(view_size=64),
+        model=ModelConfig(backbone="resnet18", split_size=32),
+        optim=OptimConfig(batch_size=64, epochs=10, lr=0.02, schedule="cosine-step"),
+        run=RunConfig(run_dir=Path("runs/smoke"), log_every=8, checkpoint_every=80),
+    )
+
+
+def r2() -> Config:
+    """Single and multi (Tables 6 and 7). Expected: COCO FPN 1x 40.7, 36.6 AP; ImageNet linear 70.3 top-1."""
+    return Config(method=inscon.Settings(heads=("single", "multi")))
+
+
+def r3() -> Config:
+    """Single and cell, cell temperature 0.2 (Tables 7 and 8). Expected: COCO FPN 1x 40.3, 36.4 AP."""
+    return Config(method=inscon.Settings(heads=("single", "cell")))
+
+
+def r4() -> Config:
+    """Single and cell, cell temperature 0.1 (Table 8). Expected: COCO FPN 1x 39.9 box AP."""
+    return Config(method=inscon.Settings(heads=("single", "cell"), cell_temperature=0.1))
+
+
+def r5() -> Config:
+    """Single and cell, cell temperature 0.3 (Table 8). Expected: COCO FPN 1x 40.3 box AP."""
+    return Config(method=inscon.Settings(heads=("single", "cell"), cell_temperature=0.3))
+
+
+def r6() -> Config:
+    """Single and cell, cell temperature 0.4 (Table 8). Expected: COCO FPN 1x 40.2 box AP."""
+    return Config(method=inscon.Settings(heads=("single", "cell"), cell_temperature=0.4))
+
+
+def r8() -> Config:
+    """All heads, cells from res4 (Table 9). Expected: COCO FPN 1x 40.5, 36.6 AP."""
+    return Config(method=inscon.Settings(cell_stage="res4"))
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, smoke, r2, r3, r4, r5, r6, r8)}
+GONE = {"r1": "moco_v2", "r7": "imagenet_r50"}
+"""Names that other recipes had, too."""

@@ -1,0 +1,155 @@
+"""BatchNorm in groups, and who is normalized with whom."""
+
+import pytest
+import torch
+from torch import nn
+
+from inscon.nn.backbones import build_backbone
+from inscon.nn.norm import (
+    KeyShuffle,
+    SplitBatchNorm2d,
+    exchange_order,
+    frozen_statistics,
+    shuffle_order,
+    split_batch_norm,
+)
+
+
+def test_split_norm_is_plain_norm_on_each_part():
+    torch.manual_seed(0)
+    x, split, plain = torch.randn(12, 5, 4, 4), SplitBatchNorm2d(5, num_groups=3), nn.BatchNorm2d(5)
+    expected = torch.cat([plain(part) for part in x.chunk(3)])
+    torch.testing.assert_close(split(x), expected)
+    means = torch.stack([part.mean((0, 2, 3)) for part in x.chunk(3)])
+    torch.testing.assert_close(split.running_mean, 0.1 * means.mean(0), rtol=0.1, atol=2e-3)
+    x2 = torch.ones(12, 5, 4, 4) * torch.randn(5)[:, None, None]
+    split.reset_running_stats()
+    split(x2)
+    torch.testing.assert_close(split.running_mean, 0.1 * x2[0, :, 0, 0])  # equal groups: exactly one update's momentum
+    assert split.num_batches_tracked == 1
+    split.eval(), plain.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split(x), plain.eval()(x))
+    with pytest.raises(ValueError, match="multiple of 3 samples.* Found: 8"):
+        split.train()(x[:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gradients_of_split_norm_are_those_of_each_part(dtype, layout):
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(12, 5, 4, 4).to(dtype=dtype, memory_format=layout) for _ in range(2))
+    split, plain = SplitBatchNorm2d(5, num_groups=3).to(dtype), nn.BatchNorm2d(5).to(dtype)
+    for norm in (split, plain):
+        norm.weight.data = torch.rand(5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = split(ours), torch.cat([plain(part) for part in theirs.chunk(3)])
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=layout)
+    y.backward(gradient), expected.backward(gradient)
+    assert torch.equal(ours.grad, theirs.grad) and ours.grad.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(split.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(split.bias.grad, plain.bias.grad)
+    if dtype == torch.float64:
+        small = torch.randn(4, 5, 2, 2, dtype=dtype).requires_grad_()
+        assert torch.autograd.gradcheck(SplitBatchNorm2d(5, num_groups=2).double(), small)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_frozen_statistics_leave_running_values_alone(groups):
+    network = build_backbone("resnet18", groups).train()
+    network(torch.randn(4, 3, 32, 32))
+    before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
+    with frozen_statistics(network):
+        inside = network(10 * torch.randn(4, 3, 32, 32))[32]
+    assert len(before) == 40 and all(torch.equal(before[k], network.state_dict()[k]) for k in before)
+    assert inside.abs().mean() < 10  # normalized by its own statistics all the same
+    network(torch.randn(4, 3, 32, 32))
+    changed = "network.bn1.running_mean"
+    assert not torch.equal(before[changed], network.state_dict()[changed])
+
+
+@pytest.mark.parametrize(("batch", "group"), [(256, 32), (64, 16), (32, 8), (24, 8), (16, 8), (8, 4), (12, 2)])
+def test_shuffling_parts_every_query_from_its_company(batch, group):
+    order = shuffle_order(batch, group)
+    assert sorted(order.tolist()) == list(range(batch))
+    groups = batch // group
+    bound = -(-group // max(groups - 1, 2))
+    for k, members in enumerate(order.view(groups, group).tolist()):
+        origins = [image // group for image in members]
+        assert max(origins.count(origin) for origin in origins) <= bound < group
+        if groups > 2:
+            assert k not in origins  # no query shares its group's number with its key
+
+
+@pytest.mark.parametrize(("per_rank", "ranks"), [(32, 8), (4, 4), (8, 2), (6, 3)])
+def test_what_ranks_exchange_is_the_shuffle_of_the_whole_batch(per_rank, ranks):
+    """Every rank's parcels, delivered by hand, against `shuffle_order`; and no rank receives more than its share."""
+    wanted = shuffle_order(per_rank * ranks, per_rank).view(ranks, per_rank)
+    parcels = {}
+    for sender in range(ranks):
+        order, (send, _) = exchange_order(per_rank, ranks, sender)
+        images = (sender * per_rank + order).split(send)
+        parcels |= {(sender, to): images[to] for to in range(ranks)}
+    for rank in range(ranks):
+        arrived = [parcels[sender, rank] for sender in range(ranks)]
+        assert [len(part) for part in arrived] == exchange_order(per_rank, ranks, rank)[1][1]
+        assert torch.equal(torch.cat(arrived), wanted[rank])
+        if ranks > 2:
+            assert len(parcels[rank, rank]) == 0  # no query shares its group with its key
+
+
+def test_shuffling_needs_two_groups():
+    for batch, group in ((8, 8), (10, 4), (9, 3)):
+        with pytest.raises(ValueError, match=f"Found: {batch} images in groups of {group}"):
+            shuffle_order(batch, group)
+
+
+# ------------------------------------------------------------------------------------------------- keys in any form
+
+
+def encode(pixels, patches, boxes, wanted):
+    """Tensors of every form that a method's keys may have, each image's from its own inputs alone."""
+    return {
+        "pooled": pixels.flatten(1).double().mean(1)[:, None],
+        "maps": pixels[:, :, ::2, ::2],
+        "patches": patches.flatten(2).sum(2),
+        "boxes": boxes * 2,
+        "wanted": wanted & (boxes[:, 0] > 0),
+        "numbers": boxes[:, 0].long(),
+    }
+
+
+def inputs(batch):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last)
+    patches = torch.randn(batch, 9, 3, 4, 4, generator=generator)
+    boxes = torch.arange(batch * 4.0).view(batch, 4)
+    return pixels, patches, boxes, torch.arange(batch) % 3 == 0
+
+
+@pytest.mark.parametrize("norm", ["split", "sync", "none"])
+def test_keys_of_any_form_come_back_in_the_order_of_the_batch(norm):
+    seen, batch = [], inputs(16)
+
+    def watched(*arrived):
+        seen.append(arrived)
+        return encode(*arrived)
+
+    made = KeyShuffle(norm, 16, 4)(watched, *batch)
+    for name, expected in encode(*batch).items():
+        assert torch.equal(made[name], expected) and made[name].dtype == expected.dtype, name
+    moved = not torch.equal(seen[0][2], batch[2])
+    assert moved == (norm == "split")  # the encoder met another order
+    assert all(tensor.dtype == own.dtype for tensor, own in zip(seen[0], batch, strict=True))
+    if norm == "split":
+        assert torch.equal(seen[0][2], batch[2][shuffle_order(16, 4)])
+
+
+def test_the_assignment_is_not_in_checkpoints():
+    """It follows from the settings, which may be others after a resume on other ranks."""
+    assert KeyShuffle("split", 16, 4).state_dict() == {}
+
+
+def test_what_is_more_than_batchnorm_is_not_split():
+    fused = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="BatchNorm of mine cannot be split.* Found: BatchNorm1d; set --norm shuffle"):
+        split_batch_norm(fused, 2, "mine")

@@ -1,0 +1,101 @@
+"""SGD by any implementation, and the cosine."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from inscon.config import OptimConfig
+from inscon.optim import _find_apex_sgd, learning_rate, make_optimizer
+
+
+def test_cosine_per_epoch_and_per_step():
+    per_epoch = OptimConfig(lr=1.0, epochs=4)
+    assert [round(learning_rate(per_epoch, s, 10), 6) for s in (0, 9, 10, 19, 20, 30, 39)] == [
+        1.0, 1.0, 0.853553, 0.853553, 0.5, 0.146447, 0.146447,
+    ]  # fmt: skip
+    per_step = OptimConfig(lr=1.0, epochs=4, schedule="cosine-step")
+    assert learning_rate(per_step, 20, 10) == pytest.approx(0.5) and learning_rate(per_step, 5, 10) < 1.0
+    assert learning_rate(per_step, 40, 10) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("name", ["auto", "torch-fused", "foreach"])
+def test_every_optimizer_is_sgd_with_momentum_and_decay(name):
+    torch.manual_seed(0)
+    weight = torch.randn(7, 3)
+    p, velocity, expected = nn.Parameter(weight.clone()), torch.zeros(7, 3), weight.clone()
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer, chosen = make_optimizer([p, frozen], OptimConfig(lr=0.1, optimizer=name), torch.device("cpu"))
+    assert chosen == ("torch-fused" if name == "auto" else name)
+    for i in range(4):
+        gradient = torch.randn(7, 3, generator=torch.Generator().manual_seed(i))
+        p.grad = gradient.clone()
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 1e-4 * expected
+        expected = expected - 0.1 * velocity
+    torch.testing.assert_close(p.data, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_apex_equals_torchs_fused_sgd():
+    if _find_apex_sgd() is None:
+        pytest.skip("NVIDIA's apex is not installed")
+    weights = {}
+    for name in ("apex", "torch-fused"):
+        p = nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda"))
+        optimizer, chosen = make_optimizer([p], OptimConfig(lr=0.1, optimizer=name), torch.device("cuda"))
+        assert chosen == name
+        for i in range(20):
+            p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i)).cuda()
+            optimizer.step()
+        weights[name] = p.detach().cpu()
+    torch.testing.assert_close(weights["apex"], weights["torch-fused"], rtol=1e-6, atol=1e-7)
+
+
+def test_apex_is_refused_where_it_is_not_really_there(monkeypatch):
+    with pytest.raises(ValueError, match="needs NVIDIA's apex.*set --optimizer auto"):
+        make_optimizer([nn.Parameter(torch.ones(1))], OptimConfig(optimizer="apex"), torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # the web toolkit of that name
+    assert _find_apex_sgd() is None
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody filled holds NaN."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_with_an_overflow_never_were(device, loaded, poisoned):
+    """torch's fused SGD under a gradient scaler, against plain SGD in float64 over the other steps. `loaded`: after the state of
+    an optimizer that had no momentum yet."""
+    p = nn.Parameter(torch.linspace(-1, 1, 21, device=device))
+    expected, velocity = p.detach().double().cpu(), torch.zeros(21, dtype=torch.float64)
+    settings = OptimConfig(lr=0.1, optimizer="torch-fused")
+    optimizer, _ = make_optimizer([p], settings, torch.device(device))
+    if loaded:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+    scaler = torch.amp.GradScaler(device, init_scale=65536.0)
+    for step in range(8):
+        gradient = torch.randn(21, generator=torch.Generator().manual_seed(step))
+        overflows = step in (0, 1, 4)
+        scaler.scale((p * gradient.to(device)).sum()).backward()
+        if overflows:
+            p.grad[3] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if not overflows:
+            velocity = 0.9 * velocity + gradient.double() + 1e-4 * expected
+            expected = expected - 0.1 * velocity
+    assert scaler.get_scale() == 65536 / 8
+    torch.testing.assert_close(p.detach().cpu().double(), expected, rtol=1e-5, atol=1e-6)

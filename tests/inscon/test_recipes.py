@@ -1,0 +1,56 @@
+"""The configurations that come with the project, and the page that says how to reproduce the paper with them."""
+
+from pathlib import Path
+
+import pytest
+
+from inscon.methods.method import resolve
+from inscon.recipes import GONE, RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_resolve_and_say_what_they_are(recipe):
+    c = resolve(RECIPES[recipe](), 1)
+    assert c.method.queue_size % c.optim.batch_size == 0 and RECIPES[recipe].__doc__
+
+
+def test_moco_v1_and_v2_differ_in_head_temperature_and_colors():
+    v1, v2 = RECIPES["moco_v1"](), RECIPES["moco_v2"]()
+    assert (v1.method.mlp, v1.method.temperature, v2.method.mlp, v2.method.temperature) == (False, 0.07, True, 0.2)
+    color = v1.views.color()
+    assert (color.gray_first, color.jitter_probability, color.hue, color.blur_probability) == (True, 1.0, 0.4, 0.0)
+    color = v2.views.color()
+    assert (color.gray_first, color.jitter_probability, color.hue, color.blur_probability) == (False, 0.8, 0.1, 0.5)
+
+
+PRETRAININGS = {  # heads, cell temperature and stage of the runs behind the paper's Tables 2 to 9
+    "moco_v2": (("single",), None, None),
+    "r2": (("single", "multi"), None, None),
+    "r3": (("single", "cell"), 0.2, "res5"),
+    "r4": (("single", "cell"), 0.1, "res5"),
+    "r5": (("single", "cell"), 0.3, "res5"),
+    "r6": (("single", "cell"), 0.4, "res5"),
+    "imagenet_r50": (("single", "multi", "cell"), 0.2, "res5"),
+    "r8": (("single", "multi", "cell"), 0.2, "res4"),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAININGS)
+def test_the_eight_pretrainings_are_recipes_of_table_1(name):
+    heads, temperature, stage = PRETRAININGS[name]
+    config = RECIPES[name]()
+    assert getattr(config.method, "heads", ("single",)) == heads
+    if temperature is not None:
+        assert (config.method.cell_temperature, config.method.cell_stage) == (temperature, stage)
+    optim = config.optim
+    assert (optim.batch_size, optim.epochs, optim.lr, optim.schedule) == (256, 200, 0.03, "cosine-epoch")
+    assert config.model.backbone == "resnet50" and config.views.view_size == 224 and config.method.temperature == 0.2
+    page = (ROOT / "docs/reproduce.md").read_text()
+    names = [name, *(old for old, new in GONE.items() if new == name)]  # the page's rows may have either
+    assert any(f"| `{row}` | {', '.join(heads)} |" in page for row in names)
+
+
+def test_names_that_are_gone_point_to_recipes():
+    assert set(GONE.values()) <= set(RECIPES) and not set(GONE) & set(RECIPES)
