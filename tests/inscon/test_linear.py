@@ -8,12 +8,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inscon.nn.backbones import build_backbone
+from inscon.nn.backbones import Backbone
 from inscon.transfer import knn
 from inscon.transfer.export import digest
 from inscon.transfer.linear import Probe, Protocol
 
 CPU, STEPS = torch.device("cpu"), 3
+
+
+class Tiny(Backbone):
+    """A convolution and a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.channels = (
+            torch.nn.Sequential(torch.nn.Conv2d(3, 16, 4, 4), torch.nn.BatchNorm2d(16)),
+            {4: 16},
+        )
+
+    def forward(self, pixels):
+        return {4: self.network(pixels).relu()}
 
 
 def batches(start, stop):
@@ -22,7 +36,7 @@ def batches(start, stop):
         generator = torch.Generator().manual_seed(step)
         labels = torch.randint(3, (8,), generator=generator)
         yield (
-            F.one_hot(labels, 3).float()[:, :, None, None] + 0.1 * torch.randn(8, 3, 64, 64, generator=generator),
+            F.one_hot(labels, 3).float()[:, :, None, None] + 0.1 * torch.randn(8, 3, 32, 32, generator=generator),
             labels,
         )
 
@@ -35,7 +49,7 @@ def crops(start, stop):
 def make_probe(folder, backbone=None, data="data", **protocol):
     torch.manual_seed(0)
     protocol = Protocol(num_classes=3, **{"epochs": 4, "batch_size": 8, "base_lr": 30.0, **protocol})
-    return Probe(backbone or build_backbone("resnet18"), protocol, folder, CPU, data)
+    return Probe(backbone or Tiny(), protocol, folder, CPU, data)
 
 
 def train(probe, epochs=None, said=None):
@@ -59,27 +73,27 @@ def test_a_probe_equals_the_protocol_written_out(tmp_path):
     for step, (pixels, labels) in enumerate(batches(0, 4 * STEPS)):
         lr = 1 * 8 / 256 * (1 if step // STEPS < 2 else 0.1 if step // STEPS < 3 else 0.01)
         with torch.no_grad():
-            pooled = probe.backbone(pixels)[32].mean((2, 3))
+            pooled = probe.backbone(pixels)[4].mean((2, 3))
         loss = F.cross_entropy(pooled @ weight.T + bias, labels)
         for i, (parameter, gradient) in enumerate(zip((weight, bias), torch.autograd.grad(loss, (weight, bias)))):
             velocity[i] = 0.9 * velocity[i] + gradient
             parameter.data -= lr * velocity[i]
     torch.testing.assert_close(probe.layer.weight, weight, rtol=1e-3, atol=1e-5)
-    assert found["top1"] > 0.9 and [epoch for epoch, _ in said] == [1, 2, 3, 4] and set(found) == {"top1"}
+    assert found["top1"] > 0.6 and [epoch for epoch, _ in said] == [1, 2, 3, 4] and set(found) == {"top1"}
     assert ["top1" in figures for _, figures in said] == [False, True, False, True]
     assert [round(figures["lr"], 6) for _, figures in said] == [0.03125, 0.03125, 0.003125, 0.000313]
 
 
 def test_the_backbone_is_untouched_and_a_touched_one_is_noticed(tmp_path):
-    backbone = build_backbone("resnet18")
-    backbone.network.bn1.running_mean.fill_(0.1)
+    backbone = Tiny()
+    backbone.network[1].running_mean.fill_(0.1)
     before = digest(backbone.state_dict())
     probe = make_probe(tmp_path, backbone)
     train(probe)
     assert digest(probe.backbone.state_dict()) == before == probe.before
     assert not any(p.requires_grad or p.grad is not None for p in probe.backbone.parameters())
     with torch.no_grad():
-        probe.backbone.network.layer4[1].bn2.running_var[3] += 1e-6
+        probe.backbone.network[1].running_var[3] += 1e-6
     with pytest.raises(AssertionError, match="the frozen backbone has changed"):
         probe.check_backbone()
 
@@ -143,9 +157,9 @@ def test_the_learning_rate_fits_the_batch():
 def test_a_rate_that_explodes_is_one_sentence(tmp_path):
     with pytest.raises(
         FloatingPointError,
-        match=r"the probe's loss is not finite any more. Found: .*; set a smaller --base-lr than 1e\+38",
+        match=r"the probe's loss is not finite any more. Found: .*; set a smaller --base-lr than 1e\+40",
     ):
-        train(make_probe(tmp_path, base_lr=1e38))
+        train(make_probe(tmp_path, base_lr=1e40))
 
 
 def test_a_layer_that_is_not_finite_is_neither_saved_nor_evaluated(tmp_path):
@@ -167,9 +181,9 @@ def test_a_probe_that_cannot_be_written_is_named_and_leaves_no_rest(tmp_path, sm
 
 
 def test_features_that_are_not_finite_are_no_features():
-    backbone = build_backbone("resnet18").eval()
+    backbone = Tiny().eval()
     with torch.no_grad():
-        backbone.network.layer4[1].bn2.weight[3] = torch.nan
+        backbone.network[1].weight[3] = torch.nan
     with pytest.raises(FloatingPointError, match="24 of 24 pictures have features that are not finite"):
         knn.monitor(backbone, batches(0, 3), k=3)
 
@@ -205,16 +219,16 @@ def test_accuracy_in_pieces_is_the_same(monkeypatch):
 
 
 def test_the_monitor_leaves_the_backbone_in_training():
-    backbone = build_backbone("resnet18").train()
+    backbone = Tiny().train()
     before = digest(backbone.state_dict())
     share = knn.monitor(backbone, batches(0, 3), k=3)
     assert backbone.training and digest(backbone.state_dict()) == before and 0 <= share <= 1
 
 
 def test_a_rank_without_pictures_changes_no_answer(monkeypatch):
-    backbone = build_backbone("resnet18").eval()
+    backbone = Tiny().eval()
     rows, labels = knn.features(backbone, [])
-    assert rows.shape == (0, 512) and labels.shape == (0,)
+    assert rows.shape == (0, 16) and labels.shape == (0,)
     alone = knn.monitor(backbone, batches(0, 3), k=3)
     # Two ranks, this one without pictures: what the other one sends is put before what this one does.
     theirs = knn.features(backbone, batches(0, 3))

@@ -34,7 +34,7 @@ def test_knn_equals_a_loop():
         knn.accuracy(queries, labels, bank, bank_labels)
 
 
-@pytest.mark.parametrize(("name", "width"), list(zip(BACKBONES, (512, 320, 192), strict=True)))
+@pytest.mark.parametrize(("name", "width"), [*zip(BACKBONES, (512, 320, 192))])
 def test_features_leave_the_backbone_as_it_is(name, width):
     backbone = build_backbone(name).eval()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
