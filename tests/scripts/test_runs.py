@@ -26,8 +26,10 @@ from inscon import checkpoint, guard
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--recipe", "smoke", "--view-size", "64", "--batch-size", "8", "--queue-size", "16", "--cell-queue-size", "144",
-    "--split-size", "4", "--epochs", "50", "--log-every", "1", "--no-tensorboard", "--threads", "1",
+    "--split-size", "4", "--epochs", "50", "--log-every", "1", "--no-tensorboard", "--threads", "1", "--backbone", "test_resnet",
 ]  # fmt: skip
+EXPORTED = [*SMALL, "--backbone", "resnet18"]
+"""What every library knows."""
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +312,7 @@ def test_knn_views_and_report_of_a_run(shards, tmp_path):
 def trained(shards, tmp_path_factory):
     """A short run with a kNN monitor."""
     folder = tmp_path_factory.mktemp("trained")
-    out = run(*SMALL, "--pipeline", "reference", "--data", shards, "--run-dir", folder, "--max-steps", "5",
+    out = run(*EXPORTED, "--pipeline", "reference", "--data", shards, "--run-dir", folder, "--max-steps", "5",
               "--eval-data", shards, "--eval-every", "2").stdout  # fmt: skip
     assert out.count("kNN ") == 3
     return folder
@@ -320,7 +322,7 @@ def test_the_monitor_writes_into_the_metrics(trained, shards, tmp_path):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "knn" in line] == [2, 4, 5]
     assert all(0 <= line["knn"] <= 1 for line in lines if "knn" in line)
-    arguments = [*SMALL, "--pipeline", "reference", "--data", shards, "--max-steps", "5"]
+    arguments = [*EXPORTED, "--pipeline", "reference", "--data", shards, "--max-steps", "5"]
     run(*arguments, "--run-dir", tmp_path / "alone")
     assert losses_of(tmp_path / "alone") == losses_of(trained)  # looking changes nothing
     run_ranks(
