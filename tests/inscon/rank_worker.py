@@ -50,7 +50,7 @@ def steps(mode, rank, world_size):
     """Some steps of training."""
     settings = moco.Settings(queue_size=2 * BATCH) if mode == "moco" else small_inscon(BATCH, key_momentum=0.9)
     # As many images per BatchNorm group either way: a rank's share, or the split of one process
-    model = ModelConfig(backbone="resnet18", split_size=4 if mode == "four" else 8)
+    model = ModelConfig(backbone="test_resnet", split_size=4 if mode == "four" else 8)
     config = resolve(Config(method=settings, views=VIEWS, model=model, optim=OptimConfig(batch_size=BATCH)), world_size)
     torch.manual_seed(0)
     method = config.method.build(config, BATCH // world_size).double().train(mode != "frozen")

@@ -26,7 +26,7 @@ def make_config(run_dir, **run):
         Config(
             method=inscon.Settings(queue_size=16, cell_queue_size=144),
             views=ViewConfig(view_size=SIDE),
-            model=ModelConfig(backbone="resnet18"),
+            model=ModelConfig(backbone="test_resnet"),
             optim=OptimConfig(batch_size=BATCH, epochs=2),
             run=RunConfig(run_dir=run_dir, log_every=1, checkpoint_every=2, tensorboard=False, **run),
         ),
@@ -175,7 +175,7 @@ def test_losses_that_are_not_finite_stop_the_run_in_one_sentence(tmp_path):
 
 def gradient_at(training, steps, value):
     """In these steps, one gradient becomes `value` times what it is."""
-    weight = training.method.query_encoder.backbone.network.conv1.weight
+    weight = training.method.query_encoder.backbone.network.conv1[0].weight
     weight.register_hook(lambda gradient: gradient * value if training.step in steps else gradient)
 
 
@@ -241,7 +241,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path, e
         train.train(training, loader(), PER_EPOCH, total, monitor=monitor)
     sentence = str(found.value)
     assert (
-        "model.query_encoder.backbone.network.conv1.weight is not finite any more at step 3" in sentence
+        "model.query_encoder.backbone.network.conv1.0.weight is not finite any more at step 3" in sentence
         and not evaluated
     )
     assert f"the last checkpoint, {tmp_path}/checkpoints/step-00000002.pt, is finite" in sentence
@@ -331,11 +331,11 @@ def test_a_checkpoint_that_is_not_finite_is_of_no_use(tmp_path):
     run(config, total=2)
     good = checkpoint.latest(tmp_path)
     contents = torch.load(good, weights_only=True)
-    contents["model"]["query_encoder.backbone.network.conv1.weight"][0] = torch.nan
+    contents["model"]["query_encoder.backbone.network.conv1.0.weight"][0] = torch.nan
     torch.save(contents | {"step": 4}, good.with_name("step-00000004.pt"))
     for use in (lambda: train.set_up(config, CPU, "set A"), lambda: load_backbone(tmp_path), lambda: any_backbone(tmp_path),
                 lambda: any_backbone(tmp_path, untrained=True)):  # fmt: skip
-        with pytest.raises(checkpoint.CheckpointError, match="step-00000004.pt .*conv1.weight is not finite; delete it .*"
+        with pytest.raises(checkpoint.CheckpointError, match="step-00000004.pt .*conv1.0.weight is not finite; delete it .*"
                            "the one before, step-00000002.pt"):  # fmt: skip
             use()
     checkpoint.latest(tmp_path).unlink()
