@@ -69,6 +69,20 @@ def mirror(box, view_size: int):
     return xp.stack([view_size - x1, y0, view_size - x0, y1], -1)
 
 
+def overlaps_enough(first_crop, second_crop, sizes: tuple[int, int], min_side: float = 32.0, min_iou: float = 0.0):
+    """Whether the region that two crops of each image share is big enough to be used, `[...]` bool; arguments as `find_overlap`."""
+    shared = intersect(first_crop, second_crop)
+    extent = shared[..., 2:] - shared[..., :2]
+    # A tolerance of 1e-3 px, so that a shared region of exactly one cell is not lost to float32 rounding.
+    valid = (extent > 0).all(-1)
+    for crop, size in zip((first_crop, second_crop), sizes, strict=True):
+        valid = valid & (extent * size >= (min_side - 1e-3) * (crop[..., 2:] - crop[..., :2])).all(-1)
+    if min_iou > 0:
+        shared_area = area(shared)
+        valid = valid & (shared_area >= min_iou * (area(first_crop) + area(second_crop) - shared_area))
+    return valid
+
+
 def find_overlap(
     first_crop,
     first_flipped,
@@ -90,15 +104,10 @@ def find_overlap(
 
     Source: paper section 3.2, cell-instance learning head ("valid overlap area").
     """
-    xp = _namespace(first_crop)
     shared = intersect(first_crop, second_crop)
-    in_first = into_view(shared, first_crop, first_flipped, sizes[0])
-    in_second = into_view(shared, second_crop, second_flipped, sizes[1])
-    sides = xp.concatenate([in_first[..., 2:] - in_first[..., :2], in_second[..., 2:] - in_second[..., :2]], -1)
-    # A tolerance of 1e-3 px, so that a shared region of exactly one cell is not lost to float32 rounding.
-    valid = (sides >= min_side - 1e-3).all(-1)
-    shared_area = area(shared)
-    union = area(first_crop) + area(second_crop) - shared_area
-    valid = valid & (shared_area >= min_iou * union) & (shared_area > 0)
-    weight = valid.astype(np.float32) if xp is np else valid.to(first_crop.dtype)
-    return Overlap(first_box=in_first, second_box=in_second, weight=weight)
+    valid = overlaps_enough(first_crop, second_crop, sizes, min_side, min_iou)
+    return Overlap(
+        first_box=into_view(shared, first_crop, first_flipped, sizes[0]),
+        second_box=into_view(shared, second_crop, second_flipped, sizes[1]),
+        weight=valid.astype(np.float32) if isinstance(valid, np.ndarray) else valid.to(first_crop.dtype),
+    )

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from inscon.geometry import Overlap, find_overlap
+from inscon.geometry import Overlap, find_overlap, overlaps_enough
 from inscon.sampling import philox
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(6)
@@ -283,11 +283,15 @@ def plan_views(
     draw = _Draw(seed, epoch, ids)
     numbers = draw.uniforms(_stream(np.arange(len(specs))[:, None], _COLOR, 0, np.arange(3)))
     flipped = _flips(numbers[:, :, 0, 0], specs)
-    boxes, overlaps = _Crops(draw, sizes, specs, flipped).all()
-    views = {}
+    boxes = _crops(draw, sizes, specs)
+    overlaps, views = {}, {}
     for number, spec in enumerate(specs):
         plan = _view_plan(numbers[:, number], boxes[number], flipped[number], spec)
         views[spec.name] = plan if spec.grid is None else _patches(draw, number, plan, spec)
+        if spec.overlap is not None:
+            first = _partner(specs, spec)
+            crops = boxes[first], flipped[first], boxes[number], flipped[number]
+            overlaps[spec.overlap.view, spec.name] = find_overlap(*crops, **_bounds(specs[first], spec))
     return BatchPlan(views=views, overlaps=overlaps)
 
 
@@ -321,83 +325,71 @@ def _flips(coins: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
     return list(made.values())
 
 
-class _Crops:
-    """The crop boxes of all views, and the overlaps that rules ask for."""
+def _partner(specs: Sequence[ViewSpec], spec: ViewSpec) -> int:
+    """Place of the earlier view that the rule of `spec` is about."""
+    return [other.name for other in specs].index(spec.overlap.view)
 
-    def __init__(self, draw: "_Draw", sizes: np.ndarray, specs: Sequence[ViewSpec], flipped: list[np.ndarray]):
-        self._draw, self._sizes, self._specs, self._flipped = draw, sizes, specs, flipped
-        self._boxes = list(_crop_boxes(draw, range(len(specs)), np.array([0]), sizes, specs)[:, :, 0].swapaxes(0, 1))
 
-    def all(self) -> tuple[list[np.ndarray], dict[tuple[str, str], Overlap]]:
-        """([B 4] by view, overlaps by pair of names)."""
-        overlaps, settled = {}, set()
-        for number, spec in enumerate(self._specs):
-            if spec.overlap is not None:
-                partner = [other.name for other in self._specs].index(spec.overlap.view)
-                drawn = [number] if partner in settled else [partner, number]
-                overlaps[spec.overlap.view, spec.name] = self._settle(drawn, partner, number)
-                settled |= {partner, number}
-        return self._boxes, overlaps
+def _bounds(first: ViewSpec, second: ViewSpec) -> dict:
+    rule = second.overlap
+    return {"sizes": (first.size, second.size), "min_side": rule.min_side, "min_iou": rule.min_iou}
 
-    def _settle(self, drawn: list[int], first: int, second: int) -> Overlap:
-        """Draw the views `drawn` anew for the samples whose pair does not overlap: the first candidate that does, else the last.
 
-        Nearly every first pair overlaps, so later candidates are drawn only for the rest, and in growing handfuls, since
-        NumPy's cost is per call rather than per number.
-        """
-        rule, pair = self._specs[second].overlap, (first, second)
-        found = self._overlap(pair, slice(None), [self._boxes[view] for view in pair])
-        pending = np.flatnonzero(found.weight == 0)
-        candidate, handful = 1, 2
-        while len(pending) and candidate < rule.candidates:
-            candidates = np.arange(candidate, min(candidate + handful, rule.candidates))
-            made = _crop_boxes(self._draw.some(pending), drawn, candidates, self._sizes[pending], self._specs)
-            boxes = [
-                made[:, drawn.index(v)]
-                if v in drawn
-                else np.broadcast_to(self._boxes[v][pending, None], made[:, 0].shape)
-                for v in pair
-            ]
-            valid = self._overlap(pair, (pending, None), boxes).weight > 0
-            chosen = np.where(valid.any(-1), valid.argmax(-1), len(candidates) - 1)
-            for number, view in enumerate(drawn):
-                self._boxes[view][pending] = made[np.arange(len(pending)), number, chosen]
-            now = self._overlap(pair, pending, [self._boxes[view][pending] for view in pair])
-            found.first_box[pending], found.second_box[pending], found.weight[pending] = (
-                now.first_box, now.second_box, now.weight,
-            )  # fmt: skip
-            pending = pending[~valid.any(-1)]
-            candidate, handful = candidate + handful, handful * 2
-        return found
+def _crops(draw: "_Draw", sizes: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
+    """The crop boxes [B 4] of each view, overlapping where a rule asks for it."""
+    boxes, settled = (
+        list(_crop_boxes(draw, range(len(specs)), np.array([0]), sizes, specs)[:, :, 0].swapaxes(0, 1)),
+        set(),
+    )
+    for second, spec in enumerate(specs):
+        if spec.overlap is not None:
+            first = _partner(specs, spec)
+            _settle(draw, sizes, specs, boxes, first, second, [second] if first in settled else [first, second])
+            settled |= {first, second}
+    return boxes
 
-    def _overlap(self, pair: tuple[int, int], which, boxes: list[np.ndarray]) -> Overlap:
-        first, second = (self._specs[view] for view in pair)
-        flips = [self._flipped[view][which] for view in pair]
-        rule = second.overlap
-        return find_overlap(
-            boxes[0], flips[0], boxes[1], flips[1], (first.size, second.size), rule.min_side, rule.min_iou
-        )
+
+def _settle(draw: "_Draw", sizes, specs, boxes: list[np.ndarray], first: int, second: int, drawn: list[int]) -> None:
+    """Draw the views `drawn` anew for the samples whose pair does not overlap: the first candidate that does, else the last.
+
+    Nearly every first pair overlaps, so later candidates are drawn only for the rest, and in growing handfuls, since
+    NumPy's cost is per call rather than per number.
+    """
+    last, bounds = specs[second].overlap.candidates, _bounds(specs[first], specs[second])
+    pending = np.flatnonzero(~overlaps_enough(boxes[first], boxes[second], **bounds))
+    candidate, handful = 1, 2
+    while len(pending) and candidate < last:
+        candidates = np.arange(candidate, min(candidate + handful, last))
+        made = _crop_boxes(draw.some(pending), drawn, candidates, sizes[pending], specs).swapaxes(0, 1)
+        made = dict(zip(drawn, made, strict=True))
+        valid = overlaps_enough(*(made.get(v, boxes[v][pending, None]) for v in (first, second)), **bounds)
+        chosen = np.where(valid.any(-1), valid.argmax(-1), len(candidates) - 1)
+        for view, crops in made.items():
+            boxes[view][pending] = crops[np.arange(len(pending)), chosen]
+        pending = pending[~valid.any(-1)]
+        candidate, handful = candidate + handful, handful * 2
 
 
 def _crop_boxes(
     draw: "_Draw", views: Sequence[int], candidates: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]
 ) -> np.ndarray:
     """[B views candidates 4] float32: torchvision's `RandomResizedCrop.get_params`, ten attempts at once, the first that fits."""
-    height, width = (sizes[:, i].astype(np.float64)[:, None, None, None] for i in (0, 1))
+    picked = [specs[view] for view in views]
     u = draw.uniforms(_stream(np.array(views)[:, None, None], _CROP, candidates[:, None], np.arange(ATTEMPTS)))
-    low, high = np.array([specs[view].scale for view in views]).T[:, :, None, None]
-    log_low, log_high = np.array([[math.log(r) for r in specs[view].ratio] for view in views]).T[:, :, None, None]
-    share = low + u[..., 0] * (high - low)
+    height, width = (sizes[:, i].astype(np.float64)[:, None, None, None] for i in (0, 1))
+    low, high = np.array([spec.scale for spec in picked]).T[:, :, None, None]
+    log_low, log_high = np.array([[math.log(r) for r in spec.ratio] for spec in picked]).T[:, :, None, None]
+    area = (low + u[..., 0] * (high - low)) * (height * width)
     ratio = np.exp(log_low + u[..., 1] * (log_high - log_low))
-    w = np.rint(np.sqrt(height * width * share * ratio))
-    h = np.rint(np.sqrt(height * width * share / ratio))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    x = np.floor(u[..., 3] * (width - w + 1))
-    y = np.floor(u[..., 2] * (height - h + 1))
     first = fits.argmax(-1)[..., None]
-    box = np.stack([np.take_along_axis(a, first, -1)[..., 0] for a in (x, y, x + w, y + h)], -1)
+    w, h, u_y, u_x = (np.take_along_axis(a, first, -1)[..., 0] for a in (w, h, u[..., 2], u[..., 3]))
+    height, width = height[..., 0], width[..., 0]
+    x, y = np.floor(u_x * (width - w + 1)), np.floor(u_y * (height - h + 1))
+    box = np.stack([x, y, x + w, y + h], -1)
     if not fits.any(-1).all():
-        fallback = np.stack([_center_box(sizes, specs[view].ratio) for view in views], 1)[:, :, None]
+        fallback = np.stack([_center_box(sizes, spec.ratio) for spec in picked], 1)[:, :, None]
         box = np.where(fits.any(-1)[..., None], box, fallback)
     return box.astype(np.float32)
 
