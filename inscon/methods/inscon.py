@@ -1,6 +1,7 @@
 """InsCon (Yang et al., arXiv 2203.07688): single views, 2x2 mosaics and 3x3 cells of the shared region, two queues, three losses
 (paper section 3, figure 1). "METHOD n" is row n of the table of readings in docs/method.md."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
@@ -23,9 +24,9 @@ from inscon.methods.method import (
     slow_copy,
     unit,
 )
-from inscon.nn.backbones import Backbone, build_backbone, facts_of
+from inscon.nn.backbones import Backbone, facts_of
 from inscon.nn.heads import cell_head, instance_head
-from inscon.nn.loss import aggregate_groups, row_logits, separate_terms
+from inscon.nn.loss import group_terms, row_logits, separate_terms
 from inscon.nn.norm import frozen_statistics
 from inscon.nn.pooling import precise_roi_pool
 from inscon.plan import Mosaics, ViewSpec
@@ -124,15 +125,14 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: Backbone, settings: Settings):
         super().__init__()
-        self.backbone, self.settings = backbone, settings
-        features = backbone.channels[backbone.last]
-        make = {
-            "single": lambda: instance_head(features, settings.embedding_dim, settings.mlp),
-            "multi": lambda: instance_head(features, settings.embedding_dim, settings.mlp),
-            "cell": lambda: cell_head(backbone.channels[settings.stride], settings.cell_dim, settings.mlp),
-        }
-        self.heads = nn.ModuleDict({name: make[name]() for name in settings.heads})
-        if {"single", "multi"} <= set(settings.heads) and settings.multi_head_init == "copy":
+        self.backbone, self.settings, self.heads = backbone, settings, nn.ModuleDict()
+        pooled, s = backbone.channels[backbone.last], settings
+        for name in s.heads:
+            if name == "cell":
+                self.heads[name] = cell_head(backbone.channels[s.stride], s.cell_dim, s.mlp)
+            else:
+                self.heads[name] = instance_head(pooled, s.embedding_dim, s.mlp)
+        if {"single", "multi"} <= set(s.heads) and s.multi_head_init == "copy":
             self.heads["multi"].load_state_dict(self.heads["single"].state_dict())
 
     def forward(
@@ -163,11 +163,9 @@ class Encoder(nn.Module):
 
         The adaptive average pool 2x2 of paper section 3.2; on an even map its windows meet exactly at the seams.
         """
-        if self.settings.mosaic_updates_norm:
+        updates = self.settings.mosaic_updates_norm
+        with contextlib.nullcontext() if updates else frozen_statistics(self.backbone):
             feature_map = self.backbone(mosaic)[self.backbone.last]
-        else:
-            with frozen_statistics(self.backbone):
-                feature_map = self.backbone(mosaic)[self.backbone.last]
         tiles = nn.functional.adaptive_avg_pool2d(feature_map, 2).flatten(2).transpose(1, 2)
         return unit(self.heads["multi"](tiles))
 
@@ -177,9 +175,7 @@ class InsCon(KeyMethod):
 
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
-        s = self.settings = config.method
-        groups = rank_batch_size // config.model.split_size if config.model.norm == "split" else 1
-        self.query_encoder = Encoder(build_backbone(config.model.backbone, groups), s)
+        s: Settings = self.settings
         self.key_encoder = self._make_key_encoder()
         source = "heads.single." if "single" in s.heads else "heads.multi."
         renamed = lambda name: name.replace("heads.single.", source)  # noqa: E731
@@ -192,6 +188,9 @@ class InsCon(KeyMethod):
         mosaics = s.mosaics()
         order = None if mosaics is None else torch.from_numpy(mosaics.order(rank_batch_size))
         self.register_buffer("tile_order", order, persistent=False)
+
+    def build_encoder(self, backbone: Backbone) -> Encoder:
+        return Encoder(backbone, self.settings)
 
     def _make_key_encoder(self) -> Encoder:
         """The query encoder's twin: its instance head and its cell head (METHOD 3)."""
@@ -224,7 +223,8 @@ class InsCon(KeyMethod):
             if "cell" in query:
                 cells = query["cell"].flatten(0, 1), keys["cell"].flatten(0, 1)
                 logits = row_logits(*cells, self.queues["cell"].keys, s.cell_temperature)
-                losses["cell"] = aggregate_groups(logits, s.cells, s.aggregate, overlap.weight)
+                # Over all images, also those without an overlap, so that ranks agree.
+                losses["cell"] = (group_terms(logits, s.cells, s.aggregate) * overlap.weight).mean()
                 top1["cell"] = logits.top1
         return _sum(losses, top1)
 
@@ -233,7 +233,7 @@ class InsCon(KeyMethod):
         with full_precision(query.device):
             positives = keys["single"][self.tile_order.flatten()]
             logits = row_logits(query.flatten(0, 1), positives, self.queues["single"].keys, s.temperature)
-            return _sum({"multi": aggregate_groups(logits, 4, s.aggregate, None)}, {"multi": logits.top1})
+            return _sum({"multi": group_terms(logits, 4, s.aggregate).mean()}, {"multi": logits.top1})
 
 
 def _sum(losses: dict[str, Tensor], top1: dict[str, Tensor]) -> Losses:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from inscon import distributed
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
-from inscon.nn.backbones import Backbone, check_side, facts_of
+from inscon.nn.backbones import Backbone, build_backbone, check_side, facts_of
 from inscon.nn.norm import KeyShuffle
 from inscon.nn.queue import KeyQueue
 from inscon.plan import Mosaics, ViewSpec
@@ -149,8 +149,8 @@ class Keys:
 class KeyMethod(Method):
     """What MoCo and its kin share: a query encoder, a key encoder that follows, shuffled BatchNorm, queues of keys.
 
-    A subclass sets `query_encoder`, `key_encoder`, `followers` and `queues` (also as submodules), and says what its key encoder
-    takes; both encoders return tensors by name.
+    A subclass builds an encoder, sets `key_encoder` and `followers`, adds queues, and says what its key encoder takes; both
+    encoders return tensors by name.
     """
 
     query_encoder: nn.Module
@@ -158,7 +158,14 @@ class KeyMethod(Method):
 
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__()
-        self.shuffle = KeyShuffle(config.model.norm, rank_batch_size, config.model.split_size)
+        self.settings, model = config.method, config.model
+        self.shuffle = KeyShuffle(model.norm, rank_batch_size, model.split_size)
+        groups = rank_batch_size // model.split_size if model.norm == "split" else 1
+        self.query_encoder = self.build_encoder(build_backbone(model.backbone, groups))
+
+    def build_encoder(self, backbone: Backbone) -> nn.Module:
+        """With `backbone` as a submodule of that name."""
+        raise NotImplementedError
 
     @property
     def backbone(self) -> Backbone:

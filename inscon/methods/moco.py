@@ -19,7 +19,7 @@ from inscon.methods.method import (
     slow_copy,
     unit,
 )
-from inscon.nn.backbones import Backbone, build_backbone
+from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head
 from inscon.nn.loss import row_logits, separate_terms
 from inscon.plan import ViewSpec
@@ -78,13 +78,13 @@ class Encoder(nn.Module):
 class MoCo(KeyMethod):
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
-        self.settings: Settings = config.method
-        groups = rank_batch_size // config.model.split_size if config.model.norm == "split" else 1
-        self.query_encoder = Encoder(build_backbone(config.model.backbone, groups), self.settings)
         self.key_encoder = slow_copy(self.query_encoder)
         self.followers = (Follower(self.key_encoder, self.query_encoder, self.settings.key_momentum),)
         batch_size = config.optim.batch_size
         self.add_queue("single", self.settings.queue_size, self.settings.embedding_dim, batch_size)
+
+    def build_encoder(self, backbone: Backbone) -> Encoder:
+        return Encoder(backbone, self.settings)
 
     def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
         def losses() -> Losses:

@@ -91,7 +91,7 @@ def _chunks(queries: Tensor, negatives: Tensor, temperature: float, whole: bool 
 
 
 def separate_terms(logits: RowLogits) -> Float[Tensor, "N"]:
-    """InfoNCE of each query alone (equation 1, with every logit divided by the temperature)."""
+    """InfoNCE of each query alone (equation 1, with every logit divided by the temperature); log(1 + K) for equal similarities."""
     return torch.logaddexp(logits.positive, logits.negative_lse) - logits.positive
 
 
@@ -102,41 +102,11 @@ def joint_term(logits: RowLogits, positives_each: int) -> Float[Tensor, "N"]:
     return torch.logaddexp(positive, negative) - positive
 
 
-def info_nce(
-    queries: Float[Tensor, "N D"], positives: Float[Tensor, "N D"], negatives: Float[Tensor, "K D"], temperature: float
-) -> Float[Tensor, ""]:
-    """Mean InfoNCE of N queries, each against its own positive and all K negatives. Inputs are L2-normalized rows.
+def group_terms(logits: RowLogits, positives_each: int, aggregate: str) -> Float[Tensor, "N"]:
+    """InfoNCE of rows in groups of `positives_each` (tiles of a mosaic, cells of an overlap), one value for each group.
 
-    With equal similarities it is log(1 + K).
+    `aggregate="mean"`: the mean of separate terms; "literal": one sum inside the log per group (METHOD 4).
     """
-    return separate_terms(row_logits(queries, positives, negatives, temperature)).mean()
-
-
-def multi_positive_info_nce(
-    queries: Float[Tensor, "N M D"],
-    positives: Float[Tensor, "N M D"],
-    negatives: Float[Tensor, "K D"],
-    temperature: float,
-    aggregate: str = "mean",
-    weight: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, ""]:
-    """InfoNCE of N groups of M queries, query m of a group against positive m (tiles of a mosaic, cells of an overlap).
-
-    `aggregate="mean"`: the mean of separate terms; "literal": one sum inside the log per group (METHOD 4). A group's
-    loss is multiplied by its `weight` (0 for an overlap that is none); the mean is over all N, so that ranks agree.
-    """
-    logits = row_logits(queries.flatten(0, 1), positives.flatten(0, 1), negatives, temperature)
-    return aggregate_groups(logits, queries.shape[1], aggregate, weight)
-
-
-def aggregate_groups(
-    logits: RowLogits, positives_each: int, aggregate: str, weight: Tensor | None
-) -> Float[Tensor, ""]:
-    """The second half of `multi_positive_info_nce`, for callers who also want `logits.top1`."""
-    if aggregate == "mean":
-        groups = separate_terms(logits).unflatten(0, (-1, positives_each)).mean(-1)
-    elif aggregate == "literal":
-        groups = joint_term(logits, positives_each)
-    else:
-        raise ValueError(f'aggregate must be "mean" or "literal". Found: "{aggregate}"')
-    return (groups if weight is None else groups * weight).mean()
+    if aggregate == "literal":
+        return joint_term(logits, positives_each)
+    return separate_terms(logits).unflatten(0, (-1, positives_each)).mean(-1)

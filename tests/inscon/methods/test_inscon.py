@@ -7,7 +7,6 @@ import torch
 
 from inscon.geometry import find_overlap
 from inscon.nn.backbones import Backbone
-from inscon.nn.loss import info_nce, multi_positive_info_nce
 from tests.inscon.methods.steps import (
     BATCH,
     SIDE,
@@ -19,6 +18,7 @@ from tests.inscon.methods.steps import (
     small_inscon,
     take_steps,
 )
+from tests.inscon.nn.test_loss import info_nce, multi_positive_info_nce
 
 
 @pytest.mark.parametrize(("tile", "aggregate", "tiles_from"), [
