@@ -71,6 +71,12 @@ def test_imports_point_down(path):
 
 METHODS = {path.stem for path in (ROOT / "inscon/methods").glob("*.py")} - {"__init__", "method"}
 METHODS_HOME = ("inscon/methods/", "inscon/recipes.py")
+HEADS = {"single", "multi", "cell"}
+NAMED = re.compile(rf"((loss|top1|queue)_)?({'|'.join(sorted(METHODS - {'inscon'} | HEADS))})")
+"""A string that is the name of a method or of a head, or of what it logs. "inscon" is also the name of the package."""
+IDENTIFIED = re.compile(
+    rf"(^|_)({'|'.join(sorted(METHODS - {'inscon'}))}|multi|(single|cell)_(head|queue|loss|view|dim|stage)s?)(_|$)"
+)
 
 
 def knows_a_method(tree: ast.AST) -> list[str]:
@@ -89,10 +95,14 @@ def knows_a_method(tree: ast.AST) -> list[str]:
             called = getattr(asked, "id", getattr(asked, "attr", None))
             if node.func.id in ("isinstance", "issubclass", "hasattr", "getattr") and called in ("method", "model"):
                 found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.fullmatch(node.value):
+            found.append(ast.unparse(node))
         elif isinstance(node, ast.Compare):
             constants = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
             if any(isinstance(part, ast.Constant) and part.value in METHODS for part in constants):
                 found.append(ast.unparse(node))
+        identifiers = (getattr(node, name, None) for name in ("id", "attr", "arg", "name"))
+        found += [name for name in identifiers if isinstance(name, str) and IDENTIFIED.search(name)]
     return found
 
 
@@ -108,7 +118,8 @@ def test_methods_are_known_by_their_protocol_alone(path):
 @pytest.mark.parametrize("code", [
     "from inscon.methods import moco", "from inscon.methods.inscon import InsCon", "import inscon.methods.moco as m",
     "isinstance(training.method, InsCon)", "hasattr(method, 'queues')", "getattr(self.model, 'key_encoder', None)",
-    "name == 'moco'", "config.method.name in ('inscon', 'moco')",
+    "name == 'moco'", "config.method.name in ('inscon', 'moco')", "losses['cell']", "logged['loss_multi']", "batch.multi_boxes",
+    "settings.cell_stage", "def moco_step(): ...", "f(single_head=1)",
 ])  # fmt: skip
 def test_the_check_above_notices(code):
     assert len(knows_a_method(ast.parse(code))) >= 1

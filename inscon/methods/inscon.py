@@ -25,7 +25,7 @@ from inscon.methods.method import (
     unit,
 )
 from inscon.nn.backbones import Backbone, facts_of
-from inscon.nn.heads import cell_head, instance_head
+from inscon.nn.heads import instance_head, map_head
 from inscon.nn.loss import group_terms, row_logits, separate_terms
 from inscon.nn.norm import frozen_statistics
 from inscon.nn.pooling import precise_roi_pool
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         pooled, s = backbone.channels[backbone.last], settings
         for name in s.heads:
             if name == "cell":
-                self.heads[name] = cell_head(backbone.channels[s.stride], s.cell_dim, s.mlp)
+                self.heads[name] = map_head(backbone.channels[s.stride], s.cell_dim, s.mlp)
             else:
                 self.heads[name] = instance_head(pooled, s.embedding_dim, s.mlp)
         if {"single", "multi"} <= set(s.heads) and s.multi_head_init == "copy":

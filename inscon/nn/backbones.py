@@ -8,7 +8,6 @@ into the library's network as it is.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import torchvision
@@ -34,6 +33,10 @@ class Backbone(nn.Module):
     def last(self) -> int:
         """Stride of the last map."""
         return max(self.channels)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
 
     def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> dict[int, Tensor]:
         """[N F h w] by stride."""
@@ -113,20 +116,11 @@ def build_backbone(name: str, norm_groups: int = 1) -> Backbone:
     return backbone
 
 
-@dataclass(frozen=True, slots=True)
-class BackboneFacts:
-    """What is known of a backbone before it is built."""
-
-    channels: dict[int, int]
-    has_batch_norm: bool
-
-
 @functools.lru_cache
-def facts_of(name: str) -> BackboneFacts:
-    """Of the network, built without memory. ValueError as `build_backbone`."""
-    backbone = _without_memory(name)
-    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
-    return BackboneFacts(backbone.channels, norms)
+def facts_of(name: str) -> Backbone:
+    """The network on the meta device, without memory, to be asked what it has. ValueError as `build_backbone`."""
+    with torch.device("meta"):
+        return build_backbone(name)
 
 
 def check_side(name: str, side: int) -> None:
@@ -134,15 +128,9 @@ def check_side(name: str, side: int) -> None:
     if name in TORCHVISION:
         return
     try:
-        _without_memory(name)(torch.empty(2, 3, side, side, device="meta"))
+        facts_of(name)(torch.empty(2, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"the backbone {name} takes no views or mosaics of this size. Found: {side} px ({str(error).strip()}); set "
             "--view-size to one that it takes, or another --backbone"
         ) from None
-
-
-@functools.lru_cache
-def _without_memory(name: str) -> Backbone:
-    with torch.device("meta"):
-        return build_backbone(name)

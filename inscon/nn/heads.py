@@ -4,14 +4,14 @@ from torch import nn
 
 
 def instance_head(features: int, embedding_dim: int, mlp: bool) -> nn.Module:
-    """Single- and multi-instance head on pooled features `[... F]` (MoCo v2; `mlp=False`: MoCo v1): no BatchNorm, biases on."""
+    """Head on pooled features `[... F]` (MoCo v2; `mlp=False`: MoCo v1): no BatchNorm, biases on."""
     if not mlp:
         return nn.Linear(features, embedding_dim)
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding_dim))
 
 
-def cell_head(features: int, embedding_dim: int, mlp: bool) -> nn.Module:
-    """Cell-instance head on pooled cells `[B F G G]`: the same with 1x1 convolutions (paper section 3.2)."""
+def map_head(features: int, embedding_dim: int, mlp: bool) -> nn.Module:
+    """Head on maps or pooled cells `[B F h w]`: the same with 1x1 convolutions (InsCon, section 3.2)."""
     if not mlp:
         return nn.Conv2d(features, embedding_dim, 1)
     return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(), nn.Conv2d(features, embedding_dim, 1))

@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 
-from inscon.nn.backbones import _without_memory, build_backbone, check_side, facts_of
+from inscon.nn.backbones import build_backbone, check_side, facts_of
 
 BIG = ("resnet50", "resnext50_32x4d", "wide_resnet50_2")
 SMALL = {
@@ -44,7 +44,7 @@ def test_maps_have_the_strides_and_channels_that_are_said(name):
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_the_big_ones_without_memory(name):
+def test_the_big_onesfacts_of(name):
     facts = facts_of(name)
     assert facts.channels == {4: 256, 8: 512, 16: 1024, 32: 2048} and facts.has_batch_norm
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_librarys_weights():
     torch.manual_seed(3)
     theirs = timm.create_model("resnet10t", num_classes=0).state_dict()
     torch.manual_seed(3)
-    facts_of.cache_clear(), _without_memory.cache_clear()
+    facts_of.cache_clear()
     facts_of("resnet10t"), check_side("convnext_atto", 96)
     ours = build_backbone("resnet10t", norm_groups=2).network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)

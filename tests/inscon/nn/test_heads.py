@@ -3,18 +3,18 @@
 import torch
 from torch import nn
 
-from inscon.nn.heads import cell_head, instance_head
+from inscon.nn.heads import instance_head, map_head
 
 
 def test_heads_have_mocos_shapes():
     shapes = [tuple(p.shape) for p in instance_head(2048, 128, True).parameters()]
     assert shapes == [(2048, 2048), (2048,), (128, 2048), (128,)]
     assert [tuple(p.shape) for p in instance_head(2048, 128, False).parameters()] == [(128, 2048), (128,)]
-    assert [tuple(p.shape) for p in cell_head(16, 8, False).parameters()] == [(8, 16, 1, 1), (8,)]
+    assert [tuple(p.shape) for p in map_head(16, 8, False).parameters()] == [(8, 16, 1, 1), (8,)]
 
 
-def test_the_cell_head_is_the_instance_head_of_each_cell():
-    cells, linear = cell_head(16, 8, True), instance_head(16, 8, True)
+def test_the_map_head_is_the_instance_head_of_each_cell():
+    cells, linear = map_head(16, 8, True), instance_head(16, 8, True)
     linear.load_state_dict({k: v.flatten(1) if v.dim() == 4 else v for k, v in cells.state_dict().items()})
     x = torch.randn(2, 16, 3, 3)
     assert cells(x).shape == (2, 8, 3, 3) and isinstance(linear, nn.Sequential)
