@@ -1,8 +1,13 @@
 """Shapes and types written in annotations are checked while the tests run."""
 
 import contextlib
+import os
 import resource
 from importlib.util import find_spec
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that wait sleep: two jobs on two cores would starve each other
 
 import pytest
 import torch
