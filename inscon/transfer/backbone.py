@@ -2,28 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from inscon import checkpoint, methods
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, from_dict
-from inscon.nn.backbones import Backbone, build_backbone
-
-
-def load_backbone(path: Path) -> tuple[Backbone, dict]:
-    """The backbone in eval mode and the configuration it was trained with.
-
-    `path` is a checkpoint file or a run folder, whose newest checkpoint is taken. Raises CheckpointError.
-    """
-    contents, _ = load_contents(path)
-    backbone = build_backbone(contents["config"]["model"]["backbone"])
-    backbone.network.load_state_dict(backbone_tensors(contents))
-    return backbone.eval(), contents["config"]
+from inscon.config import Config, from_dict
+from inscon.nn.backbones import Backbone
 
 
 def load_contents(path: Path) -> tuple[dict, Path]:
-    """What a checkpoint holds, and its file; `path` as in `load_backbone`."""
+    """What a checkpoint holds, and its file: `path`, or the newest of a run folder. Raises CheckpointError."""
     path = Path(path)
     file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
     contents = checkpoint.load(file)
@@ -54,9 +44,6 @@ def untrained_backbone(config: dict) -> Backbone:
 
 def rebuild(values: dict) -> Config:
     """The configuration that `Config.to_dict` made these values of."""
-    settings = {name: value for name, value in values["method"].items() if name != "name"}
-    groups = {"loader": LoaderConfig, "views": ViewConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
-    return Config(
-        method=from_dict(methods.settings_of(values["method"]["name"]), settings),
-        **{group: from_dict(kind, values[group]) for group, kind in groups.items()},
-    )
+    method = dict(values["method"])
+    kinds = get_type_hints(Config) | {"method": methods.settings_of(method.pop("name"))}
+    return Config(**{group: from_dict(kinds[group], held) for group, held in (values | {"method": method}).items()})

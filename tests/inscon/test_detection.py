@@ -22,7 +22,6 @@ from data_prep.make_scenes import draw_scene, make_scenes, run_lengths
 from inscon import guard
 from inscon.precision import choose_precision
 from inscon.transfer import export
-from inscon.transfer.backbone import load_backbone
 from inscon.transfer.detection import batches, coco, loop, schema, weights
 from inscon.transfer.detection.evaluate import NAMES, detections, evaluate, score
 from inscon.transfer.detection.models import ARCHES, MEAN, STD, Design, Protocol, build
@@ -326,7 +325,7 @@ def exported(tmp_path_factory):
 def test_the_backbone_in_the_detector_is_the_files(name, count, exported, tmp_path):
     file = exported / "r18.pth"
     if name != "resnet18":
-        file = tmp_path / "a.safetensors"
+        file = tmp_path / "a.pth"
         export.export(make_run(tmp_path, name), "timm", file)
     start = weights.read_start(str(file))
     network = build(design({1: "a"}, backbone=start.backbone)).backbone.body.network
@@ -411,7 +410,7 @@ def test_a_detector_is_no_backbone(scenes, tmp_path, exported):
         ):
             weights.read_start(str(given))
         with pytest.raises(ValueError, match="is a detector of scripts/finetune_detection.py.*scripts/train.py"):
-            load_backbone(given)
+            export.any_backbone(given)
     with pytest.raises(export.ExportError, match="is a checkpoint of a run, with heads"):
         weights.read_start(str(exported))
     with pytest.raises(loop.FineTuningError, match="is a pre-training's; set another --out"):

@@ -324,7 +324,6 @@ def test_what_the_sentences_about_resuming_advise_works(tmp_path):
 
 def test_a_checkpoint_that_is_not_finite_is_of_no_use(tmp_path):
     """As earlier versions wrote them: nothing goes on from it, and nothing evaluates it."""
-    from inscon.transfer.backbone import load_backbone
     from inscon.transfer.export import any_backbone
 
     config = make_config(tmp_path)
@@ -333,7 +332,7 @@ def test_a_checkpoint_that_is_not_finite_is_of_no_use(tmp_path):
     contents = torch.load(good, weights_only=True)
     contents["model"]["query_encoder.backbone.network.conv1.0.weight"][0] = torch.nan
     torch.save(contents | {"step": 4}, good.with_name("step-00000004.pt"))
-    for use in (lambda: train.set_up(config, CPU, "set A"), lambda: load_backbone(tmp_path), lambda: any_backbone(tmp_path),
+    for use in (lambda: train.set_up(config, CPU, "set A"), lambda: any_backbone(tmp_path),
                 lambda: any_backbone(tmp_path, untrained=True)):  # fmt: skip
         with pytest.raises(checkpoint.CheckpointError, match="step-00000004.pt .*conv1.0.weight is not finite; delete it .*"
                            "the one before, step-00000002.pt"):  # fmt: skip

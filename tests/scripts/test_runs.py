@@ -332,16 +332,10 @@ def test_the_monitor_writes_into_the_metrics(trained, shards, tmp_path):
     assert line["step"] == 2
 
 
-@pytest.mark.parametrize(("form", "name"), [
-    ("timm", "a.safetensors"), ("detectron2", "a.pkl"),
-])  # fmt: skip
-def test_a_run_is_exported_and_its_file_is_known_again(trained, tmp_path, form, name):
-    if name.endswith("safetensors"):
-        pytest.importorskip("safetensors", reason="safetensors is not installed")
-    out = run("--checkpoint", trained, "--format", form, "--out", tmp_path / name, script="export.py").stdout
-    assert f"120 tensors of the resnet18 for {form}, step 5 of" in out and "read back and equal" in out
-    out = run("--run", trained, "--check", tmp_path / name, script="export.py").stdout
-    assert "is the backbone of" in out
+@pytest.mark.parametrize(("form", "name"), [("timm", "a.pth"), ("detectron2", "a.pkl")])
+def test_a_run_is_exported_and_said(trained, tmp_path, form, name):
+    out = run("--run", trained, "--format", form, "--out", tmp_path / name, script="export.py").stdout
+    assert f"the resnet18 of step 5 of {trained} for {form}, read back and equal." in out
 
 
 def test_an_export_with_statistics_of_its_own(trained, shards, tmp_path):

@@ -1,27 +1,19 @@
-"""The head of the C4 models: detectron2's res5 head with one more BatchNorm, which detectron2 itself does not have."""
+"""The head of the C4 models: detectron2's res5 head with one more norm, which detectron2 itself does not have."""
 
-NAME = "Res5ROIHeadsExtraNorm"
+from detectron2.layers import get_norm
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
 
-def register_heads() -> None:
-    """Make `Res5ROIHeadsExtraNorm` a value of MODEL.ROI_HEADS.NAME; a second call, or one after another's, changes nothing."""
-    from detectron2.layers import get_norm
-    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+@ROI_HEADS_REGISTRY.register()
+class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+    """Regions through res5, then a norm of MODEL.RESNETS.NORM, then boxes and masks.
 
-    if NAME in ROI_HEADS_REGISTRY:
-        return
+    A frozen-BatchNorm network needs no such thing; one that trains its BatchNorm ends in a sum of unknown scale.
+    """
 
-    class Res5ROIHeadsExtraNorm(Res5ROIHeads):
-        """Regions through res5, then a norm of MODEL.RESNETS.NORM, then boxes and masks.
-
-        A frozen-BatchNorm network needs no such thing; one that trains its BatchNorm ends in a sum of unknown scale.
-        """
-
-        @classmethod
-        def from_config(cls, cfg, input_shape):
-            parts = super().from_config(cfg, input_shape)
-            res5 = parts["res5"]
-            res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, res5[-1].out_channels))
-            return parts
-
-    ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        parts = super().from_config(cfg, input_shape)
+        res5 = parts["res5"]
+        res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, res5[-1].out_channels))
+        return parts

@@ -8,122 +8,80 @@
         MODEL.WEIGHTS output/r50/model_final.pth OUTPUT_DIR output/r50
 
 CONFIG is a file of inscon/transfer/detectron2/configs. Flags stand before the first KEY VALUE pair. --resume goes on from the
-newest checkpoint in OUTPUT_DIR, of the same weights and settings (identity.json). OUTPUT_DIR has all a fine-tuned model is:
+newest checkpoint in OUTPUT_DIR, of the same weights and settings (config.yaml). OUTPUT_DIR has all a fine-tuned model is:
 config.yaml and model_final.pth, rebuilt by detectron2's build_model after `import inscon.transfer.detectron2`.
 """
 
 import contextlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-if not __package__:  # run as a script, whose own folder gives way to the repository's root
-    sys.path[:] = [str(HERE.parents[2]), *(p for p in sys.path if Path(p).resolve() not in (HERE, HERE.parent))]
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
 from inscon import guard
-from inscon.transfer.detectron2.identity import check_output, write_identity
-from inscon.transfer.detectron2.settings import (
-    SettingsError,
-    check_backbone,
-    check_data_sets,
-    check_schedule,
-    describe_schedule,
-    read_config,
-    require_detectron2,
-    telling,
-)
-from inscon.transfer.detectron2.weights import check_weights
+from inscon.transfer.detectron2 import check
 
 
 def main(arguments: list[str] | None = None) -> None:
-    require_detectron2()
+    if not find_spec("detectron2"):
+        raise check.SettingsError(
+            "detectron2 is not installed; compile it as docs/reproduce.md says, or fine-tune with mmdet"
+        )
     from detectron2.engine import default_argument_parser, launch
 
     args = default_argument_parser(epilog=__doc__).parse_args(arguments)
-    cfg = read_config(args.config_file, args.opts, args.num_gpus * args.num_machines)
-    goes_on = check(cfg, args)
-    with contextlib.ExitStack() as held:
-        if not args.eval_only and args.machine_rank == 0:
-            held.enter_context(guard.only_process(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR"))
-            if not goes_on:
-                write_identity(cfg)
+    cfg = check.read_config(args.config_file, args.opts, args.num_gpus * args.num_machines)
+    check_start(cfg, args)
+    with guard.only_process(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR") if args.machine_rank == 0 else contextlib.nullcontext():
         launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (cfg, args))
 
 
-def check(cfg, args) -> bool:
-    """Everything that can be refused before a process is started. Is there an earlier part of the run to go on from?"""
-    check_devices(cfg, args)
-    check_backbone(cfg)
-    check_schedule(cfg)
-    check_data_sets(cfg, test_only=args.eval_only)
-    goes_on = check_output(cfg, args.resume, args.eval_only) is not None
-    model = build(cfg)
-    if not goes_on:  # else what MODEL.WEIGHTS says is not read
-        print(check_weights(cfg.MODEL.WEIGHTS, model, whole=args.eval_only))
-        print(describe_schedule(cfg))
-    guard.check_output_folder(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
-    return goes_on
-
-
-def build(cfg) -> torch.nn.Module:
-    """The model on the CPU; SettingsError where detectron2 makes none from the settings."""
-    from detectron2.modeling import build_model
-
-    with telling("can't build the model of these settings", "leave out what you changed of MODEL"):
-        return build_model(_with(cfg, "MODEL.DEVICE", "cpu"))
-
-
-def check_devices(cfg, args) -> None:
-    """SettingsError for more processes than there are GPUs for."""
-    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1:
-        raise SettingsError(f"MODEL.DEVICE cpu is for one process. Found: --num-gpus {args.num_gpus}; set --num-gpus 1")
-    there = torch.cuda.device_count()
-    if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > there:
-        remedy = f"set --num-gpus {there}" if there else "set --num-gpus 1 and MODEL.DEVICE cpu to try it slowly"
-        raise SettingsError(f"--num-gpus {args.num_gpus} is more than there are here. Found: {there}; {remedy}")
+def check_start(cfg, args) -> None:
+    """Everything that can be refused before a process is started. Of a test, MODEL.WEIGHTS and OUTPUT_DIR are set to its own."""
+    there = 1 if cfg.MODEL.DEVICE == "cpu" else torch.cuda.device_count()
+    if args.num_gpus > there:
+        raise check.SettingsError(
+            f"--num-gpus must be at most {there} here. Found: {args.num_gpus}; lower it, or set it to 1 and MODEL.DEVICE cpu"
+        )
+    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        check.check_data_set(cfg, name)
+    last = check.check_output(cfg, args.resume, args.eval_only)
+    weights = str(last or cfg.MODEL.WEIGHTS)
+    print(check.check_weights(cfg, weights, whole=args.eval_only or last is not None))
+    if args.eval_only:
+        cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = weights, str(Path(cfg.OUTPUT_DIR, "inference"))
+        return
+    s = cfg.SOLVER
+    print(f"{s.IMS_PER_BATCH} images a step, learning rate {s.BASE_LR:g}, lower after {s.STEPS}, {s.MAX_ITER} steps.")
 
 
 def work(cfg, args) -> None:
     """One process of the training, with a test at its end, or of a test; AP is in log.txt."""
     from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.data import MetadataCatalog
     from detectron2.engine import DefaultTrainer, default_setup
+    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
     class Trainer(DefaultTrainer):
         @classmethod
         def build_evaluator(cls, cfg, dataset_name):
-            return evaluator(cfg, dataset_name)
+            """AP as VOC or as COCO counts it, by what the data set is registered as."""
+            if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
+                return PascalVOCDetectionEvaluator(dataset_name)
+            return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
-    if args.eval_only:
-        results = str(Path(cfg.OUTPUT_DIR, "inference"))
-        default_setup(_with(cfg, "OUTPUT_DIR", results), args)  # the training's config.yaml stays as it is
-        model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        Trainer.test(cfg, model)
-        return
     default_setup(cfg, args)  # which writes config.yaml
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
-
-
-def evaluator(cfg, name: str):
-    """AP as VOC or as COCO counts it, by what the data set is registered as."""
-    from detectron2.data import MetadataCatalog
-    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
-
-    if MetadataCatalog.get(name).evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(name)
-    return COCOEvaluator(name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference")))
-
-
-def _with(cfg, *options: str):
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(list(options))
-    cfg.freeze()
-    return cfg
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        Trainer.test(cfg, model)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Mask R-CNN with FPN on COCO, 12 epochs, for mmdet 3: a trunk of scripts/export.py --format mmdet, all of it trained.
+"""Mask R-CNN with FPN on COCO, 12 epochs, for mmdet 3: a backbone of scripts/export.py --format mmdet, all of it trained.
 
     python tools/train.py mask_rcnn_r50_fpn_1x.py --cfg-options model.backbone.init_cfg.checkpoint=r50.pth
 
-tools/train.py is mmdet's. Two images on each of 8 GPUs; with other numbers the learning rate follows.
+tools/train.py is mmdet's. Two images on each of 8 GPUs; with other numbers the learning rate follows. The 2x schedule: add
+`train_cfg.max_epochs=24 param_scheduler.1.end=24 "param_scheduler.1.milestones=[16,22]"`.
 """
 
-_base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
+_base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"  # SGD, learning rate 0.02, 12 epochs
 
 norm = {"type": "SyncBN", "requires_grad": True}
 model = {
@@ -28,18 +29,11 @@ model = {
 train_pipeline = [
     {"type": "LoadImageFromFile"},
     {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
-    {
-        "type": "RandomChoiceResize",
-        "scales": [(1333, 640), (1333, 672), (1333, 704), (1333, 736), (1333, 768), (1333, 800)],
-        "keep_ratio": True,
-    },
+    {"type": "RandomChoiceResize", "scales": [(1333, side) for side in range(640, 801, 32)], "keep_ratio": True},
     {"type": "RandomFlip", "prob": 0.5},
     {"type": "PackDetInputs"},
 ]
 train_dataloader = {"batch_size": 2, "dataset": {"pipeline": train_pipeline}}
-
-optim_wrapper = {"optimizer": {"type": "SGD", "lr": 0.02, "momentum": 0.9, "weight_decay": 0.0001}}
-train_cfg = {"max_epochs": 12}
 param_scheduler = [
     {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": 1000},
     {"type": "MultiStepLR", "by_epoch": True, "begin": 0, "end": 12, "milestones": [8, 11], "gamma": 0.1},
