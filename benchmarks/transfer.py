@@ -25,7 +25,7 @@ SCENES = ["--num-images", 1024, "--num-val", 256, "--size", 128]
 EPOCHS = 6
 """Of pre-training."""
 PROBE = ["--epochs", 10, "--batch-size", 64, "--evaluate-every", 5]
-DETECTION = ["--arch", "maskrcnn-fpn", "--min-size", 128, "--test-size", 128, "--batch-size", 4,
+DETECTION = ["--arch", "maskrcnn-fpn", "--min-size", 128, "--batch-size", 4,
              "--rois", 32, "--proposals", 40, "--base-lr", 0.08]  # fmt: skip
 JUDGED = 64
 """Pictures of the validation set that detectors are judged on."""
@@ -141,7 +141,7 @@ def draw(result: dict, path: Path) -> None:
         axes[2].plot(*zip(*points), marker=".", label=name)
     axes[2].set_title("linear probe, top-1 %")
     for name, found in result["detection"].items():
-        points = [(line["iteration"], line["loss"]) for line in found["curve"] if "loss" in line]
+        points = [(line["step"], line["loss"]) for line in found["curve"] if "loss" in line]
         axes[3].plot(*zip(*points), label=f"from {name}")
     axes[3].set_title("Mask R-CNN, loss")
     for axis in axes:

@@ -1,218 +1,221 @@
-"""The fine-tuning loop: SGD, warm-up, two steps down; a stopped run goes on as if nothing had been.
+"""Fine-tuning and judging: SGD, warm-up, two steps down; AP and AR by pycocotools.
 
-What an iteration draws depends on the seed and its number alone, so a checkpoint holds weights, momentum and the scaler.
-A folder receives `checkpoints/step-*.pt`, enough to build the detector again, and `metrics.jsonl`.
+What is drawn depends on the seed alone and is carried out ahead by threads, so a checkpoint holds weights, momentum and the
+scaler, and a stopped run goes on as if nothing had been. A folder receives `checkpoints/step-*.pt`, enough to build the detector
+again, and `metrics.jsonl`.
 """
 
 import contextlib
-import dataclasses
-import json
+import io
+import itertools
 import math
-import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchvision.models.detection import FasterRCNN
+from torchvision.ops._utils import split_normalization_params
 
 from inscon import checkpoint, guard
+from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
+from inscon.optim import set_learning_rate
 from inscon.precision import Precision
-from inscon.transfer.detection.batches import Batch, decide, load, to_device, work_of
 from inscon.transfer.detection.coco import CocoSet
 from inscon.transfer.detection.models import Design, Protocol, build
 
-BASE_BATCH = 16
-STEPS = (2 / 3, 8 / 9)
-"""Shares of the iterations after which the learning rate is a tenth: 60k and 80k of COCO's 90k."""
-MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
-WARMUP_FACTOR = 0.001
-"""Of the learning rate, at iteration 0."""
-KEPT = 2
-"""Checkpoints."""
-
-
-class FineTuningError(ValueError):
-    """A fine-tuning that can't begin or go on; the message says why and what to do."""
-
-
-def full_lr(protocol: Protocol) -> float:
-    """The learning rate of this batch size: proportional to it."""
-    return protocol.base_lr * protocol.batch_size / BASE_BATCH
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""In pycocotools' order: over IoU .5 to .95, at .5, at .75, for small, medium and large objects; AR at 1, 10, 100 boxes."""
+Batch = list[tuple[Tensor, dict[str, Tensor]]]
+"""Images [3 H W] in 0..1, each with its target of `CocoSet.target`."""
 
 
 def lr_at(protocol: Protocol, iteration: int) -> float:
-    lr = full_lr(protocol) * 0.1 ** sum(iteration >= round(share * protocol.iterations) for share in STEPS)
+    """The learning rate: proportional to the batch size, a tenth after 2/3 and again after 8/9 of the iterations, which are 60k
+    and 80k of COCO's 90k, and at the start linear from a thousandth."""
+    lr = protocol.base_lr * protocol.batch_size / 16
+    lr *= 0.1 ** sum(iteration >= round(share * protocol.iterations) for share in (2 / 3, 8 / 9))
     warmup = min(protocol.warmup, protocol.iterations // 10)
-    if iteration < warmup:
-        lr *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * iteration / warmup
-    return lr
+    return lr * (0.001 + 0.999 * iteration / warmup) if iteration < warmup else lr
 
 
 class FineTuning:
     """A fine-tuning between two iterations; `iteration` is the next one, counted from 0.
 
-    Args:
-        model: (images, targets) -> losses by name.
-        start: what the backbone began as, {"what", "digest"}.
-        folder: an earlier part of the same run in it is gone on from; FineTuningError if it is of another run.
+    `model`: (images, targets) -> losses by name; `data`: of `CocoSet.learnable`. An earlier part of the run in `folder` is gone on
+    from; ValueError if it is of another run.
     """
 
-    def __init__(
-        self, model: nn.Module, design: Design, start: dict[str, str], data: CocoSet, folder: Path,
-        device: torch.device, precision: Precision,
-    ):  # fmt: skip
-        self.data = data.part(data.trainable())
-        if not len(self.data):
-            raise FineTuningError(
-                f"none of the {len(data)} images of {data.json} has a box to learn from; give another json"
-            )
-        self.design, self.folder, self.device, self.precision = design, Path(folder), device, precision
-        self.model = model.to(device=device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(_groups(self.model), lr=full_lr(design), momentum=MOMENTUM)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
+    def __init__(self, model: nn.Module, design: Design, data: CocoSet, folder: Path, precision: Precision):
+        self.model, self.design, self.data, self.folder, self.precision = model, design, data, Path(folder), precision
+        self.device = next(model.parameters()).device
+        norms, others = split_normalization_params(model)  # norms are not decayed, as in detectron2
+        groups = [{"params": others, "weight_decay": 1e-4}, {"params": norms, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=design.base_lr, momentum=0.9)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
+        self._parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.iteration = 0
-        self._about = {"design": dataclasses.asdict(design), "start": start, "train data": data.fingerprint}
-        self._resume()
+        path = checkpoint.latest(self.folder)
+        if path is not None:
+            held = _read(path, self.device)
+            different = [name for name, value in asdict(design).items() if held["design"][name] != value]
+            if different:
+                raise ValueError(
+                    f"{path} has another {' and '.join(different)}; set another --out, or the old settings"
+                )
+            for name, part in self._parts.items():
+                part.load_state_dict(held[name])
+            self.iteration = held["step"]
 
-    def train(
-        self, checkpoint_every: int = 1000, log_every: int = 20, workers: int = 0,
-        say: Callable[[int, dict[str, float]], None] = lambda done, figures: None, stop: int | None = None,
-        stall_timeout: float = 600.0,
-    ) -> str | None:  # fmt: skip
-        """The iterations that are left, or up to `stop`. `say(done, figures)` is called after each one.
+    def train(self, checkpoint_every: int = 1000, log_every: int = 20, workers: int = 4) -> str | None:
+        """The iterations that are left. On SIGTERM or Ctrl-C it finishes one, writes a checkpoint and returns the signal's name.
 
-        On SIGTERM or Ctrl-C it finishes the iteration, writes a checkpoint and returns the signal's name.
+        Raises FloatingPointError for losses or weights that are not finite; the checkpoints are of iterations before.
         """
-        left = range(self.iteration, self.design.iterations if stop is None else stop)
-        clock, since = time.perf_counter(), self.iteration
-        loaded = load(map(self._work, left), workers, stall_timeout)
-        with guard.stop_requests() as asked, contextlib.closing(loaded) as batches:
-            for iteration, batch in zip(left, batches):
-                figures = self.step(iteration, batch)
+        left = range(self.iteration, self.design.iterations)
+        losses, watch = LossMeter(), Stopwatch()
+        with (
+            guard.stop_requests() as asked,
+            contextlib.closing(batches(self.data, self.design, left.start, workers)) as loaded,
+            MetricsLog(self.folder, left.stop, left.start, tensorboard=False) as log,
+        ):
+            for iteration, batch in zip(left, watch.waits(loaded)):
+                losses.add(self.step(iteration, batch))
                 done = self.iteration = iteration + 1
                 stopping = asked.requested
                 last = asked.final = stopping or done == left.stop
                 if done % log_every == 0 or last:
-                    speed = self.design.batch_size * (done - since) / (time.perf_counter() - clock)
-                    clock, since = time.perf_counter(), done
-                    self._record({"iteration": done, **figures, "images_per_s": round(speed, 2)})
+                    log.write(done, window(losses, watch, self.design.batch_size, lr_at(self.design, iteration)))
                 if done % checkpoint_every == 0 or last:
-                    self._save()
-                say(done, figures)
+                    held = {name: part.state_dict() for name, part in self._parts.items()}
+                    checkpoint.save(self.folder, {"step": done, "design": asdict(self.design), **held}, keep=2)
                 if stopping:
                     return asked.name
         return None
 
-    def step(self, iteration: int, batch: Batch) -> dict[str, float]:
-        """One iteration; its losses by name, `loss`, their sum, and `lr`. FineTuningError for a loss that is not finite."""
-        torch.manual_seed((self.design.seed << 32) + iteration)  # of the boxes that are sampled
+    def step(self, iteration: int, batch: Batch) -> dict[str, Tensor]:
+        """One iteration; its losses by name and `loss`, their sum. FloatingPointError for a loss that is not finite."""
+        torch.manual_seed((self.design.seed << 32) + iteration)  # of the sizes and boxes that torchvision draws
         self.model.train()
-        lr, amp_dtype = lr_at(self.design, iteration), self.precision.autocast_dtype
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr_at(self.design, iteration))
+        images, targets = zip(*tree_map_only(Tensor, lambda value: value.to(self.device), batch))
+        amp_dtype = self.precision.autocast_dtype
         with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
-            losses = self.model(*to_device(batch, self.device))
+            losses = self.model(images, targets)
         loss = sum(losses.values())
-        figures = {name: float(value.detach()) for name, value in {"loss": loss, **losses}.items()}
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
-        if bad:
-            raise FineTuningError(
-                f"the loss is not finite any more. Found: {figures['loss']} ({', '.join(bad[1:])}) at iteration {iteration} with "
-                f"lr {lr:g}; {self._slower}"
-            )
+        if not math.isfinite(loss.item()):
+            found = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+            raise FloatingPointError(f"the loss is not finite any more. Found: {found} at iteration {iteration}")
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**figures, "lr": lr}
-
-    def _work(self, iteration: int) -> Callable[[], Batch]:
-        design = self.design
-        draws = decide(design.seed, iteration, design.batch_size, len(self.data), design.min_size)
-        return work_of(self.data, draws, design.has_masks)
-
-    @property
-    def _slower(self) -> str:
-        return f"set a smaller --base-lr than {self.design.base_lr:g}, or a longer --warmup, and another --out"
-
-    def _save(self) -> None:
-        contents = {
-            "step": self.iteration, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), **self._about,
-        }  # fmt: skip
-        try:
-            checkpoint.save(self.folder, contents, KEPT)
-        except FloatingPointError as error:
-            raise FineTuningError(f"{error}; {self._slower}") from None
-
-    def _resume(self) -> None:
-        path = checkpoint.latest(self.folder)
-        if path is not None:
-            held = checkpoint.load(path, self.device)
-            self._check_same(path, held)
-            self.model.load_state_dict(held["model"])
-            self.optimizer.load_state_dict(held["optimizer"])
-            self.scaler.load_state_dict(held["scaler"])
-            self.iteration = held["step"]
-        self._forget_after(self.iteration)
-
-    def _check_same(self, path: Path, held: dict) -> None:
-        if "design" not in held:
-            raise FineTuningError(f"{path} is a pre-training's; set another --out, where nothing is yet")
-        before, now = (
-            {**about["design"], "weights": about["start"]["digest"], "train data": about["train data"]}
-            for about in (held, self._about)
-        )
-        different = [name for name, value in now.items() if before.get(name) != value]
-        if different:
-            raise FineTuningError(
-                f"{path} is of a fine-tuning with another {' and '.join(different)}; set another --out, or the old settings to go "
-                "on"
-            )
-
-    def _record(self, line: dict[str, int | float]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        with guard.naming(path), open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _forget_after(self, iteration: int) -> None:
-        """Drop the metrics of iterations that will be done again."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _iteration_of(line) <= iteration]
-            with guard.whole_file(path) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
+        return {"loss": loss, **losses}
 
 
-def load_detector(folder: Path) -> tuple[FasterRCNN, Design, dict]:
-    """The newest detector of a fine-tuning's folder, in eval mode, and {"start", "step"}; `models.build` says how to use it.
+def batches(data: CocoSet, design: Design, start: int, workers: int) -> Iterator[Batch]:
+    """That of each iteration from `start` on."""
 
-    Raises CheckpointError or FineTuningError.
-    """
-    path = checkpoint.latest(folder) or Path(folder) / "checkpoints/step-*.pt"
-    held = checkpoint.load(path)
-    if "design" not in held:
-        raise FineTuningError(f"{path} is a pre-training's, no detector; give the --out folder of a fine-tuning")
+    def make(draws: list[tuple[int, bool]]) -> Batch:
+        images = [data.images[position] for position, _ in draws]
+        made = [(data.pixels(image), data.target(image, design.has_masks)) for image in images]
+        return [flip(*pair) if flipped else pair for pair, (_, flipped) in zip(made, draws)]
+
+    size = design.batch_size
+    drawn = itertools.islice(draws(design.seed, len(data.images)), start * size, design.iterations * size)
+    return ahead(make, iter(lambda: list(itertools.islice(drawn, size)), []), workers)
+
+
+def draws(seed: int, count: int) -> Iterator[tuple[int, bool]]:
+    """Positions among `count` images, and whether each is flipped, for ever: every epoch in a new order."""
+    for epoch in itertools.count():
+        rng = np.random.default_rng([seed, epoch])
+        yield from zip(rng.permutation(count).tolist(), (rng.random(count) < 0.5).tolist())
+
+
+def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Image [3 H W], boxes and masks, left to right."""
+    x0, y0, x1, y1 = target["boxes"].unbind(1)
+    width = image.shape[-1]
+    masks = {"masks": target["masks"].flip(-1)} if "masks" in target else {}
+    return image.flip(-1), target | {"boxes": torch.stack([width - x1, y0, width - x0, y1], 1)} | masks
+
+
+def ahead(make: Callable, asked: Iterable, workers: int) -> Iterator:
+    """`make` of each of `asked`, in order, made by `workers` threads while others are used. Raises what it raises."""
+    asked = iter(asked)
+    with ThreadPoolExecutor(workers) as pool:
+        made = deque(pool.submit(make, one) for one in itertools.islice(asked, workers))
+        while made:
+            yield made.popleft().result()
+            made.extend(pool.submit(make, one) for one in itertools.islice(asked, 1))
+
+
+def load_detector(folder: Path, device: torch.device | str = "cpu") -> tuple[FasterRCNN, Design, int]:
+    """The newest detector of a fine-tuning's folder, in eval mode, and its iterations; `models.build` says how to use it."""
+    held = _read(checkpoint.latest(folder) or Path(folder) / "checkpoints/step-*.pt", device)
     design = Design(**held["design"])
-    model = build(design)
+    model = build(design, device=device)
     model.load_state_dict(held["model"], strict=True)
-    return model.eval(), design, {"start": held["start"], "step": held["step"]}
+    return model.eval(), design, held["step"]
 
 
-def _groups(model: nn.Module) -> list[dict]:
-    """BatchNorm's own weights are not decayed, as in detectron2."""
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)}
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if id(p) not in norms], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if id(p) in norms], "weight_decay": 0.0},
+def _read(path: Path, device: torch.device | str) -> dict:
+    held = checkpoint.load(path, device)
+    if set(held.get("design", ())) != {field.name for field in fields(Design)}:
+        raise ValueError(f"{path} is no detector that this version fine-tuned; set another --out")
+    return held
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data: CocoSet, kinds: tuple[str, ...], amp_dtype: torch.dtype | None = None, workers: int = 4
+) -> dict[str, dict[str, float | None]]:
+    """{"bbox": {"AP": ...}, "segm": ...} as asked in `kinds`, in percent."""
+    device, found = next(model.parameters()).device, []
+    model.eval()
+    loaded = zip(data.images, ahead(data.pixels, data.images, workers), strict=True)
+    for about, image in track(loaded, "judging", len(data.images), transient=True):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            (made,) = model([image.to(device)])
+        found += detections(made, about["id"], list(data.categories))
+    return {kind: score(data, found, kind) for kind in kinds}
+
+
+def detections(made: dict[str, Tensor], image_id: int, categories: list[int]) -> list[dict]:
+    """What a detector finds in an image, in COCO's results format: x y width height, its category ids, masks as RLE."""
+    boxes = made["boxes"].float().cpu()
+    boxes[:, 2:] -= boxes[:, :2]
+    found = [
+        {"image_id": image_id, "category_id": categories[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes.tolist(), made["labels"].tolist(), made["scores"].tolist(), strict=True)
     ]
+    for entry, mask in zip(found, made.get("masks", ())):
+        entry["segmentation"] = mask_tools.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy().astype(np.uint8)))
+    return found
 
 
-def _iteration_of(line: str) -> int | float:
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError):
-        return math.inf  # half a line of a run that was killed
+def score(data: CocoSet, found: list[dict], kind: str) -> dict[str, float | None]:
+    """The twelve numbers in percent of `found` (results format); None where the set has no such objects.
+
+    `kind`: "bbox" or "segm"; sizes of found objects are then those of their boxes or of their masks.
+    """
+    if kind == "segm":
+        found = [{name: value for name, value in entry.items() if name != "bbox"} for entry in found]
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = data.truth.loadRes(found) if found else COCO()  # of none loadRes makes an IndexError
+        judged = COCOeval(data.truth, made, kind)
+        judged.params.imgIds = [image["id"] for image in data.images]
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return {name: None if value < 0 else 100 * float(value) for name, value in zip(NAMES, judged.stats, strict=True)}
