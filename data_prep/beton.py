@@ -12,9 +12,7 @@ is given the samples in order and always writes the same bytes.
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.index import BETON_NAME, JPEG, STATE_NAME, ShardError, StoredFile, stored_file
-from inscon.guard import naming, whole_file
+from inscon.guard import naming
 
 FFCV_VERSION = 2
 MIN_PAGE_SIZE = 1 << 23
@@ -33,11 +31,8 @@ MAX_PAGE_SIZE = 1 << 30
 
 HEADER_DTYPE = np.dtype(
     [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
+        *(("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4")),
+        *(("num_samples", "<u8"), ("alloc_table_ptr", "<u8")),
     ],
     align=True,
 )
@@ -46,9 +41,8 @@ IMAGE_DTYPE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("
 METADATA_DTYPE = np.dtype([("f0", IMAGE_DTYPE), ("f1", "<i8")], align=True)
 ALLOCATION_DTYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
-_INT_FIELD, _IMAGE_FIELD = 1, 2  # FFCV's type ids
+_FIELDS = (2, b"image"), (1, b"label")  # with FFCV's type ids of pictures and integers
 _MODE_OF_JPEG, _MODE_OF_RAW = 0, 1  # FFCV's image modes
-_LOOK_EVERY_S = 0.1
 _PARTS_PER_SYNC = 8  # to wait for the disk takes as long as some parts
 _METADATA_START = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
 
@@ -94,14 +88,9 @@ class Layout:
 
     def head(self, num_samples: int) -> bytes:
         """Header and field descriptions, once all samples are placed."""
-        header = np.zeros(1, HEADER_DTYPE)
-        header["version"], header["num_fields"], header["page_size"] = FFCV_VERSION, 2, self.page_size
-        header["num_samples"], header["alloc_table_ptr"] = num_samples, self.end
-        fields = np.zeros(2, FIELD_DTYPE)
-        for field, name, type_id in zip(fields, (b"image", b"label"), (_IMAGE_FIELD, _INT_FIELD), strict=True):
-            field["type_id"] = type_id
-            field["name"][: len(name)] = np.frombuffer(name, np.uint8)
-        return header.tobytes() + fields.tobytes()
+        header = np.array((FFCV_VERSION, 2, self.page_size, num_samples, self.end), HEADER_DTYPE)
+        fields = [bytes([kind]) + name.ljust(FIELD_DTYPE.itemsize - 1, b"\0") for kind, name in _FIELDS]
+        return header.tobytes() + b"".join(fields)
 
 
 def metadata_of(records: NDArray[np.void]) -> NDArray[np.void]:
@@ -125,11 +114,7 @@ def read_header(path: Path) -> NDArray[np.void]:
     """The HEADER_DTYPE record of a beton. ShardError where it is none, or one of another version of FFCV."""
     with path.open("rb") as file:
         head = file.read(HEADER_DTYPE.itemsize)
-    if len(head) < HEADER_DTYPE.itemsize:
-        raise ShardError(
-            f"{path} is {len(head)} bytes long and no .beton: copy it again or rerun data_prep/make_ffcv.py."
-        )
-    header = np.frombuffer(head, HEADER_DTYPE)[0]
+    header = np.frombuffer(head.ljust(HEADER_DTYPE.itemsize, b"\0"), HEADER_DTYPE)[0]
     if header["version"] != FFCV_VERSION:
         raise ShardError(
             f"{path} says it is of version {header['version']} of FFCV's format, this program reads {FFCV_VERSION}: rerun "
@@ -142,46 +127,50 @@ def _up(position: int, page_size: int) -> int:
     return -(-position // page_size) * page_size
 
 
-def num_laid(out: Path) -> int:
-    """How many parts are in the beton, and on the disk."""
-    try:
-        return int((out / STATE_NAME / "laid").read_text())
-    except FileNotFoundError:
-        return 0
-
-
 def part_path(out: Path, part: int) -> Path:
     return out / STATE_NAME / f"part-{part:06d}"
+
+
+def report_path(out: Path, shard: int) -> Path:
+    """What is known of a part, or of a tar shard."""
+    return out / STATE_NAME / f"shard-{shard:06d}.report"
 
 
 class BetonFile:
     """samples.beton while it is written: parts are laid into it in order, as they are reported, while others are still written.
 
-    A part is removed when the disk has its samples in the beton, so the disk hardly ever has them twice. Opened again after any
-    stop, it goes on where it was. Use it in a `with`.
+    A part is removed when the disk has its samples in the beton, so the disk hardly ever has them twice, and what has a report
+    and no file of its own is in the beton. Opened again after any stop, it goes on where it was. Use it in a `with`.
     """
 
     def __init__(self, out: Path, num_parts: int, num_listed: int, report_of: Callable[[int], Any]) -> None:
-        """`report_of`: the report of a part, or something false where it is not written yet."""
-        self._out, self._num_parts, self._num_listed, self._report_of = out, num_parts, num_listed, report_of
+        """`report_of`: the report of a part, or None where it is not written yet."""
+        self._out, self._num_parts, self._report_of = out, num_parts, report_of
         self._path = out / STATE_NAME / BETON_NAME
         if (out / BETON_NAME).exists():  # whole already, but for the manifest
             os.replace(out / BETON_NAME, self._path)
-        self._layout, self._next = Layout(num_listed), num_laid(out)
-        is_whole = True
-        for part in range(self._next):
-            report = report_of(part)
-            is_whole = is_whole and bool(report)
-            if report:
-                self._layout.place(report.records["byte_count"])
-        found = self._path.stat().st_size if self._path.exists() else 0
-        if self._next and (not is_whole or found < self._layout.end):
-            (out / STATE_NAME / "laid").unlink()  # it is gone, and with it its parts, which then are not done
-            self._layout, self._next = Layout(num_listed), 0
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._layout, self._next = self._found(num_listed)
+        self._settled = self._next
         self._file.truncate(self._layout.end)
-        self._file.seek(self._layout.end)
         self._tables, self._num_samples = Layout(num_listed), 0
+
+    def _found(self, num_listed: int) -> tuple[Layout, int]:
+        """What the beton has, and how many parts that is. Parts that are nowhere are not reported any more."""
+        layout, count = Layout(num_listed), 0
+        while count < self._num_parts and not self._part(count).exists() and (report := self._report_of(count)):
+            layout.place(report.records["byte_count"])
+            count += 1
+        if self._path.stat().st_size < layout.end:
+            layout, count = Layout(num_listed), 0
+        for part in range(count, self._num_parts):
+            report = self._report_of(part)
+            if report and report.files and not self._part(part).exists():
+                report_path(self._out, part).unlink()
+        return layout, count
+
+    def _part(self, number: int) -> Path:
+        return part_path(self._out, number)
 
     def __enter__(self) -> "BetonFile":
         return self
@@ -190,54 +179,30 @@ class BetonFile:
         with contextlib.suppress(OSError):  # of a full disk, of which was heard already
             self._file.close()
 
-    @contextlib.contextmanager
-    def laid_meanwhile(self) -> Iterator[None]:
-        """A thread lays parts until all are laid, which is waited for."""
-        stopped = threading.Event()
-        with ThreadPoolExecutor(1) as thread:
-            ending = thread.submit(self.lay, stopped)
-            try:
-                yield
-            except BaseException:
-                stopped.set()
-                raise
-            ending.result()
-
-    def lay(self, stopped: threading.Event) -> None:
-        """Lay all parts, waiting for each to be reported; ends early when `stopped` is set."""
-        while self._next < self._num_parts and not stopped.is_set():
-            report, part = self._report_of(self._next), part_path(self._out, self._next)
-            if not report or (report.files and not part.exists()):  # it is being written, maybe once more
-                stopped.wait(_LOOK_EVERY_S)
-                continue
-            self._lay(report, part)
+    def lay(self) -> None:
+        """Lay the parts that are reported by now and come next."""
+        while self._next < self._num_parts and (report := self._report_of(self._next)):
+            self._append(report, self._part(self._next))
             self._next += 1
             if self._next % _PARTS_PER_SYNC == 0 or self._next == self._num_parts:
-                self._settle()
+                self._sync()
+                for part in range(self._settled, self._next):
+                    self._part(part).unlink(missing_ok=True)
+                self._settled = self._next
 
-    def _lay(self, report: Any, part: Path) -> None:
-        """Append a part's samples at their places; what lies between is zero."""
-        checksum, records = xxhash.xxh3_128(), report.records
-        offsets = self._layout.place(records["byte_count"])
-        with naming(self._out / BETON_NAME), part.open("rb") if len(records) else contextlib.nullcontext() as source:
-            for offset, byte_count in zip(offsets.tolist(), records["byte_count"].tolist(), strict=True):
+    def _append(self, report: Any, part: Path) -> None:
+        """A part's samples at their places; what lies between is zero."""
+        checksum, byte_counts = xxhash.xxh3_128(), report.records["byte_count"]
+        offsets = self._layout.place(byte_counts)
+        with naming(self._out / BETON_NAME), part.open("rb") if report.files else contextlib.nullcontext() as source:
+            for offset, byte_count in zip(offsets.tolist(), byte_counts.tolist(), strict=True):
                 content = source.read(byte_count)
                 checksum.update(content)
                 self._file.seek(offset)
                 self._file.write(content)
-        if len(records) and checksum.hexdigest() != report.files[0].checksum:
-            part.unlink()
-            raise ShardError(
-                f"{part} was not as it was written, and was removed: run the same command again, it goes on."
-            )
-
-    def _settle(self) -> None:
-        self._sync()
-        before = num_laid(self._out)
-        with whole_file(self._out / STATE_NAME / "laid") as file:
-            file.write(b"%d" % self._next)
-        for part in range(before, self._next):
-            part_path(self._out, part).unlink(missing_ok=True)
+        if report.files and checksum.hexdigest() != report.files[0].checksum:
+            report_path(self._out, self._next).unlink()
+            raise ShardError(f"{part} is not as it was written: run the same command again, it writes it anew.")
 
     def _sync(self) -> None:
         with naming(self._out / BETON_NAME):

@@ -2,7 +2,6 @@
 
     shard-000000.tar ...  samples and their labels: members 000000_000017.jpg and 000000_000017.cls for the eighteenth
                           sample of shard 0; any WebDataset tool reads them
-    shard-000000.idx ...  where DALI's own WebDataset reader finds them
     samples.beton         in place of the shards, where data_prep/make_ffcv.py packed: FFCV's format
     index.npy             one RECORD_DTYPE record per sample, in the order of sample ids; mapped, never read whole
     names.txt             one original relative path per sample; UTF-8, undecodable bytes kept by surrogateescape
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.lib.recfunctions import repack_fields
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT = "inscon-shards"
@@ -64,14 +64,13 @@ BETON_NAME = "samples.beton"
 STATE_NAME = "packing"
 BEGIN_ANEW = f"remove the folder {STATE_NAME} in --out and pass --overwrite"
 """--overwrite alone goes on with an unfinished packing of the same settings."""
-MAX_NAMES_IN_MANIFEST = 10_000
 
-_PACK = "python data_prep/make_dali.py --data DIR --out"
-REPAIR = "copy it again or rerun data_prep/make_dali.py"
-_REPAIR_BETON = "copy it again or rerun data_prep/make_ffcv.py"
 _PIECE_BYTES = 1 << 22
-_DESCRIPTORS = 1 << 16
-"""As many files as shards may hold open, where the system lets a process have twice as many."""
+_MAX_OPEN_FILES = 1 << 16
+_FORMAT_FILE = re.compile(
+    r"(shard-\d{6,}\.(tar|idx)|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json)"
+    r"(\..*unfinished|\.partial)?"  # until it is whole; .partial before 2026-11
+)
 
 
 class ShardError(ValueError):
@@ -103,7 +102,6 @@ class Manifest:
     rejected: Mapping[str, int]  # how many pictures were left out, by kind of fault
     changed: Mapping[str, int]
     """How many pictures are not as they came, by kind of change; to be stored as pixels is none."""
-    changed_names: tuple[str, ...]  # which ones: the first MAX_NAMES_IN_MANIFEST; changed.jsonl has all
     ignored: Mapping[str, int] = field(default_factory=dict)
     """How many files of the source were passed over as no pictures, by kind, such as ".txt"."""
     content: str
@@ -113,7 +111,8 @@ class Manifest:
     rejected_list: StoredFile
     changed_list: StoredFile
     shards: tuple[StoredFile, ...]
-    dali_indices: tuple[StoredFile, ...]  # one per shard, for DALI's own WebDataset reader; none for a beton
+    dali_indices: tuple[StoredFile, ...] = ()  # sets packed before 2026-11-26 have one per shard
+    changed_names: tuple[str, ...] = ()  # these, too, have some of the names in changed.jsonl
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -123,29 +122,38 @@ class Manifest:
             raise ShardError(_why_no_manifest(folder))
         try:
             entries = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ShardError(f"{path} is not readable as JSON ({error}): {REPAIR}.") from None
-        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
-            raise ShardError(f'{path} does not say "format": "{FORMAT}"; pack a folder with {_PACK} {folder}.')
-        if entries.get("version") != VERSION:
-            raise ShardError(
-                f"{folder} was written in format version {entries.get('version')}, this program reads {VERSION}: "
-                "rerun data_prep/make_dali.py, or install the version of inscon that wrote it."
-            )
-        try:
+            found = entries["format"], entries["version"]
+            if found != (FORMAT, VERSION):
+                raise ValueError("it is in {} {}, not in {} {}".format(*found, FORMAT, VERSION))
             return cls._from_json(entries)
-        except (KeyError, TypeError) as error:
-            raise ShardError(f"{path} lacks a field or has one too many ({error}): {REPAIR}.") from None
+        except (ValueError, LookupError, TypeError) as error:
+            raise ShardError(
+                f"{path} is no manifest that this program reads ({error}): copy it again, pack the pictures again, or "
+                "install the version of inscon that wrote it."
+            ) from None
 
     @classmethod
     def _from_json(cls, entries: dict) -> "Manifest":
         typed = {
             "class_names": tuple(entries["class_names"]),
-            "changed_names": tuple(entries["changed_names"]),
             **{name: StoredFile(**entries[name]) for name in ("index", "names", "rejected_list", "changed_list")},
-            **{name: tuple(StoredFile(**file) for file in entries[name]) for name in ("shards", "dali_indices")},
+            **{
+                name: tuple(StoredFile(**file) for file in entries[name])
+                for name in ("shards", "dali_indices")
+                if name in entries
+            },
         }
         return cls(**(entries | typed))
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """All of the set but the manifest."""
+        return [self.index, self.names, self.rejected_list, self.changed_list, *self.shards, *self.dali_indices]
+
+    @property
+    def packer(self) -> str:
+        """The command that packs such a set, "data_prep/make_dali.py" or "data_prep/make_ffcv.py"."""
+        return f"data_prep/make_{'ffcv' if self.container == 'beton' else 'dali'}.py"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,13 +176,12 @@ class DatasetIndex:
         Raises ShardError, with the remedy, for anything missing, cut short or of another version.
         """
         folder = Path(path)
-        if folder.suffix == ".beton" and not folder.is_dir():
-            folder = folder_of_beton(folder)
+        if folder.name == BETON_NAME and (folder.parent / MANIFEST_NAME).is_file():
+            folder = folder.parent
         manifest = Manifest.read(folder)
-        records = _open_records(folder, manifest)
-        for stored in (manifest.names, *manifest.shards):
-            check_byte_count(folder, stored)
-        return cls(folder.absolute(), manifest, records, {})
+        for stored in (manifest.index, manifest.names, *manifest.shards):
+            _check_byte_count(folder, stored, manifest)
+        return cls(folder.absolute(), manifest, _open_records(folder, manifest), {})
 
     def __reduce__(self):
         return DatasetIndex.open, (self.path,)  # open files do not travel; the other process opens its own
@@ -191,6 +198,11 @@ class DatasetIndex:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any sample, label or order, but not with what the samples lie in."""
         return self.manifest.content[:16]
+
+    @property
+    def packer(self) -> str:
+        """The command that packs such a set, "data_prep/make_dali.py" or "data_prep/make_ffcv.py"."""
+        return self.manifest.packer
 
     def records(self, sample_ids: ArrayLike) -> NDArray[np.void]:
         """RECORD_DTYPE records, [n], of n sample ids. ValueError for an id out of range."""
@@ -211,13 +223,11 @@ class DatasetIndex:
         start = int(self._records["name_offset"][self._checked_one(sample_id)])
         while b"\n" not in (line := os.pread(file.fileno(), length, start)):
             if len(line) < length:
-                raise ShardError(f"{self.path / self.manifest.names.name} ends within a name: {REPAIR}.")
+                raise ShardError(
+                    f"{self.path / self.manifest.names.name} ends within a name: {_repair(self.manifest)}."
+                )
             length *= 4
         return line.partition(b"\n")[0].decode("utf-8", "surrogateescape")
-
-    def content(self, sample_id: int) -> NDArray[np.uint8]:
-        """The stored bytes of one sample, JPEG or pixels, [byte_count], as `read` gives them."""
-        return self.read(sample_id, pixels=True)
 
     def read(
         self, sample_id: int, memory: NDArray[np.uint8] | None = None, *, pixels: bool = False
@@ -236,47 +246,32 @@ class DatasetIndex:
                 f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
                 "--write-mode jpg."
             )
-        size, shard = int(record["byte_count"]), self.manifest.shards[record["shard"]].name
+        size = int(record["byte_count"])
         if memory is not None and len(memory) < size:
             raise ValueError(f"memory must hold the {size} bytes of sample {sample_id}. Found: {len(memory)}.")
         try:
-            file = self._file(shard)  # held, lest another thread close it
+            file = self._file(self.manifest.shards[record["shard"]].name)  # held, lest another thread close it
             found = np.empty(size, np.uint8) if memory is None else memory[:size]
             count = os.preadv(file.fileno(), [found], int(record["offset"]))
-        except ShardError as error:
-            raise ShardError(f"{self.describe(sample_id)} cannot be read: {error}") from None
-        except OSError as error:
-            raise ShardError(f"{self.describe(sample_id)} cannot be read ({error.strerror}): {self._repair}.") from None
+        except (ShardError, OSError) as error:
+            raise self._fault(sample_id, f"cannot be read ({getattr(error, 'strerror', error)})") from None
         if count < size:
-            raise ShardError(
-                f"{self.describe(sample_id)} is not whole, the shard was cut short after it was packed: {self._repair}."
-            )
+            raise self._fault(sample_id, "is not whole, the shard was cut short after it was packed")
         if xxhash.xxh3_64_intdigest(found) != record["checksum"]:
-            raise ShardError(
-                f"{self.describe(sample_id)} is not as it was packed, its bytes have changed: {self._repair}."
-            )
+            raise self._fault(sample_id, "is not as it was packed, its bytes have changed")
         return found
 
-    @property
-    def packer(self) -> str:
-        """The command that packs such a set, "data_prep/make_dali.py" or "data_prep/make_ffcv.py"."""
-        return "data_prep/make_ffcv.py" if self.manifest.container == "beton" else "data_prep/make_dali.py"
-
-    @property
-    def _repair(self) -> str:
-        return _REPAIR_BETON if self.manifest.container == "beton" else REPAIR
+    def _fault(self, sample_id: int, fault: str) -> ShardError:
+        return ShardError(f"{self.describe(sample_id)} {fault}: {_repair(self.manifest)}.")
 
     def expect(self, sample_ids: ArrayLike) -> None:
         """Tell the system which samples will be read soon, so that a disk can fetch them side by side; Linux listens."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         records = self._records[self._checked(sample_ids)]
         columns = (records[name].tolist() for name in ("shard", "offset", "byte_count"))
         for shard, offset, byte_count in zip(*columns, strict=True):
             with contextlib.suppress(OSError, ShardError):  # whose turn comes when the sample is read
-                os.posix_fadvise(
-                    self._file(self.manifest.shards[shard].name).fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED
-                )
+                file = self._file(self.manifest.shards[shard].name)
+                os.posix_fadvise(file.fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED)
 
     def describe(self, sample_id: int) -> str:
         """For messages: "sample 17 (n01440764/x.JPEG) in shard-000003.tar"."""
@@ -290,8 +285,8 @@ class DatasetIndex:
             return ids.astype(np.int64)
         if not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"Sample ids must be integers. Found: {ids.dtype}.")
-        if ids.min() < 0 or ids.max() >= len(self):
-            self._checked_one(ids.min() if ids.min() < 0 else ids.max())
+        self._checked_one(ids.min())
+        self._checked_one(ids.max())
         return ids
 
     def _checked_one(self, sample_id: int) -> int:
@@ -310,7 +305,7 @@ class DatasetIndex:
         try:
             return self._files.setdefault(name, open(self.path / name, "rb", buffering=0))
         except FileNotFoundError:
-            raise ShardError(f"{self.path / name} is missing: {self._repair}.") from None
+            raise ShardError(f"{name} is missing") from None
 
 
 @functools.cache
@@ -318,48 +313,39 @@ def _max_open_files() -> int:
     """The limit is often 1,024 descriptors, to be raised by whoever needs more; ImageNet has 550 shards, and to open one anew
     takes longer than to look for a sample."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 2 * _DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return _DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft // 2, _DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * _MAX_OPEN_FILES)), hard))
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, _MAX_OPEN_FILES)
 
 
 def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
     path = folder / manifest.index.name
-    if not path.is_file():
-        raise ShardError(f"{path} is missing: {REPAIR}.")
     try:
         records = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        last, size = records[-1], len(records)  # of a file that was mixed up, `last` is hardly ever right by chance
+        if records.dtype != RECORD_DTYPE or size != manifest.num_samples:
+            raise ValueError(f"it holds {size} records of {records.dtype}")
+        if last["shard"] >= len(manifest.shards) or last["name_offset"] >= manifest.names.byte_count:
+            raise ValueError("it points outside the shards or the names")
     except Exception as error:  # NumPy reads the header as Python, which brings out SyntaxError, TokenError and more
-        check_byte_count(folder, manifest.index)  # says so where the file was cut short
-        raise ShardError(f"{path} is not readable as a NumPy array ({error}): {REPAIR}.") from None
-    if records.dtype != RECORD_DTYPE:
-        raise ShardError(f"{path} holds records of {records.dtype}, not of {RECORD_DTYPE}: {REPAIR}.")
-    if len(records) != manifest.num_samples:
-        raise ShardError(
-            f"{path} holds {len(records)} samples where the manifest says {manifest.num_samples}; "
-            f"the two are not of one run: {REPAIR}."
-        )
-    last = records[-1]  # of a file that was mixed up or overwritten, hardly ever right by chance
-    if last["shard"] >= len(manifest.shards) or last["name_offset"] >= manifest.names.byte_count:
-        raise ShardError(f"{path} points outside the shards or the names; the files are not of one run: {REPAIR}.")
+        raise ShardError(f"{path} is not the index of this set ({error}): {_repair(manifest)}.") from None
     return records
 
 
-def check_byte_count(folder: Path, stored: StoredFile) -> None:
+def _repair(manifest: Manifest) -> str:
+    return f"copy it again or rerun {manifest.packer}"
+
+
+def _check_byte_count(folder: Path, stored: StoredFile, manifest: Manifest) -> None:
     """ShardError where a file of the folder is missing or not as long as the manifest says."""
-    path, repair = folder / stored.name, _REPAIR_BETON if stored.name == BETON_NAME else REPAIR
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing: {repair}.") from None
+    path = folder / stored.name
+    if not path.exists():
+        raise ShardError(f"{path} is missing: {_repair(manifest)}.")
+    found = path.stat().st_size
     if found != stored.byte_count:
         fault = "was cut short" if found < stored.byte_count else "was changed after it was packed"
-        raise ShardError(
-            f"{path} is {found} bytes long where the manifest says {stored.byte_count}; it {fault}: {repair}."
-        )
+        said = f"is {found} bytes long where the manifest says {stored.byte_count}; it {fault}"
+        raise ShardError(f"{path} {said}: {_repair(manifest)}.")
 
 
 def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lambda byte_count: None) -> StoredFile:
@@ -373,33 +359,15 @@ def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lam
     return StoredFile(name=path.name, byte_count=byte_count, sample_count=sample_count, checksum=checksum.hexdigest())
 
 
-def folder_of_beton(path: Path) -> Path:
-    if not path.exists():
-        raise ShardError(
-            f"{path} does not exist; pack a data set with python data_prep/make_ffcv.py --data DIR --out DIR."
-        )
-    if path.name != BETON_NAME or not (path.parent / MANIFEST_NAME).is_file():
-        raise ShardError(
-            f"{path} has no index of ours beside it, so its order, sizes and checksums are unknown; pack the pictures with "
-            "python data_prep/make_ffcv.py --data DIR --out DIR."
-        )
-    return path.parent
-
-
 def _why_no_manifest(folder: Path) -> str:
-    if not folder.exists():
-        return f"{folder} does not exist; pack a data set into it with {_PACK} {folder}."
-    if not folder.is_dir():
-        return f"{folder} is a file, not a shard folder; give the folder that holds {MANIFEST_NAME}."
-    if not os.listdir(folder):
-        return f"{folder} is empty; pack a data set into it with {_PACK} {folder}."
     if (folder / STATE_NAME).is_dir():
         return (
             f"{folder} holds a data set whose packing did not end: run the command that packs it once more, it goes on."
         )
-    if format_files(folder):
-        return f"{folder} holds shards but no {MANIFEST_NAME}: {REPAIR}."
-    return f"{folder} is not a shard folder, it holds no {MANIFEST_NAME}; pack one with {_PACK} SHARDS."
+    packer, fault = "make_dali", f"is no packed set, it holds no {MANIFEST_NAME}"
+    if folder.suffix == ".beton":
+        packer, fault = "make_ffcv", "has no index of ours beside it"
+    return f"{folder} {fault}: pack one with python data_prep/{packer}.py --data DIR --out SHARDS."
 
 
 def format_files(folder: Path) -> list[Path]:
@@ -409,16 +377,6 @@ def format_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _FORMAT_FILE.fullmatch(path.name))
 
 
-_FORMAT_FILE = re.compile(
-    r"(shard-\d{6,}\.(tar|idx)|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json)"
-    r"(\..*unfinished|\.partial)?"  # until it is whole; .partial before 2026-11
-)
-
-
 def content_of(records: NDArray[np.void]) -> bytes:
     """The bytes that `Manifest.content` is the checksum of."""
-    fields = ["checksum", "byte_count", "height", "width", "label", "encoding"]
-    packed = np.empty(len(records), [(name, RECORD_DTYPE[name]) for name in fields])
-    for name in fields:
-        packed[name] = records[name]
-    return packed.tobytes()
+    return repack_fields(records[["checksum", "byte_count", "height", "width", "label", "encoding"]]).tobytes()

@@ -1,7 +1,7 @@
 """Pack pictures into shards: tar files that any WebDataset tool reads, and an index.
 
     python data_prep/make_dali.py --data ~/imagenet/train --out ~/shards/train
-    python data_prep/make_dali.py --data ~/ILSVRC2012_img_train.tar --out ~/shards/train --plan
+    python data_prep/make_dali.py --data ~/ILSVRC2012_img_train.tar --out ~/shards/train
     torchrun --nnodes 4 data_prep/make_dali.py --data /nfs/train --out /nfs/shards
 
 Sound RGB and gray JPEGs are stored byte for byte; what not every decoder reads (CMYK, PNG under a JPEG's name, EXIF
@@ -18,28 +18,22 @@ if __package__ in (None, ""):  # run as a script: Python then looks beside this 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
-from data_prep.pack import BYTES_PER_MB, PackConfig, Target, pack, run
+from data_prep.pack import PackConfig, pack, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class DaliConfig(PackConfig):
     """Pack pictures into tar shards and an index, for --pipeline dali and any WebDataset tool."""
 
+    container, writer = "tar", "data_prep/make_dali.py"
+
     shard_mb: int = 256
     """Megabytes (of 1,000,000 bytes) of source pictures per shard, on average."""
-
-    def target(self) -> Target:
-        """ValueError for settings out of range."""
-        if self.shard_mb < 1:
-            raise ValueError(f"--shard-mb must be at least 1. Found: {self.shard_mb}.")
-        shard_bytes = self.shard_mb * BYTES_PER_MB
-        return Target("tar", "data_prep/make_dali.py", self.treatment, shard_bytes)
 
 
 def pack_folder(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:
     """Pack `data` into tar shards in `out` and open them; `settings` as in `DaliConfig`. ValueError with the remedy."""
-    config = DaliConfig(data=Path(data), out=Path(out), **settings)
-    return pack(config, config.target())
+    return pack(DaliConfig(data=Path(data), out=Path(out), **settings))
 
 
 if __name__ == "__main__":

@@ -20,29 +20,25 @@ if __package__ in (None, ""):  # run as a script: Python then looks beside this 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.index import DatasetIndex
-from data_prep.pack import BYTES_PER_MB, PackConfig, Target, pack, run
-
-_PART_MB = 128  # how much one process takes at a time; it doesn't change a byte of the beton
+from data_prep.pack import PackConfig, pack, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class BetonConfig(PackConfig):
     """Pack pictures into one .beton and an index, for --pipeline ffcv and FFCV's own Loader."""
 
+    container, writer = "beton", "data_prep/make_ffcv.py"
+    shard_mb = 128  # of pictures, that one process takes at a time; it doesn't change a byte of the beton
+
     write_mode: Literal["jpg", "raw", "smart"] = "jpg"
     """Store JPEGs, RGB pixels, or of each picture what `smart_threshold` says."""
     smart_threshold: float = 4.0
     """With `smart`: pixels are stored where they take at most this many times the JPEG's bytes."""
 
-    def target(self) -> Target:
-        """ValueError for settings out of range."""
-        return Target("beton", "data_prep/make_ffcv.py", self.treatment, _PART_MB * BYTES_PER_MB)
-
 
 def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:
     """Pack `data` into a beton in `out` and open it; `settings` as in `BetonConfig`. ValueError with the remedy."""
-    config = BetonConfig(data=Path(data), out=Path(out), **settings)
-    return pack(config, config.target())
+    return pack(BetonConfig(data=Path(data), out=Path(out), **settings))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ nothing. An image's class is that of the object of which most is seen.
 Image k of a split depends on the seed, the split and k alone, not on how many are made. About 3 ms per image.
 """
 
-import io
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.pictures import check_ranges
 from inscon import guard
 
 JPEG_QUALITY = 90
@@ -102,15 +104,18 @@ def make_scenes(
     leaves nothing.
     """
     out = Path(out)
-    _check_settings(num_images=num_images, num_val=num_val, num_classes=num_classes, size=size, seed=seed)
+    settings = SimpleNamespace(num_images=num_images, num_val=num_val, num_classes=num_classes, size=size, seed=seed)
+    ranges = {"num_images": (1, math.inf), "num_val": (0, math.inf), "num_classes": (2, MAX_CLASSES)}
+    check_ranges(settings, ranges | {"size": (32, math.inf), "seed": (0, math.inf)})
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists and is not an empty folder; remove it or give another --out.")
     new = not out.exists()
     guard.check_output_folder(out)
     try:
-        for split, count in zip(SPLITS, (num_images, num_val), strict=True):
-            if count:
-                _make_split(out, split, count, num_classes=num_classes, size=size, seed=seed)
+        with guard.naming(out):
+            for split, count in zip(SPLITS, (num_images, num_val), strict=True):
+                if count:
+                    _make_split(out, split, count, num_classes=num_classes, size=size, seed=seed)
     except BaseException:
         for split, annotations in SPLITS.items():
             shutil.rmtree(out / split, ignore_errors=True)
@@ -202,9 +207,7 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
     for number in range(count):
         scene = draw_scene(seed=seed, split=split, number=number, num_classes=num_classes, size=size)
         file_name = f"{names[scene.main_class]}/scene_{number:06d}.jpg"
-        encoded = io.BytesIO()
-        Image.fromarray(scene.pixels).save(encoded, "JPEG", quality=JPEG_QUALITY)
-        _write(out / split / file_name, encoded.getvalue())
+        Image.fromarray(scene.pixels).save(out / split / file_name, "JPEG", quality=JPEG_QUALITY)
         height, width = scene.pixels.shape[:2]
         images.append({"id": number, "file_name": file_name, "height": height, "width": width})
         for mask, label in zip(scene.masks, scene.classes, strict=True):
@@ -212,12 +215,7 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
             annotations.append(about | _annotation(mask))
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    _write(out / SPLITS[split], json.dumps(coco, separators=(",", ":")).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with guard.naming(path):
-        path.write_bytes(content)
+    (out / SPLITS[split]).write_text(json.dumps(coco, separators=(",", ":")))
 
 
 def _annotation(mask: NDArray[np.bool_]) -> dict:
@@ -232,23 +230,8 @@ def _annotation(mask: NDArray[np.bool_]) -> dict:
     }
 
 
-def _check_settings(*, num_images: int, num_val: int, num_classes: int, size: int, seed: int) -> None:
-    if num_images < 1:
-        raise ValueError(f"--num-images must be at least 1. Found: {num_images}.")
-    if num_val < 0:
-        raise ValueError(f"--num-val must not be negative. Found: {num_val}.")
-    if not 2 <= num_classes <= MAX_CLASSES:
-        raise ValueError(f"--num-classes must be from 2 to {MAX_CLASSES}. Found: {num_classes}.")
-    if size < 32:
-        raise ValueError(f"--size must be at least 32. Found: {size}.")
-    if seed < 0:
-        raise ValueError(f"--seed must not be negative. Found: {seed}.")
-
-
 def main() -> None:
-    out = tyro.cli(make_scenes)
-    counts = {split: sum(1 for _ in (out / split).rglob("*.jpg")) for split in SPLITS}
-    print(f"Drew {counts['train']} train and {counts['val']} val scenes.")
+    print(f"Drew scenes into {tyro.cli(make_scenes)}.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Nothing in a packed set depends on which process wrote what, so the number of wo
 """
 
 import contextlib
-import datetime
+import functools
 import itertools
 import json
 import math
@@ -21,7 +21,6 @@ import signal
 import struct
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -30,29 +29,20 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import tyro
 import xxhash
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.status import Status
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep import index as packed
-from data_prep.beton import BetonFile, num_laid, part_path
-from data_prep.index import (
-    BEGIN_ANEW,
-    NO_LABEL,
-    RECORD_DTYPE,
-    STATE_NAME,
-    DatasetIndex,
-    Manifest,
-    ShardError,
-    StoredFile,
-)
-from data_prep.pictures import BadPicture, Prepared, Treatment, jpeg_size, prepare_picture
-from data_prep.sources import UNREADABLE, Entry, Listing, Reader, Unreadable, as_bytes, kinds_in_words, list_source
+from data_prep.beton import BetonFile, part_path, report_path
+from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
+from data_prep.pictures import BadPicture, Prepared, Treatment, check_ranges, jpeg_size, prepare_picture
+from data_prep.sources import Entry, Source, Unreadable, as_bytes, is_packed, kinds_in_words, list_source, open_listing
 from inscon.guard import end_with_parent, naming, only_process, remove_unfinished, run_script, sentence_of, whole_file
 from inscon.sampling import permute
 
@@ -60,17 +50,17 @@ BYTES_PER_MB = 1_000_000
 _JOB_NAME, _LISTING_NAME = "job.json", "listing.sqlite"
 _PACKING_ORDER = 2**32 - 1  # an epoch number that no training reaches: packing shuffles unlike any epoch
 _READ_AHEAD_BYTES, _READ_AHEAD, _READ_THREADS = 16_000_000, 64, 4
-_PARTS_OF_SMALL_BETON, _PICTURES_OF_SMALL_PART, _PICTURES_OF_LARGEST_PART = 64, 100, 1000
-_LEAST_LOOKED_AT = 1000  # pictures, before their share of bad ones stops a run
-_TRIAL_PICTURES, _TRIAL_S = 500, 10.0
-_PER_SAMPLE_BYTES = {"tar": 512 + 256 + 1024 + 48 + 40, "beton": 24 + 24 + 48 + 40}
-"""Headers, padding, label, index, name; about."""
+_LEAST_LOOKED_AT = 1000  # pictures, before bad ones among them stop a run
 _SPAWN = get_context("spawn")  # forking beside threads (rich has one) may hang
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """What both writers ask for."""
+
+    container: ClassVar[Literal["tar", "beton"]]
+    writer: ClassVar[str]  # the script, for the manifest
+    shard_mb: ClassVar[int]
 
     data: Path
     """Where the pictures are: a folder of class folders, a flat folder, a list file (path, optional label), a tar of tars
@@ -88,48 +78,32 @@ class PackConfig:
     """Processes that read, check and write; None: as many as there are CPU cores for this process."""
     bad_limit: float = 0.001  # Share of the pictures that may be left out before the run stops; 0: at the first one.
     overwrite: bool = False  # Replace the packed set that lies in `out`, or an unfinished one of other settings.
-    plan: bool = False  # Say what would be done, how long it would take and how much disk it needs; write nothing.
 
     def check(self) -> None:
         """ValueError for settings out of range, and for a source or a target that cannot be one."""
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise ValueError(f"--seed must be from 0 to 2**64-1. Found: {self.seed}.")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"--workers must be at least 1. Found: {self.workers}.")
-        if not 0 <= self.bad_limit <= 1:
-            raise ValueError(f"--bad-limit must be from 0 to 1. Found: {self.bad_limit}.")
+        positive = (1, math.inf)
+        ranges = {"seed": (0, 2**64 - 1), "workers": positive, "bad_limit": (0, 1), "shard_mb": positive}
+        check_ranges(self, ranges)
+        self.treatment  # noqa: B018
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
         if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):
             raise ValueError(
                 f"The shards would lie among the pictures: --out {self.out} is inside --data {self.data}; move it out."
             )
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(
-                f"--out {self.out} is a file; give a folder, in which the packed set and its index are to lie."
-            )
 
-    @property
+    @functools.cached_property
     def treatment(self) -> Treatment:
         """ValueError for settings out of range."""
         return Treatment(**{f.name: getattr(self, f.name) for f in fields(Treatment) if hasattr(self, f.name)})
 
     @property
-    def num_workers(self) -> int:
-        return self.workers or len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class Target:
-    """What kind of set is written."""
-
-    container: Literal["tar", "beton"]
-    writer: str  # the script, for the manifest
-    treatment: Treatment
-    shard_bytes: int  # of source pictures, per shard, on average
+    def shard_bytes(self) -> int:
+        """Of source pictures, per shard, on average."""
+        return self.shard_mb * BYTES_PER_MB
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """For the manifest."""
         return {"writer": self.writer, "shard_mb": self.shard_bytes / BYTES_PER_MB, **asdict(self.treatment)}
 
@@ -137,39 +111,29 @@ class Target:
 class Ranks(NamedTuple):
     """This process among those that torchrun started."""
 
-    rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    rank: int = 0
+    world_size: int = 1
 
 
-class PackingStopped(ValueError):
-    """Packing ended early; what is finished stays, and the same command goes on."""
-
-
-def pack(
-    config: PackConfig, target: Target, *, show_progress: bool = False, ranks: Ranks | None = None
-) -> DatasetIndex | None:
+def pack(config: PackConfig, *, show_progress: bool = False, ranks: Ranks | None = None) -> DatasetIndex | None:
     """Pack `config.data` into `config.out`; the packed set, opened, or None on ranks other than 0.
 
     Raises ValueError, one sentence with the remedy. A run that was stopped, by whatever, is continued.
     """
     config.check()
-    ranks, console = ranks or Ranks.from_environment(), Console(stderr=True, quiet=not show_progress)
+    ranks = ranks or Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    console, state = Console(stderr=True, quiet=not show_progress), config.out / STATE_NAME
     if ranks.rank != 0:
-        job = _job_of_rank_0(config, target, console)
+        job = _job_of_rank_0(config, ranks, console)
         if job is not None:
-            with only_process(job.state / f"rank-{ranks.rank}", "--out"):
-                _write_shards(job, config, ranks, console)
+            with only_process(state / f"rank-{ranks.rank}", "--out"):
+                _write_shards(job, console)
         return None
-    made_folder, state = not config.out.exists(), config.out / STATE_NAME
+    made_folder = not config.out.exists()
     try:
         with only_process(state / "rank-0", "--out"):
             try:
-                job = _open_job(config, target, console)
-                index = _write_set(job, config, ranks, console)
+                index = _write_set(_open_job(config, ranks, console), console)
                 (state / _JOB_NAME).unlink()  # first: without it there is nothing to go on with
                 return index
             finally:
@@ -180,64 +144,61 @@ def pack(
             made_folder and config.out.rmdir()
 
 
-def _write_set(job: "Job", config: PackConfig, ranks: Ranks, console: Console) -> DatasetIndex:
-    with contextlib.ExitStack() as stack:
-        beton = None
-        if job.target.container == "beton":
-            parts = job.num_shards, len(job.listing), lambda shard: job.has_report(shard) and job.report(shard)
-            beton = stack.enter_context(BetonFile(job.out, *parts))
-        with beton.laid_meanwhile() if beton else contextlib.nullcontext():
-            _write_shards(job, config, ranks, console)
-            _wait_for_ranks(job, ranks, console)
-        remove_unfinished(job.out)  # what killed processes left
-        bad, example = 0, ""  # of all ranks together
+def _write_set(job: "Job", console: Console) -> DatasetIndex:
+    is_tar = job.config.container == "tar"
+    beton = None if is_tar else BetonFile(job.config.out, job.num_shards, len(job.listing), job.report)
+    with beton or contextlib.nullcontext():
+        _write_shards(job, console, beton)
+        _wait_for_ranks(job, console)
+        if beton:
+            beton.lay()
+        remove_unfinished(job.config.out)  # what killed processes left
+        bad, example = 0, None  # of all ranks together
         for report in map(job.report, range(job.num_shards)):
-            bad += len(report.rejected)
-            example = example or next((job.about(r["name"], r["reason"]) for r in report.rejected), "")
-        if bad == len(job.listing) and config.bad_limit == 1:
+            bad, example = bad + len(report.rejected), report if report.rejected else example
+        _check_bad(job, bad, len(job.listing), example)
+        if bad == len(job.listing):
             (job.state / _JOB_NAME).unlink()  # there is nothing to go on with
-        _check_bad(config, bad, len(job.listing), len(job.listing), example)
+            raise ValueError(f"{job.config.data} holds no picture that can be packed; give another --data.")
         facts = {
-            "container": job.target.container,
+            "container": job.config.container,
             "class_names": tuple(job.listing.facts.class_names),
-            "shuffle_seed": (job.listing.facts.source_seed or 0) if job.seed is None else job.seed,
-            "settings": job.target.settings,
+            "shuffle_seed": job.listing.index.manifest.shuffle_seed if job.seed is None else job.seed,
+            "settings": job.config.settings,
             "ignored": job.listing.facts.ignored,
         }
-        return join(job.out, job.num_shards, facts, beton)
-
-
-# ---------------------------------------------------------------------------------------------------- the job
+        return join(job.config.out, job.num_shards, facts, beton)
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work of a run, as OUT/packing says it; every process opens it there."""
+    """The work of a run; every process has the same."""
 
-    out: Path
-    target: Target
-    seed: int | None  # None: the listing's order is kept
-    listing: Listing
-
-    @classmethod
-    def open(cls, out: Path) -> "Job":
-        entries = _read_job(out / STATE_NAME)
-        target = entries["target"] | {"treatment": Treatment(**entries["target"]["treatment"])}
-        return cls(out, Target(**target), entries["seed"], Listing(out / STATE_NAME / _LISTING_NAME))
+    config: PackConfig
+    listing: Source
+    ranks: Ranks
 
     @property
     def state(self) -> Path:
-        return self.out / STATE_NAME
+        return self.config.out / STATE_NAME
+
+    @property
+    def seed(self) -> int | None:
+        """None: the listing's order is kept."""
+        is_shuffled = self.listing.facts.kind == "packed"
+        return self.config.seed if self.config.seed is not None or is_shuffled else 0
 
     @property
     def num_shards(self) -> int:
         """Or parts of a beton, of which even a small set has some for every worker; their number doesn't change a byte."""
         facts = self.listing.facts
-        count = max(1, math.ceil(facts.total_bytes / self.target.shard_bytes))
-        if self.target.container == "beton":
-            small = min(_PARTS_OF_SMALL_BETON, facts.count // _PICTURES_OF_SMALL_PART)
-            count = max(count, small, facts.count // _PICTURES_OF_LARGEST_PART)
+        count = max(1, math.ceil(facts.total_bytes / self.config.shard_bytes))
+        if self.config.container == "beton":
+            count = max(count, min(64, facts.count // 100), facts.count // 1000)
         return min(count, facts.count)
+
+    def shards_of(self, rank: int) -> range:
+        return range(rank, self.num_shards, self.ranks.world_size)
 
     def entries(self, shard: int) -> Iterator[Entry]:
         """The pictures of one shard, in order."""
@@ -249,34 +210,28 @@ class Job:
 
     def path(self, shard: int) -> Path:
         """Of the file with its samples."""
-        is_tar = self.target.container == "tar"
-        return self.out / f"shard-{shard:06d}.tar" if is_tar else part_path(self.out, shard)
+        is_tar = self.config.container == "tar"
+        return self.config.out / f"shard-{shard:06d}.tar" if is_tar else part_path(self.config.out, shard)
 
-    def has_report(self, shard: int) -> bool:
-        return report_path(self.out, shard).is_file()
-
-    def report(self, shard: int) -> "Report":
-        return Report.load(report_path(self.out, shard))
+    def report(self, shard: int) -> "Report | None":
+        """Where it is written."""
+        try:
+            return Report.load(report_path(self.config.out, shard))
+        except FileNotFoundError:
+            return None
 
     def is_done(self, shard: int) -> bool:
         """Whether its file and its report are there; of a beton's parts also where the beton has it by now."""
-        if not self.has_report(shard) or (self.target.container == "beton" and shard < num_laid(self.out)):
-            return self.has_report(shard)
-        with contextlib.suppress(FileNotFoundError):
-            return all(self.path(shard).stat().st_size == file.byte_count for file in self.report(shard).files)
-        return False
-
-    def about(self, name: str, reason: str) -> str:
-        """A picture that is left out and why, for people; of a list also where it was looked for."""
-        if self.listing.facts.kind != "list" or not reason.startswith(UNREADABLE):
-            return f"{name}: {reason}"
-        where = "" if os.path.isabs(name) else ", as a list's paths start at its folder"
-        return f"{name}: {reason}; tried {os.path.join(self.listing.facts.root, name)}{where}"
+        report, path = self.report(shard), self.path(shard)
+        if report is None or not report.files or not path.exists():
+            return report is not None and (self.config.container == "beton" or not report.files)
+        return path.stat().st_size == report.files[0].byte_count
 
 
-def _wanted(config: PackConfig, target: Target) -> dict:
+def _wanted(config: PackConfig) -> dict:
     """What decides a set's bytes: a run goes on only where this is the same."""
-    return {"data": str(config.data.absolute()), "asked_seed": config.seed, "target": asdict(target)}
+    content = DatasetIndex.open(config.data).fingerprint if is_packed(config.data) else None
+    return {"data": str(config.data.absolute()), "content": content, "seed": config.seed, **config.settings}
 
 
 def _read_job(state: Path) -> dict | None:
@@ -286,12 +241,12 @@ def _read_job(state: Path) -> dict | None:
         return None
 
 
-def _open_job(config: PackConfig, target: Target, console: Console) -> Job:
+def _open_job(config: PackConfig, ranks: Ranks, console: Console) -> Job:
     """The job in OUT/packing, as this command wants it; made where there is none."""
-    state, wanted = config.out / STATE_NAME, _wanted(config, target)
-    found = _read_job(state)
-    if found is not None and found.items() >= wanted.items():
-        job = Job.open(config.out)
+    state, wanted = config.out / STATE_NAME, _wanted(config)
+    found, listing_path = _read_job(state), state / _LISTING_NAME
+    if found == wanted:
+        job = Job(config, open_listing(config.data, listing_path), ranks)
         console.print(f"Going on with {config.out}: {len(job.listing)} pictures are listed.", highlight=False)
         return job
     if not config.overwrite:
@@ -302,70 +257,57 @@ def _open_job(config: PackConfig, target: Target, console: Console) -> Job:
             path.unlink()
     with console.status(f"Listing {config.data}") as status:
         listing = list_source(
-            config.data,
-            state / _LISTING_NAME,
-            on_progress=lambda count: status.update(f"{count:,} pictures listed of {config.data}"),
+            config.data, listing_path, on_progress=lambda count: status.update(f"{count:,} pictures listed")
         )
-    seed = config.seed if listing.facts.kind == "packed" or config.seed is not None else 0
     (config.out / packed.MANIFEST_NAME).unlink(missing_ok=True)  # first: a folder with a manifest is complete, always
     for old in packed.format_files(config.out):
         old.unlink()
     with whole_file(state / _JOB_NAME) as file:
-        file.write(json.dumps(wanted | {"seed": seed}, indent=1).encode())
-    return Job.open(config.out)
+        file.write(json.dumps(wanted, indent=1).encode())
+    return Job(config, listing, ranks)
 
 
 def _refuse_other_work(config: PackConfig, found: dict | None, wanted: dict) -> None:
     if found is not None:
-        before, now = ({**job["target"], **job["target"]["treatment"], **job} for job in (found, wanted))
-        name = next(name for name in now if before.get(name) != now[name] and not isinstance(now[name], dict))
-        raise ShardError(
-            f"{config.out} holds an unfinished packing with other settings ({name} {before.get(name)}, now {now[name]}): run "
+        name = next(name for name in wanted if found.get(name) != wanted[name])
+        raise packed.ShardError(
+            f"{config.out} holds an unfinished packing with other settings ({name} {found.get(name)}, now {wanted[name]}): run "
             "it as it was begun, pass --overwrite to begin anew, or give another --out."
         )
     files = packed.format_files(config.out)
     if files:
-        raise ShardError(
+        raise packed.ShardError(
             f"{config.out} already holds a packed data set ({files[0].name}): pass --overwrite to replace it, or give "
             "another --out."
         )
 
 
-# ---------------------------------------------------------------------------------------------------- ranks
-
-
-def _job_of_rank_0(config: PackConfig, target: Target, console: Console) -> Job | None:
+def _job_of_rank_0(config: PackConfig, ranks: Ranks, console: Console) -> Job | None:
     """Once rank 0 has made it; None where all is done already."""
-    state, wanted, begun, waits = config.out / STATE_NAME, _wanted(config, target), time.time(), False
-    while True:
-        found = _read_job(state)
-        if found is not None and found.items() >= wanted.items():
-            return Job.open(config.out)
+    state, wanted, begun = config.out / STATE_NAME, _wanted(config), time.time()
+    console.print("Waiting for rank 0, which lists the pictures; start it, if it is not running.")
+    while (found := _read_job(state)) != wanted:
         if found is not None and not config.overwrite:
             _refuse_other_work(config, found, wanted)
-        with contextlib.suppress(ShardError, FileNotFoundError):
+        with contextlib.suppress(packed.ShardError, FileNotFoundError):
             # With --overwrite an older set is the one that rank 0 is about to replace.
             is_new = not config.overwrite or (config.out / packed.MANIFEST_NAME).stat().st_mtime > begun
-            if found is None and is_new and Manifest.read(config.out).settings == target.settings:
+            if found is None and is_new and Manifest.read(config.out).settings == config.settings:
                 return None
-        if not waits:
-            console.print("Waiting for rank 0, which lists the pictures; start it, if it is not running.")
-        waits = True
         time.sleep(0.2)
+    return Job(config, open_listing(config.data, state / _LISTING_NAME), ranks)
 
 
-def _wait_for_ranks(job: Job, ranks: Ranks, console: Console) -> None:
+def _wait_for_ranks(job: Job, console: Console) -> None:
     """Until the other ranks have done all their shards."""
-    for rank in range(1, ranks.world_size):
-        missing = [shard for shard in range(rank, job.num_shards, ranks.world_size) if not job.is_done(shard)]
+    for rank in range(1, job.ranks.world_size):
+        missing = [shard for shard in job.shards_of(rank) if not job.is_done(shard)]
         if missing:
             console.print(f"Waiting for rank {rank}, to write {len(missing)} shards; start it, if it is not running.")
         while missing:
             time.sleep(0.2)
             missing = [shard for shard in missing if not job.is_done(shard)]
 
-
-# ---------------------------------------------------------------------------------------------------- one shard
 
 _RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple of Python's numbers has ten times as many
 
@@ -387,15 +329,9 @@ class Report:
     def records(self) -> NDArray[np.void]:
         return np.frombuffer(bytearray(self.rows), RECORD_DTYPE)
 
-    def add(
-        self, content: bytes, *, offset: int, height: int, width: int, label: int, encoding: int, name: str
-    ) -> None:
-        checksum = xxhash.xxh3_64_intdigest(content)
-        self.rows += _RECORD.pack(offset, len(self.names), checksum, len(content), 0, height, width, label, encoding)
-        self.names += as_bytes(name) + b"\n"
-
-    def reject(self, name: str, kind: str, reason: str) -> None:
-        self.rejected.append({"name": name, "kind": kind, "reason": reason})
+    @property
+    def num_looked_at(self) -> int:
+        return len(self) + len(self.rejected)
 
     def save(self, path: Path) -> None:
         facts = {"files": [asdict(file) for file in self.files], "rejected": self.rejected, "changed": self.changed}
@@ -404,46 +340,45 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """ShardError for a report that cannot be read."""
         head, _, content = path.read_bytes().partition(b"\n")
-        try:
-            facts = json.loads(head)
-            files, stop = [StoredFile(**file) for file in facts["files"]], facts["rows"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ShardError(f"{path} cannot be read ({error}): remove it and run the same command again.") from None
-        return cls(files, facts["rejected"], facts["changed"], bytearray(content[:stop]), bytearray(content[stop:]))
-
-
-def report_path(out: Path, shard: int) -> Path:
-    return out / STATE_NAME / f"shard-{shard:06d}.report"
+        facts = json.loads(head)
+        files, rows, names = facts["files"], content[: facts["rows"]], content[facts["rows"] :]
+        files = [StoredFile(**file) for file in files]
+        return cls(files, facts["rejected"], facts["changed"], bytearray(rows), bytearray(names))
 
 
 class Samples:
-    """Samples written one after the other, as a tar shard has them, or a part of a beton."""
+    """Samples written one after the other, as a tar shard has them, or a part of a beton; reported as they are."""
 
     def __init__(self, file: BinaryIO, shard: int | None) -> None:
         """`shard`: the number of the tar shard; None for a part."""
-        self._file, self._shard, self._hash, self._count, self._byte_count = file, shard, xxhash.xxh3_128(), 0, 0
+        self.report = Report()
+        self._file, self._shard, self._hash, self._byte_count = file, shard, xxhash.xxh3_128(), 0
 
-    def add(self, content: bytes, label: int) -> int:
-        """Append a sample; the position of its first byte in the file. A beton has the labels in tables."""
-        start = self._byte_count
+    def add(self, content: bytes, *, height: int, width: int, label: int, encoding: int, name: str) -> None:
+        """Append a sample. A beton has the labels in tables."""
+        report, start, checksum = self.report, self._byte_count, xxhash.xxh3_64_intdigest(content)
         if self._shard is None:
             self._write(content)
         else:
             start += tarfile.BLOCKSIZE
-            key = f"{self._shard:06d}_{self._count:06d}"  # shards don't depend on each other
+            key = f"{self._shard:06d}_{len(report):06d}"  # shards don't depend on each other
             cls = b"" if label == NO_LABEL else _tar_member(f"{key}.cls", b"%d" % label)
             self._write(_tar_member(f"{key}.jpg", content) + cls)
-        self._count += 1
-        return start
+        report.rows += _RECORD.pack(start, len(report.names), checksum, len(content), 0, height, width, label, encoding)
+        report.names += as_bytes(name) + b"\n"
 
-    def finish(self, name: str) -> StoredFile:
+    def reject(self, name: str, kind: str, reason: str) -> None:
+        self.report.rejected.append({"name": name, "kind": kind, "reason": reason})
+
+    def finish(self, name: str) -> None:
+        """The end of the file, which gets this name later; without sound pictures there will be none."""
         if self._shard is not None:  # two empty blocks end a tar, filled up to a whole record
             end = self._byte_count + 2 * tarfile.BLOCKSIZE
             self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-        checksum = self._hash.hexdigest()
-        return StoredFile(name=name, byte_count=self._byte_count, sample_count=self._count, checksum=checksum)
+        if len(self.report):
+            about = {"name": name, "byte_count": self._byte_count, "checksum": self._hash.hexdigest()}
+            self.report.files.append(StoredFile(**about, sample_count=len(self.report)))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -468,72 +403,68 @@ def _tar_member(name: str, content: bytes) -> bytes:
     return b"".join((tar_header(name, len(content)), content, bytes(-len(content) % tarfile.BLOCKSIZE)))
 
 
-def _write_shard(job: Job, shard: int, tally: "Tally") -> tuple[Report, Path]:
-    """Read, check and write the pictures of one shard; its report, and the unfinished file that `_commit` gives its name."""
-    report, path, is_tar = Report(), job.path(shard), job.target.container == "tar"
-    unfinished = path.with_name(f"{path.name}.rank-{tally.rank}-{os.getpid()}.unfinished")
+def _write_shard(job: Job, stopped: Any, shard: int) -> tuple[int, Report, Path]:
+    """Read, check and write the pictures of one shard: its number and report, and the unfinished file that `_commit` names.
+
+    `stopped`: an event; set, it ends this within a picture."""
+    path = job.path(shard)
+    unfinished = path.with_name(f"{path.name}.rank-{job.ranks.rank}-{os.getpid()}.unfinished")
     try:
         with naming(path), unfinished.open("wb") as file:
-            samples = Samples(file, shard if is_tar else None)
-            for entry, source in _read_ahead(Reader(job.listing.facts), job.entries(shard)):
-                tally(entry, _add(job, report, samples, entry, source))
-            if len(report):  # without sound pictures there is no file
-                report.files.append(samples.finish(path.name))
+            samples = Samples(file, shard if job.config.container == "tar" else None)
+            for entry, source in _read_ahead(job, job.entries(shard)):
+                _add(job, samples, entry, source)
+                if stopped.is_set():
+                    raise ValueError("another process has stopped")
+                _check_bad(job, len(samples.report.rejected), samples.report.num_looked_at, samples.report)
+            samples.finish(path.name)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    return report, unfinished
+    return shard, samples.report, unfinished
 
 
-def _commit(job: Job, shard: int, report: Report, unfinished: Path) -> None:
+def _commit(job: Job, beton: BetonFile | None, shard: int, report: Report, unfinished: Path) -> None:
     """Give a shard its name, once it is on the disk, and report it."""
     with naming(job.path(shard)):
-        if job.target.container == "tar":  # a part of a beton is compared with its checksum when it is laid into it
+        if job.config.container == "tar":  # a part of a beton is compared with its checksum when it is laid into it
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(unfinished, job.path(shard)) if report.files else unfinished.unlink()
-    report.save(report_path(job.out, shard))
+    report.save(report_path(job.config.out, shard))
+    if beton:
+        beton.lay()
 
 
-def _add(job: Job, report: Report, samples: Samples, entry: Entry, source: bytes | Unreadable) -> str:
-    """Append one picture, or note why not and return the reason."""
+def _add(job: Job, samples: Samples, entry: Entry, source: bytes | Unreadable) -> None:
+    """Append one picture, or note why not."""
     try:
         if isinstance(source, Unreadable):
             raise source
-        prepared = _prepare(source, entry, job)
+        content, encoding, height, width, changes = _prepare(source, job)
     except (BadPicture, Unreadable) as bad:
-        report.reject(entry.name, bad.kind, str(bad))
-        return job.about(entry.name, str(bad))
-    offset = samples.add(prepared.content, entry.label)
-    about = {"height": prepared.height, "width": prepared.width, "encoding": prepared.encoding}
-    report.add(prepared.content, offset=offset, label=entry.label, name=entry.name, **about)
-    if prepared.changes:
-        report.changed.append({"name": entry.name, "changes": list(prepared.changes)})
-    return ""
+        samples.reject(entry.name, bad.kind, str(bad))
+        return
+    samples.add(content, height=height, width=width, label=entry.label, encoding=encoding, name=entry.name)
+    if changes:
+        samples.report.changed.append({"name": entry.name, "changes": list(changes)})
 
 
-def _prepare(source: bytes, entry: Entry, job: Job) -> Prepared:
-    treatment = job.target.treatment
-    if not entry.checksum:
-        return prepare_picture(source, treatment)
-    # Of a packed set: decoded when that was written, so its checksum tells whether it is still sound.
-    if xxhash.xxh3_64_intdigest(source) != entry.checksum:
-        root = job.listing.facts.root
-        raise PackingStopped(
-            f"{root} is damaged at {entry.name}, in {job.listing.facts.containers[entry.container]}: see what "
-            f"python data_prep/verify.py {root} says."
-        )
-    if treatment.write_mode == "jpg" and treatment.short_side is None and treatment.max_resolution is None:
+def _prepare(source: bytes, job: Job) -> Prepared:
+    """A packed set's samples were decoded when that was written, so they are taken as they are."""
+    wanted = job.config.treatment
+    keeps = wanted.write_mode == "jpg" and wanted.short_side is None and wanted.max_resolution is None
+    if job.listing.facts.kind == "packed" and keeps:
         return Prepared(source, packed.JPEG, *jpeg_size(source), ())
-    return prepare_picture(source, treatment)
+    return prepare_picture(source, wanted)
 
 
-def _read_ahead(reader: Reader, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | Unreadable]]:
+def _read_ahead(job: Job, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | Unreadable]]:
     """Entries with their bytes, in order; disks and networks like several requests at a time."""
 
     def read(entry: Entry) -> bytes | Unreadable:
         try:
-            return reader.read(entry)
+            return job.listing.read(entry)
         except Unreadable as fault:
             return fault
 
@@ -549,133 +480,90 @@ def _read_ahead(reader: Reader, entries: Iterable[Entry]) -> Iterator[tuple[Entr
                 yield first, reading.result()
 
 
-# ---------------------------------------------------------------------------------------------------- all shards
-
-
-class Tally:
-    """What this rank has looked at: pictures, their bytes, and how many were left out. Shared by its processes."""
-
-    def __init__(self, config: PackConfig, total: int, rank: int) -> None:
-        self._config, self._total, self.rank = config, total, rank
-        self._numbers, self.stopped = _SPAWN.Array("q", 3), _SPAWN.Event()
-
-    def add(self, pictures: int = 0, byte_count: int = 0, bad: int = 0) -> tuple[int, int, int]:
-        """What there are by now."""
-        with self._numbers.get_lock():
-            for place, more in enumerate((pictures, byte_count, bad)):
-                self._numbers[place] += more
-            return tuple(self._numbers)
-
-    def __call__(self, entry: Entry, fault: str) -> None:
-        """Count a picture, which is left out where there is a `fault`. PackingStopped where that is too much."""
-        looked_at, _, bad = self.add(1, entry.byte_count, bool(fault))
-        if self.stopped.is_set():
-            raise PackingStopped("another process has stopped")
-        if fault and (looked_at >= _LEAST_LOOKED_AT or not self._config.bad_limit):
-            _check_bad(self._config, bad, looked_at, self._total, fault)
-
-
-def _check_bad(config: PackConfig, bad: int, looked_at: int, total: int, example: str) -> None:
-    """PackingStopped where more is left out than the limit allows; ValueError where nothing is left."""
+def _check_bad(job: Job, bad: int, looked_at: int, report: Report) -> None:
+    """ValueError where more pictures are left out than the limit allows, such as `report` has."""
+    config, total = job.config, len(job.listing)
+    if not bad or (looked_at < min(total, _LEAST_LOOKED_AT) and config.bad_limit):
+        return
+    example = "{name}: {reason}".format(**report.rejected[0])
+    if job.listing.facts.kind == "list":
+        example += f" (a list's paths start at {job.listing.facts.root})"
     if bad > config.bad_limit * total:
-        share = f"{bad / looked_at:.2%}"
-        so_far = f"the {looked_at} pictures looked at so far ({share}; there are {total})"
-        raise PackingStopped(
-            f"{bad} of {f'{total} pictures ({share})' if looked_at == total else so_far} cannot be packed, such as {example}; "
-            f"that is more than --bad-limit {config.bad_limit} of all: raise the limit, and the same command goes on, or mend "
-            f"the source and, to begin anew, {BEGIN_ANEW}."
+        so_far = "" if looked_at == total else f" looked at so far (there are {total})"
+        raise ValueError(
+            f"{bad} of {looked_at} pictures{so_far} cannot be packed, such as {example}; that is more than --bad-limit "
+            f"{config.bad_limit} of all: raise the limit, and the same command goes on, or mend the source and, to begin anew, "
+            f"{BEGIN_ANEW}."
         )
-    if bad == total:
-        raise ValueError(f"{config.data} holds no picture that can be packed ({example}); give another --data.")
 
 
-def _write_shards(job: Job, config: PackConfig, ranks: Ranks, console: Console) -> None:
+def _write_shards(job: Job, console: Console, beton: BetonFile | None = None) -> None:
     """All shards of this rank that are not done yet. While one is brought to the disk, the next is begun."""
-    mine = range(ranks.rank, job.num_shards, ranks.world_size)
-    tally = Tally(config, len(job.listing), ranks.rank)
-    todo = [shard for shard in mine if not job.is_done(shard)]
-    for report in map(job.report, set(mine).difference(todo)):
-        tally.add(len(report) + len(report.rejected), 0, len(report.rejected))
-    workers, commits = min(config.num_workers, len(todo)), deque()
-    written = _written_here(job, todo, tally) if workers < 2 else _written_by_processes(job, todo, workers, tally)
+    mine = job.shards_of(job.ranks.rank)
+    done = {shard for shard in mine if job.is_done(shard)}
+    todo, looked_at, bad = [shard for shard in mine if shard not in done], 0, 0
+    for report in map(job.report, done):
+        looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
+    workers, commits = min(job.config.workers or len(os.sched_getaffinity(0)), len(todo)), deque()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    progress = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
+    title = f"rank {job.ranks.rank}" if job.ranks.world_size > 1 else "packing"
+    task = progress.add_task(title, completed=looked_at, total=len(job.listing) * len(mine) // job.num_shards)
     try:
-        _remove_unfinished(job, ranks)
-        with _progress(ranks, len(job.listing) * len(mine) // job.num_shards, tally, console):
-            with ThreadPoolExecutor(1) as disk, contextlib.closing(written):
-                for shard, report, unfinished in written:
-                    commits.append(disk.submit(_commit, job, shard, report, unfinished))
-                    if len(commits) > workers:
-                        commits.popleft().result()
-            for commit in commits:
-                commit.result()
+        _remove_unfinished(job)
+        for shard in todo:
+            report_path(job.config.out, shard).unlink(missing_ok=True)
+        with progress, ThreadPoolExecutor(1) as disk, contextlib.closing(_written(job, todo, workers)) as written:
+            for shard, report, unfinished in written:
+                commits.append(disk.submit(_commit, job, beton, shard, report, unfinished))
+                if len(commits) > workers:
+                    commits.popleft().result()
+                looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
+                progress.update(task, completed=looked_at)
+                if report.rejected:
+                    _check_bad(job, bad, looked_at, report)
+        for commit in commits:
+            commit.result()
     except BaseException:
-        _remove_unfinished(job, ranks)
+        _remove_unfinished(job)
         raise
 
 
-def _remove_unfinished(job: Job, ranks: Ranks) -> None:
+def _remove_unfinished(job: Job) -> None:
     """What stopped processes of this rank left."""
-    for folder in (job.out, job.state):
-        remove_unfinished(folder, f"*.rank-{ranks.rank}-*")
+    for folder in (job.config.out, job.state):
+        remove_unfinished(folder, f"*.rank-{job.ranks.rank}-*")
 
 
-def _written_here(job: Job, todo: list[int], tally: Tally) -> Iterator[tuple[int, Report, Path]]:
-    for shard in todo:
-        yield shard, *_write_shard(job, shard, tally)
-
-
-def _written_by_processes(job: Job, todo: list[int], workers: int, tally: Tally) -> Iterator[tuple[int, Report, Path]]:
+def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Report, Path]]:
     """Each process takes the next shard when it has done one. One that dies ends the run in one sentence."""
-    pool = ProcessPoolExecutor(workers, _SPAWN, _begin_worker, (job.out, tally))
+    if workers < 2:
+        yield from (_write_shard(job, threading.Event(), shard) for shard in todo)
+        return
+    stopped = _SPAWN.Event()
+    pool = ProcessPoolExecutor(workers, _SPAWN, _begin_worker, (job, stopped))
     try:
         for written in as_completed([pool.submit(_write_in_worker, shard) for shard in todo]):
             yield written.result()
     except BrokenExecutor:
-        raise PackingStopped(
+        raise ValueError(
             "A worker process died while it was packing: run the same command again, it goes on with the shards that are "
             "missing (with fewer --workers, if memory ran out)."
         ) from None
     finally:
-        tally.stopped.set()  # a worker sees it within a picture, and leaves nothing
+        stopped.set()  # a worker sees it within a picture, and leaves nothing
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(out: Path, tally: Tally) -> None:
+def _begin_worker(job: Job, stopped: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
     end_with_parent()
-    _worker = Job.open(out), tally
+    _worker = job, stopped
 
 
 def _write_in_worker(shard: int) -> tuple[int, Report, Path]:
-    job, tally = _worker
-    return shard, *_write_shard(job, shard, tally)
-
-
-@contextlib.contextmanager
-def _progress(ranks: Ranks, total: int, tally: Tally, console: Console) -> Iterator[None]:
-    """One line that is renewed, of at most 80 columns."""
-    start, (before, *_), ended = time.perf_counter(), tally.add(), threading.Event()
-    title = f"rank {ranks.rank}" if ranks.world_size > 1 else "packing"
-
-    def follow(status: Status) -> None:
-        while not ended.wait(0.1):
-            pictures, byte_count, bad = tally.add()
-            rate = (pictures - before) / (time.perf_counter() - start)
-            left = datetime.timedelta(seconds=round((total - pictures) / rate)) if rate else "-:--:--"
-            megabytes = byte_count / BYTES_PER_MB / (time.perf_counter() - start)
-            bads = f" {bad} bad" if bad else ""
-            status.update(f"{title} {pictures}/{total} {rate:.0f}/s {megabytes:.0f} MB/s{bads} left {left}")
-
-    with console.status(title) as status, ThreadPoolExecutor(1) as thread:
-        thread.submit(follow, status)
-        try:
-            yield
-        finally:
-            ended.set()
-
-
-# ---------------------------------------------------------------------------------------------------- joining
+    return _write_shard(*_worker, shard)
 
 
 def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> DatasetIndex:
@@ -688,20 +576,19 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
     def reports() -> Iterator[Report]:
         return (Report.load(report_path(out, shard)) for shard in range(num_shards))
 
-    num_samples, shards, dali_indices, content = sum(map(len, reports())), [], [], xxhash.xxh3_128()
-    kinds, changes, changed_names, num_changed, names_end = Counter(), Counter(), [], 0, 0
+    num_samples, shards, content = sum(map(len, reports())), [], xxhash.xxh3_128()
+    kinds, changes, num_changed, names_end = Counter(), Counter(), 0, 0
     listed = [out / name for name in (packed.INDEX_NAME, packed.NAMES_NAME, packed.REJECTED_NAME, packed.CHANGED_NAME)]
     with contextlib.ExitStack() as stack:
         index, names, rejected, changed = (stack.enter_context(whole_file(path)) for path in listed)
         header = {"descr": np.lib.format.dtype_to_descr(RECORD_DTYPE), "fortran_order": False, "shape": (num_samples,)}
         np.lib.format.write_array_header_1_0(index, header)
-        for number, report in enumerate(reports()):
+        for report in reports():
             records = report.records
             if beton is not None:
                 beton.write_tables(records)
             elif report.files:
                 records["shard"] = len(shards)
-                dali_indices.append(_write_dali_index(out, number, records))
                 shards += report.files
             records["name_offset"] += np.uint64(names_end)
             names_end += len(report.names)
@@ -710,8 +597,6 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
             content.update(packed.content_of(records))
             kinds.update(entry["kind"] for entry in report.rejected)
             changes.update(change for entry in report.changed for change in entry["changes"])
-            changed_names += [entry["name"] for entry in report.changed]
-            del changed_names[packed.MAX_NAMES_IN_MANIFEST :]
             num_changed += len(report.changed)
             rejected.write(_json_lines(report.rejected))
             changed.write(_json_lines(report.changed))
@@ -723,11 +608,9 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
         num_samples=num_samples,
         rejected=dict(sorted(kinds.items())),
         changed=dict(sorted(changes.items())),
-        changed_names=tuple(changed_names),
         content=content.hexdigest(),
         **dict(zip(("index", "names", "rejected_list", "changed_list"), stored, strict=True)),
         shards=tuple(shards) if beton is None else (beton.commit(),),
-        dali_indices=tuple(dali_indices),
         **facts,
     )
     with whole_file(out / packed.MANIFEST_NAME) as file:
@@ -739,100 +622,34 @@ def _json_lines(entries: Iterable[dict]) -> bytes:
     return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
-def _write_dali_index(out: Path, shard: int, records: NDArray[np.void]) -> StoredFile:
-    """With which DALI's own WebDataset reader reads a tar shard: of each member its extension, position, byte count and name."""
-    lines, path = [f"v1.2 {len(records)}\n"], out / f"shard-{shard:06d}.idx"
-    for place, (offset, byte_count, label) in enumerate(records[["offset", "byte_count", "label"]].tolist()):
-        key = f"{shard:06d}_{place:06d}"
-        line, end = f"jpg {offset} {byte_count} {key}.jpg", offset + byte_count + -byte_count % tarfile.BLOCKSIZE
-        has_label = label != NO_LABEL
-        lines.append(line + (f" cls {end + tarfile.BLOCKSIZE} {len(str(label))} {key}.cls" if has_label else "") + "\n")
-    with whole_file(path) as file:
-        file.write("".join(lines).encode())
-    return packed.stored_file(path, len(records))
-
-
-# ---------------------------------------------------------------------------------------------------- the commands
-
-
 def run(script: str, config_type: type[PackConfig]) -> None:
-    """A writer's command: pack and sum up, or say what packing would be (--plan)."""
+    """A writer's command: pack and sum up."""
     run_script(script, lambda: _command(tyro.cli(config_type)))
 
 
 def _command(config: PackConfig) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names may be no UTF-8
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are closed and taken away
-    target, ranks = config.target(), Ranks.from_environment()
     try:
-        if config.plan:
-            for name, value in forecast(config, target).items():
-                print(f"{name:16} {value}")
-            return
-        index = pack(config, target, show_progress=True)
+        index = pack(config, show_progress=True)
     except OSError as error:
-        raise PackingStopped(
+        raise ValueError(
             f"Packing {config.data} into {config.out} stopped ({sentence_of(error)}): see to that and run the same command "
             "again, it goes on where it stopped."
         ) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what is finished lies in {config.out}, the same command goes on") from None
-    idle = f"Rank {ranks.rank} of {ranks.world_size} has nothing left to write; rank 0 joins."
-    print(_summary(index) if index else idle)
+    print(_summary(index) if index else "This rank has nothing left to write; rank 0 joins.")
 
 
 def _summary(index: DatasetIndex) -> str:
-    manifest, count = index.manifest, len(index.manifest.shards)
+    manifest, container = index.manifest, index.manifest.container
     megabytes = sum(shard.byte_count for shard in manifest.shards) / BYTES_PER_MB
-    classes = f" of {len(index.class_names)} classes" if index.class_names else ""
-    what = manifest.shards[0].name if manifest.container == "beton" else f"{count} shard{'s' * (count != 1)}"
+    what = f"{len(manifest.shards)} {container}{'s' * (len(manifest.shards) > 1)}, {megabytes:.1f} MB"
     rejected, changed = kinds_in_words(manifest.rejected), kinds_in_words(manifest.changed)
     return (
-        f"Packed {len(index)} pictures{classes} into {what}, {megabytes:.1f} MB.\n"
+        f"Packed {len(index)} pictures of {len(index.class_names)} classes into {what}.\n"
         f"Left out: {f'{rejected} (see {packed.REJECTED_NAME})' if rejected else 'none'}.\n"
         f"Changed: {f'{changed} (see {packed.CHANGED_NAME})' if changed else 'none'}.\n"
         f"Ignored, as no pictures: {kinds_in_words(manifest.ignored) or 'none'}."
     )
-
-
-def forecast(config: PackConfig, target: Target) -> dict[str, str]:
-    """What a packing would be, by name, for people: the source is listed and some hundred pictures are tried.
-
-    Writes nothing that stays. Raises ValueError as packing would.
-    """
-    config.check()
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(config.out, target, 0, list_source(config.data, Path(folder) / _LISTING_NAME))
-        sizes, bad, seconds = _try_some(job)
-    facts, tried, gigabytes = job.listing.facts, len(sizes) + len(bad), 1000 * BYTES_PER_MB
-    expected = facts.count * (sum(sizes) / max(1, len(sizes)) + _PER_SAMPLE_BYTES[target.container])
-    free = shutil.disk_usage(next(path for path in (config.out, *config.out.absolute().parents) if path.is_dir())).free
-    classes = f"in {len(facts.class_names):,} classes" if facts.class_names else "no labels"
-    hours = facts.count * seconds / tried / config.num_workers / 3600
-    return {
-        "source": facts.kind,
-        "pictures": f"{facts.count:,} {classes}, {facts.total_bytes / gigabytes:.3f} GB",
-        "files of samples": f"{job.num_shards if target.container == 'tar' else 1:,}",
-        "expected size": f"{expected / gigabytes:.3f} GB, from {tried} pictures",
-        "free disk": f"{free / gigabytes:.1f} GB"
-        + ("" if free > expected else " - NOT ENOUGH: make room, or give another --out"),
-        "rate": f"{tried / seconds:.0f} pictures/s per process, tried without writing",
-        "time": f"{hours:.2f} hours with {config.num_workers} processes, if the disks keep up",
-        "cannot be packed": f"{len(bad)} of the {tried} that were tried" + (f", such as {bad[0]}" if bad else ""),
-        "ignored": kinds_in_words(facts.ignored) or "none",
-    }
-
-
-def _try_some(job: Job) -> tuple[list[int], list[str], float]:
-    """Bytes of what would be stored, what would be left out, and seconds, of pictures drawn from the whole source."""
-    order = permute(np.arange(min(_TRIAL_PICTURES, len(job.listing))), len(job.listing), 0, 0)
-    sizes, bad, reader, start = [], [], Reader(job.listing.facts), time.perf_counter()
-    for position in order.tolist():
-        entry = job.listing.entry(position)
-        try:
-            sizes.append(len(prepare_picture(reader.read(entry), job.target.treatment).content))
-        except (BadPicture, Unreadable) as fault:
-            bad.append(job.about(entry.name, str(fault)))
-        if time.perf_counter() - start > _TRIAL_S:
-            break
-    return sizes, bad, time.perf_counter() - start

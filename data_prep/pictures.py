@@ -11,10 +11,9 @@ sound.
 
 import io
 import math
-import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,49 +32,31 @@ MAX_SCANS = 256
 # No more of Pillow's: some of its plugins start programs.
 _OTHER_FORMATS = ("PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM") + ("JPEG2000",) * features.check("jpg_2000")
 _OTHER_FORMATS += ("AVIF",) * ("avif" in features.modules and features.check("avif"))  # since Pillow 11.3
-_BEGINNINGS = {
-    name: re.compile(pattern, re.DOTALL)
-    for name, pattern in {
-        "JPEG": rb"\xff\xd8\xff",
-        "PNG": rb"\x89PNG\r\n\x1a\n",
-        "WEBP": rb"RIFF.{4}WEBP",
-        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-        "TIFF": rb"II\*\0|MM\0\*",
-        "GIF": rb"GIF8[79]a",
-        "PPM": rb"P[1-6]\s(#|\d+\s+\d+\s)",
-        "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-        "AVIF": rb".{4}ftyp(.{4}){0,8}avi[fs]",
-        "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
-        "JPEG XL": rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a",
-    }.items()
-}
-BEGINNING_BYTES = 64
-"""Of a file, from which `picture_format` knows it."""
 _GRAY_MODES = ("1", "L", "LA")
 _COLOR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr")
 
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # starts of frame; those three are other segments
 _COMMON_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # sequential and progressive, also arithmetic-coded
 _PROGRESSIVE_FRAMES = (0xC2, 0xCA)
-_COMMON_LUMA = (0x11, 0x12, 0x14, 0x21, 0x22, 0x41)  # sampling factors, where chroma's are 0x11
 _BITS_PER_SAMPLE = 258  # a TIFF's tag
 _APP1, _SOS = 0xE1, 0xDA
-_NEEDLESS_SEGMENTS = {"JFIF revision": 0xE0, "ICC marker": 0xE2}
-"""By libjpeg's warning: no pixel needs them, so they are left out where they are odd."""
 
-_TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
+_TURNS |= {8: "ROTATE_90"}
+"""Names of Pillow's transpositions, by EXIF orientation."""
 
 # Pillow warns of large pictures and of odd metadata, once per place and in the middle of a progress bar. What matters
 # is in `changes` or rejected.jsonl. For the whole process, as warnings.catch_warnings is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """ValueError, naming the flag, for the first setting that is outside its (least, most); None is no value."""
+    for name, (least, most) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
+            allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}. Found: {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +72,9 @@ class Treatment:
     smart_threshold: float = 4.0  # bytes of pixels per byte of JPEG, for smart
 
     def __post_init__(self):
-        for name in ("short_side", "max_resolution"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Found: {value}.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality must be from 1 to 100. Found: {self.quality}.")
-        if self.chroma not in ("444", "420"):
-            raise ValueError(f"--chroma must be 444 or 420. Found: {self.chroma}.")
-        if self.write_mode not in ("jpg", "raw", "smart"):
-            raise ValueError(f"--write-mode must be jpg, raw or smart. Found: {self.write_mode}.")
-        if not self.smart_threshold > 0:
-            raise ValueError(f"--smart-threshold must be above 0. Found: {self.smart_threshold}.")
+        positive, any_share = (1, math.inf), (0, math.inf)
+        ranges = {"short_side": positive, "max_resolution": positive, "quality": (1, 100), "smart_threshold": any_share}
+        check_ranges(self, ranges)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after shrinking, px; each at least 1."""
@@ -131,17 +103,14 @@ class Prepared(NamedTuple):
 
 
 class BadPicture(ValueError):
-    """A picture that is left out: `kind` is counted in the manifest, the message is for rejected.jsonl.
+    """A picture that is left out: `kind` is counted in the manifest, the message is for rejected.jsonl."""
 
-    The message begins with the `file`, where that is given.
-    """
-
-    def __init__(self, kind: str, detail: str = "", file: str = "") -> None:
-        super().__init__(kind, detail, file)  # all, or it could not be pickled
-        self.kind, self.detail, self.file = kind, detail, file
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind, detail)  # both, or it could not be pickled
+        self.kind, self.detail = kind, detail
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (self.file, self.kind, self.detail)))
+        return ": ".join(filter(None, self.args))
 
 
 def read_picture(source: bytes | Path) -> Image.Image:
@@ -152,21 +121,10 @@ def read_picture(source: bytes | Path) -> Image.Image:
     if not isinstance(source, bytes):
         try:
             return read_picture(Path(source).read_bytes())
-        except OSError as error:
-            raise BadPicture("unreadable", error.strerror, file=str(source)) from None
-        except BadPicture as bad:
-            raise BadPicture(bad.kind, bad.detail, file=str(source)) from None
+        except (OSError, BadPicture) as error:
+            raise BadPicture(str(source), str(getattr(error, "strerror", error))) from None
     prepared = prepare_picture(source, Treatment(write_mode="raw"))
     return Image.frombytes("RGB", (prepared.width, prepared.height), prepared.content)
-
-
-def picture_format(beginning: bytes) -> str:
-    """ "JPEG", "HEIC" and so on, by a file's first bytes, whatever its name; also what is not decoded. Empty: no picture."""
-    return next((name for name, pattern in _BEGINNINGS.items() if pattern.match(beginning)), "")
-
-
-def no_decoder(name: str) -> BadPicture:
-    return BadPicture(f"no decoder for {name}", "convert it to JPEG or PNG")
 
 
 def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
@@ -189,25 +147,7 @@ def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
         raise BadPicture("damaged", str(error) or type(error).__name__) from None
 
 
-# ------------------------------------------------------------------------------------------------------- JPEG
-
-
 def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
-    try:
-        return _prepare_sound_jpeg(source, treatment)
-    except BadPicture as bad:
-        dropped = next((marker for words, marker in _NEEDLESS_SEGMENTS.items() if words in bad.detail), None)
-        whole = b"".join(
-            source[segment.start : segment.end] for segment in _segments(source) if segment.marker != dropped
-        )
-        without = source[:2] + whole + source[list(_segments(source))[-1].end :]
-        if dropped is None or len(without) == len(source):
-            raise
-    prepared = _prepare_jpeg(without, treatment)  # there may be more
-    return prepared._replace(changes=("metadata", *prepared.changes))
-
-
-def _prepare_sound_jpeg(source: bytes, treatment: Treatment) -> Prepared:
     header = _read_header(source)
     height, width = header.height, header.width
     limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, refuses above twice it, and lets the user lift it
@@ -261,31 +201,13 @@ def _decode_strictly(jpeg: bytes, color_space: str, least_height: int = 0, least
     try:
         return simplejpeg.decode_jpeg(jpeg, **options, strict=True)
     except ValueError as error:
-        warning = str(error)
-    if "subsampling level" in warning:  # also TurboJPEG's words for anything wrong with a header
-        sampling = _read_header(jpeg).sampling
-        if len(sampling) == 1 or (sampling[0] in _COMMON_LUMA and set(sampling[1:3]) == {0x11}):
-            raise BadPicture("damaged", "its header cannot be decoded")
-        # 4:1:0 and stranger. Pillow decodes them, but does not tell how well.
-        raise BadPicture(
-            "unusual chroma subsampling", f"its factors are {sampling.hex()}; convert it to 4:4:4 or 4:2:0"
-        )
-    raise BadPicture("damaged", warning)
+        raise BadPicture("damaged", str(error)) from None  # 4:1:0 and stranger chroma, too
 
 
 def jpeg_size(jpeg: bytes) -> tuple[int, int]:
     """Height and width, px, as the header of a sound JPEG says."""
     header = _read_header(jpeg)
     return header.height, header.width
-
-
-class _Segment(NamedTuple):
-    """A piece of a JPEG's header: a marker, its length and what it holds."""
-
-    marker: int  # the marker's second byte; the first is 0xFF
-    start: int
-    content: int  # where it begins, behind the length
-    end: int
 
 
 class _Header(NamedTuple):
@@ -299,29 +221,31 @@ class _Header(NamedTuple):
 
 def _read_header(jpeg: bytes) -> _Header:
     frame, exif = None, b""
-    for segment in _segments(jpeg):
-        if segment.marker in _FRAMES:
-            frame = segment
-        elif segment.marker == _APP1 and not exif and jpeg.startswith(b"Exif\0\0", segment.content):
-            exif = jpeg[segment.content : segment.end]
+    for marker, start, end in _segments(jpeg):
+        if marker in _FRAMES:
+            frame = marker, start, end
+        elif marker == _APP1 and not exif and jpeg.startswith(b"Exif\0\0", start):
+            exif = jpeg[start:end]
     if frame is None:
         raise BadPicture("damaged", "its header names no size")
-    bits, height, width = struct.unpack_from(">BHH", jpeg, frame.content)
+    marker, start, end = frame
+    bits, height, width = struct.unpack_from(">BHH", jpeg, start)
     if bits != 8:
         raise BadPicture("not 8 bit", f"its samples have {bits} bits; convert it to 8")
-    if frame.marker not in _COMMON_FRAMES:  # FFCV decodes none, DALI no gray one
+    if marker not in _COMMON_FRAMES:  # FFCV decodes none, DALI no gray one
         raise BadPicture("lossless JPEG", "convert it to PNG")
     if not height or not width:
         raise BadPicture("damaged", f"its header names a size of {width} x {height} px")
-    if frame.marker in _PROGRESSIVE_FRAMES:
-        scans = jpeg.count(b"\xff\xda", frame.end, jpeg.find(b"\xff\xd9", frame.end))
+    if marker in _PROGRESSIVE_FRAMES:
+        scans = jpeg.count(b"\xff\xda", end, jpeg.find(b"\xff\xd9", end))
         if scans > MAX_SCANS:
             raise BadPicture("too many scans", f"{scans} of them; DALI decodes at most {MAX_SCANS}")
-    return _Header(height, width, jpeg[frame.content + 7 : frame.end : 3], _exif_orientation(exif))
+    return _Header(height, width, jpeg[start + 7 : end : 3], _exif_orientation(exif))
 
 
-def _segments(jpeg: bytes) -> Iterator[_Segment]:
-    """The header's segments, as libjpeg finds them; the last one is the first start of scan."""
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """The header's segments, as libjpeg finds them, to the first scan: marker (its second byte), where its content begins
+    and ends."""
     start = 2
     while (start := jpeg.find(b"\xff", start)) >= 0:
         at = start + 1
@@ -333,20 +257,14 @@ def _segments(jpeg: bytes) -> Iterator[_Segment]:
         if marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # stands alone, or is no marker at all
             start = at + 1
             continue
-        yield _Segment(marker, start, at + 3, end)
+        yield marker, at + 3, end
         if marker == _SOS:
             return
         start = end
     raise BadPicture("damaged", "its header is cut short")
 
 
-# ------------------------------------------------------------------------------------------------------- the others
-
-
 def _prepare_other(source: bytes, treatment: Treatment) -> Prepared:
-    name = picture_format(source[:BEGINNING_BYTES])
-    if name and name not in _OTHER_FORMATS:
-        raise no_decoder(name)
     with Image.open(io.BytesIO(source), formats=_OTHER_FORMATS) as opened:
         opened.load()  # the first frame. TIFF's orientation is applied here, by Pillow
         changes = [opened.format]
@@ -398,7 +316,7 @@ def _store_pixels(
         picture = picture.resize(target[::-1], Image.Resampling.BICUBIC, box=part)
         changes.append("shrunk")
     if orientation != 1:
-        picture = picture.transpose(_TURNS[orientation])
+        picture = picture.transpose(Image.Transpose[_TURNS[orientation]])
     width, height = picture.size
     if treatment.write_mode != "raw":
         # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4 unless asked, for at quality 90 and above

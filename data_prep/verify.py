@@ -1,31 +1,23 @@
 """Read a packed set back, tar shards or a beton, and say which file and which sample is not as it was packed.
 
     python data_prep/verify.py ~/shards/train
-    python data_prep/verify.py ~/beton/train --against ~/shards/train
-    python data_prep/verify.py ~/shards/train --all-pixels
 
 Every file is compared with its checksum in the manifest, so any byte that changed is found. Of a file with another checksum
-every sample is compared with its own, in the index. Some samples are decoded, and their sizes compared with the index.
-manifest.json has no checksum: what it says of class names, seed and settings is believed.
+every sample is compared with its own, in the index. manifest.json has no checksum: what it says of class names, seed and
+settings is believed.
 
 Exit status 0: nothing differs. 1: something does, one line each; or there is no packed set that can be opened.
 """
 
 import functools
 import itertools
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import tyro
 import xxhash
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -34,45 +26,24 @@ if __package__ in (None, ""):  # run as a script: Python then looks beside this 
 
 from data_prep import index as packed
 from data_prep.index import INDEX_NAME, MANIFEST_NAME, DatasetIndex, ShardError, StoredFile
-from inscon.guard import end_with_parent, run_script
+from inscon.guard import run_script
 
 _LISTED_PER_FILE = 20
-_AT_A_TIME, _DECODED_AT_A_TIME = 1 << 16, 64
+_AT_A_TIME = 1 << 16
 
 
-def verify(
-    path: tyro.conf.Positional[Path],
-    *,
-    pixels: int = 1000,
-    all_pixels: bool = False,
-    against: Path | None = None,
-    workers: int | None = None,
-    show_progress: tyro.conf.Suppress[bool] = False,
-) -> list[str]:
+def verify(path: tyro.conf.Positional[Path], *, show_progress: tyro.conf.Suppress[bool] = False) -> list[str]:
     """Read a packed set back and say what differs, a sentence each. Memory does not grow with the set.
 
     Args:
         path: Folder of a packed set, or the .beton in one.
-        pixels: How many samples to decode, spread evenly over the set.
-        all_pixels: Decode every sample.
-        against: Another packed set to compare with, sample by sample; only its manifest, index and names are read.
-        workers: Processes that decode; None: as many as there are CPU cores for this process.
 
-    Raises ShardError where `path` or `against` cannot be opened; ValueError for settings out of range.
+    Raises ShardError where it cannot be opened.
     """
-    if pixels < 0:
-        raise ValueError(f"--pixels must not be negative. Found: {pixels}.")
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1. Found: {workers}.")
-    index, workers = DatasetIndex.open(path), workers or len(os.sched_getaffinity(0))
-    other = None if against is None else DatasetIndex.open(against)
+    index = DatasetIndex.open(path)
     found = [*_check_manifest(index), *_capped(_check_records(index), INDEX_NAME)]
-    is_usable = not found  # where the index is wrong, its samples cannot be told
-    found += _check_files(index, is_usable, show_progress)
-    if is_usable:
-        found += _check_pixels(index, len(index) if all_pixels else min(pixels, len(index)), workers)
-        found += _capped(_compare(index, other), str(other.path)) if other else []
-    return found
+    # Where the index is wrong, its samples cannot be told.
+    return [*found, *_check_files(index, not found, show_progress)]
 
 
 def _capped(found: Iterator[str], where: str) -> list[str]:
@@ -83,26 +54,20 @@ def _capped(found: Iterator[str], where: str) -> list[str]:
 
 
 def _check_manifest(index: DatasetIndex) -> Iterator[str]:
-    manifest, files = index.manifest, _files(index)
+    manifest = index.manifest
     counts = manifest.num_samples, sum(shard.sample_count for shard in manifest.shards), manifest.names.sample_count
     if len(set(counts)) > 1:
         said = "{} in all, {} in the shards, {} names".format(*counts)
         yield f"{MANIFEST_NAME} contradicts itself in the number of samples ({said})."
-    known = {MANIFEST_NAME, *(stored.name for stored in files)}
+    known = {MANIFEST_NAME, *(stored.name for stored in manifest.files)}
     for path in packed.format_files(index.path):
         if path.name not in known:
             yield f"{path.name} is not of this set, by {MANIFEST_NAME}: remove it."
 
 
-def _files(index: DatasetIndex) -> list[StoredFile]:
-    manifest = index.manifest
-    lists = [manifest.index, manifest.names, manifest.rejected_list, manifest.changed_list]
-    return [*lists, *manifest.shards, *manifest.dali_indices]
-
-
 def _check_files(index: DatasetIndex, is_usable: bool, show_progress: bool) -> Iterator[str]:
     """Each file's checksum; of a shard with another one also its samples, if the index `is_usable`."""
-    files = _files(index)
+    files = index.manifest.files
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         task = progress.add_task("", total=sum(stored.byte_count for stored in files))
@@ -147,65 +112,6 @@ def _check_records(index: DatasetIndex) -> Iterator[str]:
             yield f"{INDEX_NAME} says what cannot be of sample {sample_id}: copy it again or rerun {index.packer}."
     if content.hexdigest() != index.manifest.content:
         yield f"{INDEX_NAME} is not the one that {MANIFEST_NAME} is of: copy both again or rerun {index.packer}."
-
-
-def _check_pixels(index: DatasetIndex, count: int, workers: int) -> list[str]:
-    """Whether JPEGs decode, and to the size that the index says."""
-    sample_ids = np.arange(count) * (len(index) - 1) // max(1, count - 1)
-    parts = [sample_ids[start : start + _DECODED_AT_A_TIME] for start in range(0, count, _DECODED_AT_A_TIME)]
-    if workers == 1 or len(parts) < 2:
-        results = [_decode(index, part) for part in parts]
-    else:
-        # Processes, as simplejpeg holds the interpreter's lock while it decodes.
-        with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker) as pool:
-            try:
-                results = list(pool.map(_decode, [index] * len(parts), parts))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return _capped(itertools.chain.from_iterable(results), "the pixels")
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
-    end_with_parent()
-
-
-def _decode(index: DatasetIndex, sample_ids: NDArray[np.int64]) -> list[str]:
-    found = []
-    for sample_id, record in zip(sample_ids.tolist(), index.records(sample_ids), strict=True):
-        try:
-            content = index.read(sample_id, pixels=True)
-            # Gray is half the work: it takes every coefficient all the same, and there is where damage shows.
-            pixels = simplejpeg.decode_jpeg(content, "GRAY", strict=True) if record["encoding"] == packed.JPEG else None
-        except ShardError as error:
-            found.append(str(error))
-        except ValueError as error:
-            found.append(f"{index.describe(sample_id)} cannot be decoded ({error}).")
-        else:
-            if pixels is not None and pixels.shape[:2] != (record["height"], record["width"]):
-                said = f"{record['height']} x {record['width']} px, not {pixels.shape[0]} x {pixels.shape[1]}"
-                found.append(f"{INDEX_NAME} says that {index.describe(sample_id)} is {said}.")
-    return found
-
-
-def _compare(index: DatasetIndex, other: DatasetIndex) -> Iterator[str]:
-    """Sample by sample, by the indexes: that they tell the truth is for the others to check."""
-    if len(index) != len(other):
-        yield f"{other.path} has {len(other)} samples where {index.path} has {len(index)}."
-    if index.class_names != other.class_names:
-        yield f"{other.path} has other class names than {index.path}."
-    same = index.manifest.content == other.manifest.content
-    same &= index.manifest.names.checksum == other.manifest.names.checksum
-    for first in range(0, 0 if same else min(len(index), len(other)), _AT_A_TIME):
-        ids = np.arange(first, min(first + _AT_A_TIME, len(index), len(other)))
-        ours, theirs = index.records(ids), other.records(ids)
-        fields = ("height", "width", "label", "encoding", "byte_count", "checksum")
-        differ = {name: ours[name] != theirs[name] for name in fields}
-        differ["name"] = np.array([index.name(i) != other.name(i) for i in ids.tolist()])
-        for i in np.flatnonzero(np.any(list(differ.values()), axis=0)).tolist():
-            names = ", ".join(name for name, where in differ.items() if where[i])
-            yield f"{other.path} has {other.describe(first + i)} with another {names} than {index.path}."
 
 
 def main() -> int:

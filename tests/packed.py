@@ -1,14 +1,13 @@
 """Packed sets of given samples, for tests that need one without packing pictures."""
 
 import shutil
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.beton import BetonFile, part_path
+from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import JPEG, STATE_NAME, DatasetIndex
-from data_prep.pack import Report, Samples, join, report_path
+from data_prep.pack import Report, Samples, join
 from inscon.guard import whole_file
 
 
@@ -35,16 +34,16 @@ def write_set(
     (folder / STATE_NAME).mkdir(parents=True)
     shards = [samples[start : start + per_shard] for start in range(0, len(samples), per_shard)]
     for number, members in enumerate(shards):
-        report, is_tar = Report(), container == "tar"
-        for entry in left_out if number == 0 else ():
-            report.reject(*entry)
+        is_tar = container == "tar"
         path = folder / f"shard-{number:06d}.tar" if is_tar else part_path(folder, number)
         with whole_file(path) as file:
             written = Samples(file, number if is_tar else None)
+            for entry in left_out if number == 0 else ():
+                written.reject(*entry)
             for sample in members:
-                report.add(**sample._asdict(), offset=written.add(sample.content, sample.label))
-            report.files.append(written.finish(path.name))
-        report.save(report_path(folder, number))
+                written.add(**sample._asdict())
+            written.finish(path.name)
+        written.report.save(report_path(folder, number))
     facts = {
         "container": container,
         "class_names": tuple(class_names),
@@ -56,7 +55,7 @@ def write_set(
     else:
         listed = len(samples) + len(left_out)
         with BetonFile(folder, len(shards), listed, lambda part: Report.load(report_path(folder, part))) as beton:
-            beton.lay(threading.Event())
+            beton.lay()
             index = join(folder, len(shards), facts, beton)
     shutil.rmtree(folder / STATE_NAME)
     return index

@@ -188,7 +188,7 @@ def test_scenes_that_find_no_room_leave_nothing(tmp_path, existed):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
-        with pytest.raises(OSError, match="annotations.json"):
+        with pytest.raises(OSError, match="scenes"):
             make_scenes(out, num_images=40, num_val=0, size=64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

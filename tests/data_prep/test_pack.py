@@ -13,21 +13,20 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
-from rich.console import Console
 
 from data_prep import pack as pack_module
 from data_prep.beton import read_header
 from data_prep.index import NO_LABEL, DatasetIndex, ShardError
 from data_prep.make_dali import pack_folder
 from data_prep.make_ffcv import pack_beton
-from data_prep.pack import PackConfig, PackingStopped, Ranks, Tally, Target, pack, tar_header
-from data_prep.pictures import Treatment
+from data_prep.pack import PackConfig, Ranks, pack, tar_header
 from inscon.guard import only_process
 from tests.data_prep.pictures_for_tests import (
     ARITHMETIC_JPEG,
@@ -57,13 +56,20 @@ def packer(container):
     return PACKERS[container]
 
 
-def target(container="tar", shard_bytes=6000):
-    return Target(container, "test", Treatment(), shard_bytes)
+@dataclass(frozen=True, kw_only=True)
+class SmallShards(PackConfig):
+    container, writer, shard_mb = "tar", "test", 1
+    shard_bytes: int = 6000
 
 
-def run_pack(data, out, container="tar", *, ranks=None, shard_bytes=6000, **settings):
-    config = PackConfig(data=data, out=out, **{"workers": 1, **settings})
-    return pack(config, target(container, shard_bytes), ranks=ranks)
+@dataclass(frozen=True, kw_only=True)
+class SmallParts(SmallShards):
+    container = "beton"
+
+
+def run_pack(data, out, container="tar", *, ranks=None, **settings):
+    config = {"tar": SmallShards, "beton": SmallParts}[container]
+    return pack(config(data=data, out=out, **{"workers": 1, **settings}), ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,7 @@ def test_torchrun_with_two_ranks(tmp_path):
         command += [str(ROOT / "data_prep/make_dali.py"), "--data", str(data), "--out", str(tmp_path / f"out_{ranks}")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    assert "Rank 1 of 2 has nothing left to write" in done.stdout
+    assert "This rank has nothing left to write; rank 0 joins." in done.stdout
     assert contents(tmp_path / "out_1") == contents(tmp_path / "out_2")
 
 
@@ -190,13 +196,13 @@ def test_killed_at_any_moment_and_started_again(tmp_path, undisturbed, container
 
 SLOW = """
 import sys, time
-from data_prep import pack, make_dali, make_ffcv
+from data_prep import pack
+from tests.data_prep.test_pack import run_pack
 inner = pack.prepare_picture
 pack.prepare_picture = lambda *arguments: (time.sleep(0.03), inner(*arguments))[1]
 if __name__ == "__main__":
     kind, data, out = sys.argv[1:]
-    target = pack.Target(container=kind, writer="test", treatment=pack.Treatment(), shard_bytes=6000)
-    pack.pack(pack.PackConfig(data=pack.Path(data), out=pack.Path(out), workers=2), target)
+    run_pack(pack.Path(data), pack.Path(out), kind, workers=2)
 """
 
 
@@ -335,14 +341,15 @@ def test_what_is_lost_after_its_report_is_written_again(tmp_path, data, undistur
 def test_a_part_that_was_damaged_is_written_again(tmp_path, data, undisturbed):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack_module.BetonFile, "lay", lambda *_: 1 / 0)
+        patch.setattr(pack_module.BetonFile, "lay", lambda *_: None)
+        patch.setattr(pack_module, "join", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_pack(data, out, "beton")
     part = out / "packing/part-000000"
     content = bytearray(part.read_bytes())
     content[100] ^= 4
     part.write_bytes(content)
-    with pytest.raises(ShardError, match="was not as it was written, and was removed: run the same command again"):
+    with pytest.raises(ShardError, match="is not as it was written: run the same command again"):
         run_pack(data, out, "beton")
     run_pack(data, out, "beton")
     assert contents(out) == undisturbed["beton"]
@@ -363,11 +370,11 @@ def test_two_writers_on_one_target(tmp_path, data):
 def test_other_settings_are_not_mixed_in(tmp_path, data, undisturbed):
     out = tmp_path / "out"
     write_files(tmp_path / "bad", {"a/1.jpg": b"text", "a/2.jpg": jpeg_of()})
-    with pytest.raises(PackingStopped):
+    with pytest.raises(ValueError):
         run_pack(tmp_path / "bad", out)
     for settings, message in (
-        ({"seed": 3}, r"other settings \(asked_seed None, now 3\)"),
-        ({"shard_bytes": 7000}, r"other settings \(shard_bytes 6000, now 7000\)"),
+        ({"seed": 3}, r"other settings \(seed None, now 3\)"),
+        ({"shard_bytes": 7000}, r"other settings \(shard_mb 0.006, now 0.007\)"),
     ):
         for ranks in (None, Ranks(1, 2)):
             with pytest.raises(ShardError, match=f"{message}: run it as it was begun, pass --overwrite"):
@@ -382,16 +389,14 @@ def test_too_many_bad_pictures_stop_the_run_and_a_higher_limit_goes_on(tmp_path)
     good = {f"a/{i}.jpg": jpeg_of(seed=i) for i in range(18)}
     data = write_files(tmp_path / "data", good | {"a/text.jpg": b"text", "a/empty.jpg": b""})
     for settings in ({}, {"bad_limit": 0.05}):
-        with pytest.raises(
-            PackingStopped, match=r"2 of 20 pictures \(10.00%\) cannot be packed, such as a/.*--bad-limit"
-        ):
+        with pytest.raises(ValueError, match=r"2 of 20 pictures cannot be packed, such as a/.*--bad-limit"):
             run_pack(data, tmp_path / "out", **settings)
     index = run_pack(data, tmp_path / "out", bad_limit=0.1)
     assert len(index) == 18 and listed(tmp_path / "out", "rejected.jsonl").keys() == {"a/text.jpg", "a/empty.jpg"}
-    with pytest.raises(PackingStopped, match=r"1 of the \d+ pictures looked at so far .* such as a/(text|empty).jpg: "):
+    with pytest.raises(ValueError, match=r"1 of \d+ pictures looked at so far .* such as a/(text|empty).jpg: "):
         run_pack(data, tmp_path / "failing", bad_limit=0.0)
     write_files(tmp_path / "none", {"text.jpg": b"text", "empty.jpg": b""})
-    with pytest.raises(ValueError, match=r"holds no picture that can be packed \(.*.jpg: .*\); give another --data"):
+    with pytest.raises(ValueError, match="holds no picture that can be packed; give another --data"):
         run_pack(tmp_path / "none", tmp_path / "nothing", bad_limit=1.0)
     assert not (tmp_path / "nothing").exists()
 
@@ -402,13 +407,11 @@ def test_a_list_whose_pictures_are_elsewhere_says_where_they_were_looked_for(tmp
     names = sorted(str(path.relative_to(data)) for path in data.rglob("*.jpg"))
     path, out = tmp_path / "lists/list.txt", tmp_path / "out"
     write_files(tmp_path, {"lists/list.txt": "\n".join(names).encode()})
-    with pytest.raises(
-        PackingStopped, match=f"20 of 20 .*tried {tmp_path}/lists/.*, as a list's paths start at its folder"
-    ):
+    with pytest.raises(ValueError, match=rf"20 of 20 .*\(a list's paths start at {tmp_path}/lists\)"):
         run_pack(path, out)
     path.write_text("\n".join(str(data / name) for name in names))
     with pytest.raises(
-        PackingStopped, match=r"20 of 20 .*: raise the limit, .* remove the folder packing in --out and pass"
+        ValueError, match=r"20 of 20 .*: raise the limit, .* remove the folder packing in --out and pass"
     ):
         run_pack(path, out)
     shutil.rmtree(out / "packing")
@@ -417,21 +420,18 @@ def test_a_list_whose_pictures_are_elsewhere_says_where_they_were_looked_for(tmp
 
 def test_a_large_source_is_not_looked_through_to_the_end(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(3000)))
-    with pytest.raises(
-        PackingStopped, match=r"(1\d\d\d) of the \1 pictures looked at so far \(100.00%; there are 3000\)"
-    ):
+    with pytest.raises(ValueError, match=r"1000 of 1000 pictures looked at so far \(there are 3000\)"):
         run_pack(tmp_path / "list.txt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("container", "settings", "message"),
     [
-        ("tar", {"seed": -1}, r"--seed must be from 0 to 2\*\*64-1. Found: -1"),
+        ("tar", {"seed": -1}, r"--seed must be from 0 to 18446744073709551615. Found: -1"),
         ("tar", {"workers": 0}, "--workers must be at least 1. Found: 0"),
         ("tar", {"bad_limit": 1.5}, "--bad-limit must be from 0 to 1. Found: 1.5"),
         ("tar", {"shard_mb": 0}, "--shard-mb must be at least 1. Found: 0"),
         ("tar", {"short_side": 0}, "--short-side must be at least 1. Found: 0"),
-        ("beton", {"write_mode": "png"}, "--write-mode must be .*Found: png"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, container, settings, message):
@@ -446,25 +446,12 @@ def test_places_that_cannot_be_are_refused(tmp_path, data):
     with pytest.raises(ValueError, match="nowhere does not exist; give a folder, a list file or a tar to --data"):
         run_pack(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match="file.* cannot be written .*; set another --out"):
         run_pack(data, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no picture"):
         run_pack(tmp_path / "empty", tmp_path / "out")
     assert not (data / "shards").exists() and not (tmp_path / "out").exists()
-
-
-def test_the_progress_line_fits_80_columns(tmp_path):
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80, _environ={})
-    tally = Tally(PackConfig(data=tmp_path, out=tmp_path), 300_000_000, 0)
-    with pack_module._progress(Ranks(127, 128), 300_000_000, tally, console):
-        tally.add(4, 440_000, 300_000)
-        time.sleep(0.5)
-    lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
-    line = next(line for line in lines if "300000 bad" in line)
-    assert len(line.rstrip()) <= 80 and "…" not in line and "rank 127 4/300000000" in line
-    assert re.search(r" left \d+ days, [\d:]+ *$", line)
 
 
 # ------------------------------------------------------------------------------------------------ the hostile set
@@ -523,7 +510,7 @@ def test_what_is_sound_is_in_and_what_is_not_is_named(packed_hostile, container)
     for name, content in BYTE_FOR_BYTE.items():
         assert index.read(by_name[name]).tobytes() == content, name
     changes = listed(index.path, "changed.jsonl")
-    assert changes.keys() == CHANGED.keys() == set(index.manifest.changed_names)
+    assert changes.keys() == CHANGED.keys()
     assert index.manifest.changed == {"16 bit": 1, "CMYK": 1, "EXIF orientation": 1, "PNG": 2, "WEBP": 1}
     for name, (_, kinds, size) in CHANGED.items():
         assert changes[name] == kinds
@@ -566,42 +553,6 @@ def test_tarfile_and_webdataset_read_the_shards(packed_hostile):
         with tarfile.open(path) as tar:
             found += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
     assert found == [sample["jpg"] for sample in samples]
-
-
-@pytest.mark.parametrize("labels", [True, False])
-def test_dalis_own_webdataset_reader_reads_the_shards_by_our_index(tmp_path, labels):
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from nvidia.dali import fn, pipeline_def
-
-    data = two_classes(tmp_path / "data", 12)
-    if not labels:
-        data = write_files(tmp_path / "flat", {f"{i}.jpg": jpeg_of(seed=i) for i in range(12)})
-    index = pack_folder(data, tmp_path / "out")
-    paths = [str(index.path / shard.name) for shard in index.manifest.shards]
-    index_paths = [str(index.path / file.name) for file in index.manifest.dali_indices]
-    extensions = ["jpg", "cls"] if labels else ["jpg"]
-
-    @pipeline_def(batch_size=12, num_threads=1, device_id=None)
-    def read():
-        parts = fn.readers.webdataset(paths=paths, index_paths=index_paths, ext=extensions)
-        return tuple(parts) if labels else parts
-
-    pipe = read()
-    pipe.build()
-    outputs = pipe.run()
-    assert [bytes(np.asarray(outputs[0].at(i))) for i in range(12)] == [index.read(i).tobytes() for i in range(12)]
-    if labels:
-        assert [int(bytes(np.asarray(outputs[1].at(i)))) for i in range(12)] == index.labels(range(12)).tolist()
-
-
-def test_dalis_index_is_what_dalis_own_tool_writes(tmp_path):
-    wds2idx = pytest.importorskip("wds2idx", reason="DALI is not installed")
-    index = pack_folder(two_classes(tmp_path / "data", 12), tmp_path / "out")
-    theirs = tmp_path / "theirs.idx"
-    with wds2idx.IndexCreator(str(tmp_path / "out/shard-000000.tar"), str(theirs), verbose=False) as creator:
-        creator.create_index()
-    ours = (tmp_path / "out/shard-000000.idx").read_text()
-    assert ours == theirs.read_text() and ours.startswith(f"v1.2 {len(index)}\n")
 
 
 READ_WITH_FFCV = """
@@ -654,7 +605,7 @@ def test_ffcvs_own_loader_reads_jpegs_and_raw_pixels(packed_hostile, tmp_path):
     for i in range(6):
         expected = np.asarray(Image.open(data / smart.name(i)))
         if encodings[i]:
-            assert np.array_equal(smart.content(i).reshape(48, 48, 3), expected)
+            assert np.array_equal(smart.read(i, pixels=True).reshape(48, 48, 3), expected)
             assert np.array_equal(read["images"][i], expected)
         else:
             assert np.abs(read["images"][i].astype(int) - expected).mean() < 3
@@ -724,9 +675,7 @@ def test_a_packed_set_keeps_its_order_and_bytes_as_a_source(tmp_path, data):
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(
-        PackingStopped, match=r"is damaged at .*\.jpg, in shard-000001.tar: see what python data_prep/verify"
-    ):
+    with pytest.raises(ValueError, match=r"\.jpg\) in shard-000001.tar is not as it was packed"):
         run_pack(first.path, tmp_path / "damaged")
 
 
@@ -767,41 +716,28 @@ def test_the_command_packs_from_any_directory_and_sums_up(tmp_path, container):
     arguments = ["--data", "data", "--out", "out", "--workers", "2", "--bad-limit", "0.2"]
     done = run_command(container, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    into = {"tar": "1 shard", "beton": "samples.beton"}[container]
+    into = f"1 {container}"
     lines = done.stdout.splitlines()
     assert re.fullmatch(rf"Packed 11 pictures of 2 classes into {into}, \d+\.\d MB\.", lines[0])
     assert lines[1:] == [
-        "Left out: 1 no decoder for .heic, 1 not a picture (see rejected.jsonl).",
+        "Left out: 2 not a picture (see rejected.jsonl).",
         "Changed: 1 PNG (see changed.jsonl).",
-        "Ignored, as no pictures: 2 .txt, 1 without extension.",
+        "Ignored, as no pictures: 2 .txt, 1 of other kinds.",
     ]
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["ignored"] == {".txt": 2, "without extension": 1}
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["ignored"] == {".txt": 2, "of other kinds": 1}
     again = run_command(container, *arguments, cwd=tmp_path)
     assert again.returncode == 1 and again.stderr.count("\n") == 1
     assert again.stderr.strip().endswith("pass --overwrite to replace it, or give another --out.")
     assert run_command(container, *arguments, "--overwrite", cwd=tmp_path).returncode == 0
 
 
-def test_the_plan_says_what_would_be_and_does_nothing(tmp_path, container):
-    data = write_files(two_classes(tmp_path / "data"), {"cat/text.jpg": b"text"})
-    done = run_command(container, "--data", data, "--out", tmp_path / "out", "--plan", "--workers", "3")
-    assert done.returncode == 0, done.stderr
-    assert "11 in 2 classes" in done.stdout and "with 3 processes" in done.stdout and "free disk" in done.stdout
-    assert "1 of the 11 that were tried, such as cat/text.jpg: not a picture" in done.stdout
-    assert not (tmp_path / "out").exists()
-    expected = float(re.search(r"expected size +([\d.]+) GB", done.stdout)[1]) * 1e9
-    index = PACKERS[container](data, tmp_path / "out", bad_limit=0.2)
-    size = sum(path.stat().st_size for path in index.path.iterdir())
-    assert expected == pytest.approx(size, abs=1e6 if container == "tar" else 2e7)
-
-
 MEASURED = """
 import sys
-from data_prep.pack import *
+from pathlib import Path
+from tests.data_prep.test_pack import SmallShards, pack
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 (folder / f"{count}.tsv").write_text("".join(f"{folder}/{i % 10}.jpg\\t{i % 1000}\\n" for i in range(count)))
-target = Target(container="tar", writer="test", treatment=Treatment(), shard_bytes=1_000_000)
-pack(PackConfig(data=folder / f"{count}.tsv", out=folder / str(count), workers=1), target)
+pack(SmallShards(data=folder / f"{count}.tsv", out=folder / str(count), workers=1, shard_bytes=1_000_000))
 # Not ru_maxrss, which begins with what the process that started this one had.
 with open("/proc/self/status") as file:
     print(next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024)

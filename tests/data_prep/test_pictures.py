@@ -18,13 +18,11 @@ from PIL import Image, ImageOps, features
 from torchvision.datasets.folder import default_loader
 
 from data_prep.pictures import (
-    BEGINNING_BYTES,
     JPEG,
     RAW,
     BadPicture,
     Prepared,
     Treatment,
-    picture_format,
     prepare_picture,
     read_picture,
 )
@@ -201,15 +199,6 @@ WHOLE = encoded(scene())
 BROKEN_ICC = patched(SOUND["metadata"], b"ICC_PROFILE\0", 12, b"\x07")
 
 
-@pytest.mark.parametrize("source", [patched(WHOLE, b"JFIF\0", 5, b"\x02"), BROKEN_ICC], ids=["JFIF revision", "ICC"])
-def test_odd_segments_that_no_pixel_needs_are_left_out(source):
-    prepared = prepare_picture(source, Treatment())
-    assert prepared.changes == ("metadata",)
-    np.testing.assert_array_equal(pixels_of(prepared), rgb(source))
-    assert prepare_picture(source, Treatment(short_side=20)).changes == ("metadata", "shrunk")
-    assert prepare_picture(prepared.content, Treatment()) == prepared._replace(changes=())
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -224,13 +213,14 @@ def test_odd_segments_that_no_pixel_needs_are_left_out(source):
             r"damaged: Corrupt JPEG data: \d+ extraneous bytes before marker",
         ),
         (WHOLE[:-2] + b"\0" * 12 + WHOLE[-2:], r"damaged: Corrupt JPEG data: \d+ extraneous bytes before marker"),
-        (BROKEN_ICC[:-200] + BROKEN_ICC[-2:], "damaged: Corrupt JPEG data: premature end of data segment"),
-        (b"\xff\xd8" + WHOLE, "damaged: its header cannot be decoded"),
+        (BROKEN_ICC, "damaged: .*ICC marker"),
+        (patched(WHOLE, b"JFIF\0", 5, b"\x02"), "damaged: .*JFIF revision"),
+        (b"\xff\xd8" + WHOLE, "damaged: .*subsampling level"),
         (patched(WHOLE, b"\xff\xc0", 5, b"\0\0"), "damaged: its header names a size of 93 x 0 px"),
         (patched(WHOLE, b"\xff\xc0", 1, b"\xfe"), "damaged: its header names no size"),
         (patched(WHOLE, b"\xff\xc0", 4, b"\x0c"), "not 8 bit: its samples have 12 bits; convert it to 8"),
         (patched(WHOLE, b"\xff\xc0", 1, b"\xc3"), "lossless JPEG: convert it to PNG"),
-        (patched(WHOLE, b"\xff\xc0", 11, b"\x42"), "unusual chroma subsampling: its factors are 421111; convert it to"),
+        (patched(WHOLE, b"\xff\xc0", 11, b"\x42"), "damaged: .*subsampling level"),
         (patched(WHOLE, b"\xff\xc0", 5, b"\xff\xdd"), "too large: 93 x 65501 px; JPEG libraries go to 65500 px a side"),
         (encoded(scene(), "PNG")[:-50], "damaged: image file is truncated"),
         (patched(encoded(scene(), "PNG"), b"IDAT", 900, b"\0\0\0"), "damaged: unrecognized data stream"),
@@ -240,8 +230,8 @@ def test_odd_segments_that_no_pixel_needs_are_left_out(source):
         (encoded(Image.new("I", (3, 2)), "TIFF"), "unusual pixels: its mode is I; convert it to 8 bit RGB or gray"),
         (encoded(scene(), "TGA"), "not a picture: it begins with b'"),
         (encoded(scene(), "PPM")[:-50], "damaged: image file is truncated"),
-        (b"\0\0\0\x18ftypheic" + bytes(99), "no decoder for HEIC: convert it to JPEG or PNG"),
-        (b"\xff\x0a" + bytes(99), "no decoder for JPEG XL: convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "not a picture: it begins with .*ftyp"),
+        (b"\xff\x0a" + bytes(99), "not a picture: it begins with b"),
         (encoded(Image.new("1", (65_501, 1)), "PNG"), "too large: 65501 x 1 px; JPEG libraries go to 65500 px a side"),
     ],
 )
@@ -356,7 +346,6 @@ def test_rarer_formats_are_packed(file_format):
     if file_format != "PPM" and not features.check({"JPEG2000": "jpg_2000", "AVIF": "avif"}[file_format]):
         pytest.skip(f"this Pillow has no {file_format}")
     source = encoded(scene(), file_format)
-    assert picture_format(source[:BEGINNING_BYTES]) == file_format
     prepared = prepare_picture(source, RAW_MODE)
     assert prepared.changes == (file_format,)
     np.testing.assert_array_equal(pixels_of(prepared), rgb(source))
@@ -505,7 +494,7 @@ def test_whoever_reads_a_picture_sees_what_packing_sees(orientation, tmp_path):
         (SOUND["4:2:0"][:-300], "damaged: Premature end of JPEG file"),
         (encoded(scene(), "PNG")[:-50], "damaged: image file is truncated"),
         (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "too large: .*decompression bomb"),
-        (None, "unreadable: No such file or directory"),
+        (None, "No such file or directory"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_named(content, reason, tmp_path):

@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.index import JPEG, NO_LABEL, RAW
+from data_prep.index import JPEG, NO_LABEL, RAW, ShardError
 from data_prep.sources import (
     LINE_BREAK,
     MAX_PICTURE_BYTES,
     NOT_REGULAR,
     Entry,
     Listing,
-    Reader,
     SourceVanished,
     Unreadable,
     as_bytes,
     as_text,
     list_source,
+    open_listing,
 )
 from tests.packed import Sample, write_set
 
@@ -38,6 +38,12 @@ ROOT = Path(__file__).resolve().parents[2]
 GONE = (
     "{} was there when the pictures were listed and cannot be read now ({}): mount or restore the source and run the "
     "same command again, or remove the folder packing in --out and pass --overwrite to list anew."
+)
+
+
+MIXED = (
+    "{} has a class for {} and none for {}: give every picture a class (a folder, a .cls beside it, or a label in the list), "
+    "or none."
 )
 
 
@@ -84,8 +90,8 @@ def listed(tmp_path):
         nonlocal count
         count += 1
         path = tmp_path / f"listing_{count}.sqlite"
-        list_source(data, path).close()
-        return Listing(path)
+        list_source(data, path)
+        return open_listing(Path(data), path)
 
     return list_it
 
@@ -105,8 +111,7 @@ def labels(listing):
 
 def contents(listing):
     """{name: bytes} as the reader has them."""
-    reader = Reader(listing.facts)
-    return {entry.name: reader.read(entry) for entry in entries(listing)}
+    return {entry.name: listing.read(entry) for entry in entries(listing)}
 
 
 def refused(data, tmp_path):
@@ -161,8 +166,7 @@ def test_class_folders_are_listed_as_os_walk_finds_them(tmp_path, listed):
     assert contents(listing) == {name: (data / name).read_bytes() for _, name in expected}
     assert listing.facts.total_bytes == sum(entry.byte_count for entry in entries(listing))
     assert (listing.facts.kind, listing.facts.root, listing.facts.containers) == ("folder", str(data), [])
-    assert listing.facts.source_seed is None
-    assert listing.entry(0) == Entry("a/1.tiff", 0, None, 0, 58, 0, "")
+    assert listing.entry(0) == Entry("a/1.tiff", 0, None, 0, 58, "")
 
 
 def test_a_flat_folder_has_no_labels(tmp_path, listed):
@@ -200,10 +204,10 @@ def test_the_listing_is_the_same_under_every_locale(tmp_path, kind):
         data = data / "list.txt"
         data.write_bytes(b"".join(name + b" " + name[:2] + b"\n" for name in odd))
     code = (
-        "import sys; from data_prep.sources import Reader, list_source;"
+        "import sys; from data_prep.sources import list_source;"
         "listing = list_source(*sys.argv[1:]);"
         "print(*map(ascii, [listing.entry(i) for i in range(3)] + [listing.facts]));"
-        "[Reader(listing.facts).read(listing.entry(i)) for i in range(3)]"
+        "[listing.read(listing.entry(i)) for i in range(3)]"
     )
     said = []
     for settings in ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, {"PYTHONUTF8": "1"}):
@@ -231,11 +235,11 @@ def test_what_is_no_file_is_listed_with_its_fault_and_never_opened(tmp_path, lis
         "a/nowhere.jpg": "unreadable: No such file or directory",
         "a/loop.jpg": "unreadable: Too many levels of symbolic links",
         "a/file.jpg": "unreadable: Not a directory",
-        "a/pipe.jpg": NOT_REGULAR,
-        "a/null.jpg": NOT_REGULAR,
-        "a/socket.jpg": NOT_REGULAR,
+        "a/pipe.jpg": f"unreadable: {NOT_REGULAR}",
+        "a/null.jpg": f"unreadable: {NOT_REGULAR}",
+        "a/socket.jpg": f"unreadable: {NOT_REGULAR}",
     }
-    reader = Reader(listing.facts)
+    reader = listing
     for entry in entries(listing):
         if entry.fault:
             with pytest.raises(Unreadable) as caught:
@@ -255,26 +259,21 @@ def test_a_picture_too_large_for_memory_is_left_out(tmp_path, listed):
 
 def test_folders_that_cannot_be_listed_are_refused(tmp_path, monkeypatch):
     data = tmp_path / "data"
-    assert refused(data, tmp_path) == f"{data} does not exist; give a folder to --data."
+    assert f"{data} is no folder, tar or list of pictures" in refused(data, tmp_path)
     data.mkdir()
-    assert refused(data, tmp_path) == (
-        f"{data} holds no picture, neither itself nor in class folders, and no *.tar; give another --data (pictures are *.jpg, "
-        "*.jpeg, *.jpe, *.jfif, *.png, *.webp, *.bmp, *.tif, *.tiff, *.gif, *.avif, *.jp2, *.j2k, *.j2c, *.jpf, *.jpx, *.ppm, "
-        "*.pgm, *.pbm, *.pnm, and whatever begins as they do)."
+    sentence = refused(data, tmp_path)
+    assert sentence.startswith(
+        f"{data} holds no picture, neither itself nor in class folders or tars; give another --data"
     )
+    assert "*.jpg, *.jpeg, " in sentence
     write_files(data, ["clip.mp4", ".hidden", "b/notes.txt", "b/more.TXT"])
-    assert "no *.tar (but 2 .txt, 1 .mp4, 1 hidden); give another --data" in refused(data, tmp_path)
+    assert "or tars (but 2 .txt, 1 .mp4, 1 hidden); give another --data" in refused(data, tmp_path)
     write_files(data, ["loose_b.jpg", "loose_a.jpg", "b/1.jpg", "b/0.jpg", "c/1.jpg"])
-    assert refused(data, tmp_path) == (
-        f"{data} holds both class folders (b/0.jpg) and loose pictures (loose_a.jpg): move the loose ones into a class "
-        "folder or away."
-    )
+    assert refused(data, tmp_path) == MIXED.format(data, "b/0.jpg", "loose_a.jpg")
     for path in data.glob("loose*"):
         path.unlink()
     (data / "x.tar").write_bytes(tar_of(["a.jpg"]))
-    assert (
-        refused(data, tmp_path) == f"{data} holds both pictures (b/0.jpg) and tars (x.tar): move one of the two away."
-    )
+    assert refused(data, tmp_path) == f"{data} holds both pictures and tars (x.tar): move one of the two away."
     (data / "x.tar").unlink()
     scandir = os.scandir
 
@@ -294,12 +293,11 @@ def test_other_files_are_refused(tmp_path):
         data = tmp_path / name
         data.write_bytes(b"content")
         assert refused(data, tmp_path) == (
-            f"{data} is neither a folder nor a tar nor a list of pictures (*.txt, *.tsv, *.csv, *.lst); give one of these "
-            "to --data."
+            f"{data} is no folder, tar or list of pictures (*.txt, *.tsv, *.csv, *.lst) that can be read; give one to --data."
         )
     os.mkfifo(tmp_path / "pipe.txt")
-    assert "is neither a folder nor" in refused(tmp_path / "pipe.txt", tmp_path)
-    assert "does not exist" in refused(tmp_path / "a.jpg/b", tmp_path)
+    assert "is no folder, tar or list" in refused(tmp_path / "pipe.txt", tmp_path)
+    assert "is no folder, tar or list" in refused(tmp_path / "a.jpg/b", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- lists
@@ -353,12 +351,11 @@ def test_integer_labels_are_the_labels(tmp_path, listed):
         (b"a.jpg\n\nname,label\n", "{}, line 3, names no picture ('name,label'): give one picture per line, PATH or PATH LABEL, "),
         (b'"a.jpg",3\n', "{}, line 1, names no picture ('\"a.jpg\",3'): give one picture per line, PATH or PATH LABEL, without"),
         ("a.jpg\n".encode("utf-16"), "{}, line 1, names no picture ("),
-        (b"a.jpg 1\n\nb.jpg\n", "{} has a label for a.jpg and none for b.jpg: give every picture a label, or none."),
-        (b"a.jpg\nb.jpg 1", "{} has a label for b.jpg and none for a.jpg: give every picture a label, or none."),
-        (b"a.jpg 1\nb.jpg -1", "has the label -1; integer labels must be from 0 to 999999: count them from 0, "),
-        (b"a.jpg 1440764", "has the label 1440764; integer labels must be from 0 to 999999: count them from 0, "),
+        (b"a.jpg 1\n\nb.jpg\n", MIXED.format("{}", "a.jpg", "b.jpg")),
+        (b"a.jpg\nb.jpg 1", MIXED.format("{}", "b.jpg", "a.jpg")),
+        (b"a.jpg 1\nb.jpg -1", " has labels from -1 to "),
+        (b"a.jpg 1440764", " has labels from 1440764 to 1440764; they must be from 0 to 999999: count them from 0, "),
         (b"a\0b.jpg", "{}, line 1, names no picture ('a\\x00b.jpg'): "),
-        (b"a.jpg" * 20_000, "{}, line 1, is longer than 65536 bytes, so this is no list of pictures; give one per line, "),
     ],
 )  # fmt: skip
 def test_lists_that_cannot_be_read_are_refused(tmp_path, text, sentence):
@@ -443,7 +440,7 @@ def test_a_flat_tar_has_no_labels_and_keeps_both_of_two_equal_names(tmp_path, li
     parts = [tar_bytes({"b.jpg": b"1", "a.jpg": b"22", "b.txt": b"x"})[:3072], tar_bytes({"b.jpg": b"333"})]
     (tmp_path / "flat.tar").write_bytes(b"".join(parts))
     listing = listed(tmp_path / "flat.tar")
-    reader = Reader(listing.facts)
+    reader = listing
     assert [(entry.name, reader.read(entry)) for entry in entries(listing)] == [
         ("a.jpg", b"22"),
         ("b.jpg", b"1"),
@@ -461,8 +458,8 @@ def test_members_that_are_no_files_are_left_out(tmp_path, listed):
             tar.addfile(member)
     assert {e.name: e.fault for e in entries(listed(tmp_path / "links.tar"))} == {
         "a/b.jpg": "",
-        "a/c.jpg": NOT_REGULAR,
-        "a/d.jpg": NOT_REGULAR,
+        "a/c.jpg": f"unreadable: {NOT_REGULAR}",
+        "a/d.jpg": f"unreadable: {NOT_REGULAR}",
     }
 
 
@@ -519,13 +516,13 @@ def test_imagenets_tars_unpacked_from_their_tar_are_classes(tmp_path, listed):
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"a.txt": b"1"}, "{} holds no picture, neither itself nor in tars in it (but 1 .txt); give another --data."),
+        ({"a.txt": b"1"}, "{} holds no picture, neither itself nor in class folders or tars (but 1 .txt); give another --data"),
         (
             {"a.jpg": b"1", "a.cls": b"1", "b.jpg": b"2"},
-            "{} has a label for a.jpg and none for b.jpg: give every picture a label, or none.",
+            MIXED.format("{}", "a.jpg", "b.jpg"),
         ),
-        ({"x/a.jpg": b"1", "b.jpg": b"2"}, "{} holds both class folders (x/a.jpg) and loose pictures (b.jpg): move the loose"),
-        ({"a.jpg": b"1", "a.cls": b"-1"}, "has the label -1; integer labels must be from 0 to 999999: "),
+        ({"x/a.jpg": b"1", "b.jpg": b"2"}, MIXED.format("{}", "x/a.jpg", "b.jpg")),
+        ({"a.jpg": b"1", "a.cls": b"-1"}, " has labels from -1 to -1; they must be from 0 to 999999: "),
     ],
 )  # fmt: skip
 def test_tars_that_do_not_say_what_they_hold_are_refused(tmp_path, members, sentence):
@@ -534,24 +531,21 @@ def test_tars_that_do_not_say_what_they_hold_are_refused(tmp_path, members, sent
     assert sentence.format(path) in refused(path, tmp_path)
 
 
-JPEG_BEGINNING, HEIC_BEGINNING = b"\xff\xd8\xff\xe0 and so on", b"\0\0\0\x18ftypheic and so on"
-ODD_NAMES = {
-    **dict.fromkeys(("a/photo", "a/b.jpg_large", "a/c.jpg.1", "a/d.JPG~", "a/e"), JPEG_BEGINNING),
-    **dict.fromkeys(("a/f.avif", "a/g.JP2", "a/h.ppm"), b"known by their names"),
-}
-UNDECODED = {"a/i.HEIC": b"1", "a/j.jxl": b"2", "a/k.nef": b"II*\0, a TIFF", "a/l.heic.1": HEIC_BEGINNING}
+PICTURES = dict.fromkeys(("a/f.avif", "a/g.JP2", "a/h.ppm", "a/i.HEIC"), b"known by their names")
 NO_PICTURES = {
-    "a/m.txt": JPEG_BEGINNING,
+    "a/m.txt": b"\xff\xd8\xff",
     "a/n.json": b"{}",
     "a/README": b"text",
     "a/Thumbs.db": b"3",
+    "a/b.jpg_large": b"5",
+    "a/b.jpg.1": b"6",
     "a/.DS_Store": b"4",
 }
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_nothing_is_passed_over_without_a_word(tmp_path, listed, kind):
-    files = ODD_NAMES | UNDECODED | NO_PICTURES
+    files = PICTURES | NO_PICTURES
     data = tmp_path / "data"
     if kind == "folder":
         for name, content in files.items():
@@ -561,16 +555,9 @@ def test_nothing_is_passed_over_without_a_word(tmp_path, listed, kind):
         data.write_bytes(tar_bytes(files))
         data = data.rename(tmp_path / "data.tar")
     listing = listed(data)
-    assert names(listing) == sorted(ODD_NAMES | UNDECODED) and tuple(listing.facts.class_names) == ("a",)
-    assert {entry.name: entry.fault for entry in entries(listing) if entry.fault} == {
-        name: f"no decoder for {name[3:].lower()}: convert it to JPEG or PNG" for name in list(UNDECODED)[:3]
-    }  # the last one is found out when it is read
-    assert listing.facts.ignored == {".db": 1, ".json": 1, ".txt": 1, "hidden": 1, "without extension": 1}
-
-
-def test_kinds_are_few_for_any_names(tmp_path, listed):
-    data = write_files(tmp_path / "data", ["a.jpg", *(f"{i}.x{i}" for i in range(1100)), "b.0001", "c.d e"])
-    assert len(listed(data).facts.ignored) == 1001 and sum(listed(data).facts.ignored.values()) == 1102
+    assert names(listing) == sorted(PICTURES) and tuple(listing.facts.class_names) == ("a",)
+    kinds = {"of other kinds": 2, ".db": 1, ".jpg_large": 1, ".json": 1, ".txt": 1, "hidden": 1}
+    assert listing.facts.ignored == kinds
 
 
 @pytest.mark.parametrize(
@@ -586,20 +573,13 @@ def test_labels_away_from_their_pictures_are_found(tmp_path, listed, order):
     ("members", "found"),
     [
         ({"a.jpg": b"1", "a.CLS": b"7", "b.jpg": b"2", "b.Cls": b"5"}, {"a.jpg": "7", "b.jpg": "5"}),
-        ({"a.jpg": b"1", "a.json": b'{"cls": 7}', "b.jpg": b"2", "b.JSON": b'{"cls": 5}'}, {"a.jpg": "7", "b.jpg": "5"}),
-        ({"a.json": b'{"label": "cat"}', "a.jpg": b"1", "b.cls": b"dog", "b.jpg": b"2"}, {"a.jpg": "cat", "b.jpg": "dog"}),
-        ({"a.json": b'{"label": 7}', "a.cls": b"8", "a.jpg": b"1"}, {"a.jpg": "8"}),
-        ({"x/a.json": b'{"label": [7], "cls": true}', "x/a.jpg": b"1"}, {"x/a.jpg": "x"}),
-        ({"x/a.json": b"no json", "x/a.jpg": b"1", "x/b.json": b"[" * 100_000, "x/b.jpg": b"1"}, {"x/a.jpg": "x", "x/b.jpg": "x"}),
+        ({"x/a.cls": b" \n", "x/a.jpg": b"1"}, {"x/a.jpg": "x"}),
     ],
 )  # fmt: skip
 def test_labels_by_other_names(tmp_path, listed, members, found):
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     listing = listed(tmp_path / "x.tar")
     assert labels(listing) == found
-    assert sum(listing.facts.ignored.values()) == sum(
-        name.startswith("x/") and name.endswith("json") for name in members
-    )
 
 
 def test_a_folder_of_tars_is_read_whole_or_not_at_all(tmp_path, listed):
@@ -607,12 +587,15 @@ def test_a_folder_of_tars_is_read_whole_or_not_at_all(tmp_path, listed):
     data.mkdir()
     (data / "a.tar").write_bytes(tar_of(["1.jpg"]))
     (data / "b.tgz").write_bytes(gzip.compress(tar_of(["2.jpg"])))
-    assert refused(data, tmp_path).startswith(f"{data}/b.tgz is compressed") and len(list(data.iterdir())) == 2
+    assert (
+        refused(data, tmp_path).startswith(f"{data}/b.tgz is no tar, damaged, cut short or compressed (")
+        and len(list(data.iterdir())) == 2
+    )
     (data / "b.tar").write_bytes(gzip.decompress((data / "b.tgz").read_bytes()))
     (data / "b.tgz").unlink()
     assert names(listed(data)) == ["a/1.jpg", "b/2.jpg"]
     (tmp_path / "outer.tar").write_bytes(tar_bytes({"a.tar": tar_of(["1.jpg"]), "b.tgz": b"gzip"}))
-    assert f"{tmp_path}/outer.tar, in it b.tgz, is compressed" in refused(tmp_path / "outer.tar", tmp_path)
+    assert f"{tmp_path}/outer.tar, in it b.tgz, is no tar" in refused(tmp_path / "outer.tar", tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
@@ -621,13 +604,13 @@ def test_compressed_tars_are_refused(tmp_path, mode):
     for name in (f"data/x.tar.{mode}", "misnamed.tar"):
         with tarfile.open(tmp_path / name, f"w:{mode}") as tar:
             tar.addfile(tarfile.TarInfo("a.jpg"))
-    sentence = "{} is compressed, so pictures in it cannot be read one by one: decompress it first."
+    sentence = "{} is no tar, damaged, cut short or compressed ("
     for given, named in {
         f"data/x.tar.{mode}": f"data/x.tar.{mode}",
         "data": f"data/x.tar.{mode}",
         "misnamed.tar": "misnamed.tar",
     }.items():
-        assert refused(tmp_path / given, tmp_path) == sentence.format(tmp_path / named)
+        assert refused(tmp_path / given, tmp_path).startswith(sentence.format(tmp_path / named))
 
 
 def test_a_tar_is_refused_wherever_it_was_cut(tmp_path, listed):
@@ -637,7 +620,7 @@ def test_a_tar_is_refused_wherever_it_was_cut(tmp_path, listed):
     path = tmp_path / "cut.tar"
     for length in [*range(0, end + 512, 256), *range(1, end + 512, 500)]:
         path.write_bytes(whole[:length])
-        assert f"{path} is damaged or was cut short (" in refused(path, tmp_path)
+        assert f"{path} is no tar, damaged, cut short or compressed (" in refused(path, tmp_path)
     path.write_bytes(whole[: end + 512])
     assert len(listed(path)) == 3
     assert len(whole) > end + 1024
@@ -646,33 +629,21 @@ def test_a_tar_is_refused_wherever_it_was_cut(tmp_path, listed):
 def test_damaged_tars_are_refused(tmp_path):
     path = tmp_path / "x.tar"
     whole = tar_bytes({"a.jpg": b"1", "b.jpg": b"2"})
-    remedy = "): copy it again, or pack it anew with tar."
+    fault = "is no tar, damaged, cut short or compressed (no header and no end can be read at byte"
     path.write_bytes(whole[:1024] + b"garbage!" * 64 + whole[1536:])
-    assert refused(path, tmp_path) == f"{path} is damaged or was cut short (no header can be read at byte 1024{remedy}"
+    assert f"{path} {fault} 1024): " in refused(path, tmp_path)
     path.write_bytes(b"not a tar, " * 200)
-    assert refused(path, tmp_path).startswith(f"{path} is damaged or was cut short (")
-    path.write_bytes(whole + whole)
-    assert refused(path, tmp_path) == (
-        f"{path} is damaged or was cut short (it goes on behind its end, as tars do that were joined by cat{remedy}"
-    )
+    assert refused(path, tmp_path).startswith(f"{path} is no tar, damaged, cut short")
+    path.write_bytes(whole + whole)  # as cat joins them
+    assert f"{path} {fault} 2048): " in refused(path, tmp_path)
     path.write_bytes(tar_bytes({"n01.tar": tar_of(["a.jpg"]), "n02.tar": tar_of(["b.jpg"])[:700]}))
-    assert refused(path, tmp_path).startswith(f"{path}, in it n02.tar, is damaged or was cut short (")
+    assert refused(path, tmp_path).startswith(f"{path}, in it n02.tar, is no tar, damaged, cut short")
     os.unlink(path)
     (tmp_path / "data").mkdir()
     os.mkfifo(tmp_path / "data/pipe.tar")
     assert refused(tmp_path / "data", tmp_path).startswith(
         f"{tmp_path}/data/pipe.tar cannot be listed (not a regular file): "
     )
-
-
-def test_sparse_members_are_refused(tmp_path):
-    sparse, path = tmp_path / "hole.jpg", tmp_path / "x.tar"
-    with sparse.open("wb") as file:
-        file.truncate(1 << 20)
-        file.seek(1 << 19)
-        file.write(b"island")
-    subprocess.run(["tar", "--create", "--sparse", "--file", path, "--directory", tmp_path, sparse.name], check=True)
-    assert "(hole.jpg is a sparse file, which is not stored in one piece)" in refused(path, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- packed sets
@@ -694,20 +665,16 @@ def test_a_packed_set_keeps_its_order(tmp_path, listed, container):
     assert entries(listing) == entries(listed(tmp_path / "set"))
     assert names(listing) == [index.name(i) for i in range(7)]
     assert [entry.label for entry in entries(listing)] == index.labels(np.arange(7)).tolist()
-    assert [entry.checksum for entry in entries(listing)] == index.records(np.arange(7))["checksum"].tolist()
-    assert contents(listing) == {index.name(i): index.content(i).tobytes() for i in range(7)}
+    assert contents(listing) == {index.name(i): index.read(i).tobytes() for i in range(7)}
     assert tuple(listing.facts.class_names) == ("c0", "c1", "c2")
-    assert listing.facts.containers == [shard.name for shard in index.manifest.shards]
-    assert (listing.facts.kind, listing.facts.source_seed) == ("packed", 5)
-    assert all(entry.checksum for entry in entries(listing))
+    assert (listing.facts.kind, listing.index.manifest.shuffle_seed) == ("packed", 5)
 
 
 def test_packed_sets_that_are_no_source_are_refused(tmp_path):
-    packed_set(tmp_path / "raw", encoding=RAW)
-    assert refused(tmp_path / "raw", tmp_path) == (
-        f"{tmp_path}/raw holds pictures as raw pixels, which are no picture files: pack from where it was packed from, or "
-        "from a set that was packed with --write-mode jpg."
-    )
+    packed_set(tmp_path / "raw", encoding=RAW, container="beton")
+    raw = list_source(tmp_path / "raw", tmp_path / "unused")
+    with pytest.raises(ShardError, match="is stored as raw pixels: .* pack it with --write-mode jpg"):
+        raw.read(raw.entry(0))
     packed_set(tmp_path / "set")
     (tmp_path / "set/shard-000001.tar").unlink()
     assert "shard-000001.tar is missing" in refused(tmp_path / "set", tmp_path)
@@ -724,7 +691,7 @@ def test_packed_sets_that_are_no_source_are_refused(tmp_path):
 def test_a_source_that_vanished_stops_the_packing(tmp_path, listed, monkeypatch):
     data = write_files(tmp_path / "data", ["a/1.jpg", "a/2.jpg"])
     listing = listed(data)
-    reader = Reader(listing.facts)
+    reader = listing
     (data / "a/1.jpg").unlink()
     with pytest.raises(SourceVanished) as caught:
         reader.read(listing.entry(0))
@@ -760,7 +727,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, listed, monkeypatch
 
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(Unreadable) as caught:
-        Reader(listing.facts).read(listing.entry(0))
+        open_listing(tmp_path, listing.path).read(listing.entry(0))
     assert str(caught.value) == f"unreadable: {os.strerror(number)}"
     assert caught.value.kind == "unreadable"
 
@@ -774,11 +741,11 @@ def test_what_a_file_has_become_is_read(tmp_path, listed):
     os.mkfifo(data / "3.jpg")
     (data / "4.jpg").unlink()
     (data / "4.jpg").mkdir()
-    reader = Reader(listing.facts)
+    reader = listing
     assert reader.read(listing.entry(0)) == b"longer" * 1000
     assert reader.read(listing.entry(1)) == b""
     for position in (2, 3):
-        with pytest.raises(Unreadable, match="^not a regular file$"):
+        with pytest.raises(Unreadable, match="^unreadable: not a regular file$"):
             reader.read(listing.entry(position))
 
 
@@ -788,7 +755,7 @@ def test_a_tar_that_changed_stops_the_packing(tmp_path, listed, monkeypatch):
     size = path.stat().st_size
     listing = listed(path)
     first, last = entries(listing)
-    held = Reader(listing.facts)
+    held = listing
     held.read(first)
     with path.open("r+b") as file:
         file.truncate(last.offset + 3)
@@ -796,11 +763,11 @@ def test_a_tar_that_changed_stops_the_packing(tmp_path, listed, monkeypatch):
         held.read(last)
     assert str(caught.value) == GONE.format(path, f"it ends at byte {last.offset + 3}, within 2.jpg")
     with pytest.raises(SourceVanished) as caught:
-        Reader(listing.facts).read(first)
+        open_listing(tmp_path, listing.path).read(first)
     assert str(caught.value) == GONE.format(path, f"it is {last.offset + 3} bytes long where it was {size}")
     path.unlink()
     with pytest.raises(SourceVanished) as caught:
-        Reader(listing.facts).read(first)
+        open_listing(tmp_path, listing.path).read(first)
     assert str(caught.value) == GONE.format(path, "No such file or directory")
 
     def fail(*_):
@@ -818,7 +785,7 @@ def test_few_tars_are_open_at_a_time_for_any_number_of_threads(tmp_path, listed,
     for shard in range(20):
         (data / f"{shard:02d}.tar").write_bytes(tar_of([f"{shard}_{i}.jpg" for i in range(5)]))
     listing = listed(data)
-    reader = Reader(listing.facts)
+    reader = listing
 
     def num_open():
         descriptors = [os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
@@ -829,7 +796,7 @@ def test_few_tars_are_open_at_a_time_for_any_number_of_threads(tmp_path, listed,
         for entry, content in zip(shuffled, pool.map(reader.read, shuffled)):
             assert content == content_of(entry.name.partition("/")[2])
     assert num_open() == 4
-    del reader
+    del reader, listing
     gc.collect()
     assert num_open() == 0
 
@@ -888,7 +855,7 @@ with open("/proc/self/status") as file:
 """
 
 
-@pytest.mark.parametrize(("kind", "many"), [("list", 200_000), ("sorted", 200_000), ("tar", 60_000)])
+@pytest.mark.parametrize(("kind", "many"), [("list", 100_000), ("sorted", 100_000), ("tar", 30_000)])
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, kind, many):
     peak_mb = {}
     for count in (10_000, many):
