@@ -14,6 +14,7 @@ median over the rounds, and the order statistics that hold the median with 95 % 
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import multiprocessing
@@ -112,7 +113,7 @@ def loader(tree: Tree, settings: dict, name: str, crops: bool) -> Callable[[], d
 
     def one_round(warm_up=settings["warm_up"], batches=settings["batches"]):
         if crops:
-            engine = crops_engine(tree.feed(config), name, settings["threads"])
+            engine = crops_engine(tree.feed(config), config.loader)
             source, end = engine.steps(), engine.end
         else:
             pipeline = tree.batches(config)
@@ -127,19 +128,19 @@ def loader(tree: Tree, settings: dict, name: str, crops: bool) -> Callable[[], d
     return one_round
 
 
-def crops_engine(feed, name: str, threads: int):
+def crops_engine(feed, loader):
     """Makes uint8 crops, without color: what a host does where color happens on a GPU."""
     import torch
 
-    common = feed, range(ENDLESS), torch.device("cpu"), torch.float32, threads
-    if name == "ffcv":
-        from pipelines.ffcv import Engine
+    from pipelines.finish import Finish
+    from pipelines.prefetch import StageClock
 
-        return Engine(*common, False)
-    from pipelines.dali import Engine
-    from pipelines.decoding import Decode
-
-    return Engine(*common, Decode("cpu", None), False)
+    module, cpu, steps = importlib.import_module(f"pipelines.{loader.pipeline}"), torch.device("cpu"), range(ENDLESS)
+    current = getattr(module, f"{loader.pipeline.title()}Engine", None)
+    if current is not None:
+        return current(feed, loader, steps, Finish(feed, cpu, torch.float32, False), StageClock())
+    decode = [module.Decode("cpu", None)] if loader.pipeline == "dali" else []
+    return module.Engine(feed, steps, cpu, torch.float32, loader.threads, *decode, False)
 
 
 def step(tree: Tree, settings: dict) -> Callable[[], dict[str, float]]:

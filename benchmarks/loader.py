@@ -33,6 +33,8 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -59,6 +61,8 @@ from inscon.config import Config, LoaderConfig, OptimConfig, ViewConfig
 from inscon.methods import inscon
 from inscon.report.measure import machine, versions
 from pipelines import open_pipeline
+from pipelines.finish import Finish
+from pipelines.prefetch import StageClock
 from scripts.train import feed_of
 
 ENDLESS = 10**6
@@ -133,21 +137,12 @@ def pil_decode(config: Config):
 
 
 @contextlib.contextmanager
-def dali_crops(config: Config):
-    from pipelines.dali import Decode, Engine
-
-    feed, cpu = feed_of(config), torch.device("cpu")
-    engine = Engine(feed, range(ENDLESS), cpu, torch.float32, config.loader.threads, Decode("cpu", None), False)
-    yield engine.steps()
-    engine.end()
-
-
-@contextlib.contextmanager
-def ffcv_crops(config: Config):
-    from pipelines.ffcv import Engine
-
-    feed, cpu = feed_of(config), torch.device("cpu")
-    engine = Engine(feed, range(ENDLESS), cpu, torch.float32, config.loader.threads, False)
+def crops(name: str, config: Config):
+    """The host's part of what happens where color is the GPU's."""
+    engine_class = getattr(importlib.import_module(f"pipelines.{name}"), f"{name.title()}Engine")
+    feed, loader = feed_of(config), dataclasses.replace(config.loader, pipeline=name)
+    finish = Finish(feed, torch.device("cpu"), torch.float32, False)
+    engine = engine_class(feed, loader, range(ENDLESS), finish, StageClock())
     yield engine.steps()
     engine.end()
 
@@ -201,9 +196,9 @@ CONTENDERS = {
     "decode": bare_decode,
     "pil_decode": pil_decode,
     "dali": lambda config: engine("dali", config),
-    "crops": dali_crops,
+    "crops": functools.partial(crops, "dali"),
     "ffcv": lambda config: engine("ffcv", config),
-    "ffcv_crops": ffcv_crops,
+    "ffcv_crops": functools.partial(crops, "ffcv"),
     "ffcv_own": None,
     "dali_400": lambda config: engine("dali", config),
     "ffcv_400": lambda config: engine("ffcv", config),

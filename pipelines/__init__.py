@@ -12,15 +12,17 @@ import importlib
 import torch
 
 from inscon.config import LoaderConfig
-from pipelines.feed import Feed, Pipeline
+from pipelines.feed import Feed, color_on_host
+from pipelines.finish import Finish
+from pipelines.prefetch import Pipeline, StageClock
 
 ENGINES = {
-    "dali": "pipelines.dali:open_dali",
-    "ffcv": "pipelines.ffcv:open_ffcv",
-    "reference": "pipelines.reference:open_reference",
-    "synthetic": "pipelines.synthetic:open_synthetic",
+    "dali": "pipelines.dali:DaliEngine",
+    "ffcv": "pipelines.ffcv:FfcvEngine",
+    "reference": "pipelines.reference:ReferenceEngine",
+    "synthetic": "pipelines.synthetic:SyntheticEngine",
 }
-"""Engine name -> "module:function", all with the arguments of `open_pipeline`."""
+"""Engine name -> "module:class", a `pipelines.feed.Engine`."""
 EXTRAS = {"nvidia": "dali", "numba": "dali"}
 """Package that may be missing -> the extra of this project that installs it."""
 
@@ -54,9 +56,13 @@ def open_pipeline(
     check_engine(loader.pipeline)
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
-    module, function = ENGINES[loader.pipeline].split(":")
+    if loader.pipeline in ("dali", "ffcv") and loader.threads is not None and loader.threads < 1:
+        raise ValueError(
+            f"the pipeline {loader.pipeline} needs at least 1 thread. Found: {loader.threads}; set --threads 1 or more"
+        )
+    module, name = ENGINES[loader.pipeline].split(":")
     try:
-        open_engine = getattr(importlib.import_module(module), function)
+        engine_class = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
@@ -65,4 +71,10 @@ def open_pipeline(
             f"the pipeline {loader.pipeline} needs the package {error.name}, which is not installed: "
             f"pip install 'inscon[{EXTRAS[package]}]', or set --pipeline reference"
         ) from None
-    return open_engine(feed, loader, torch.device(device), dtype, range(start_step, total_steps))
+    device, clock = torch.device(device), StageClock()
+    finish = Finish(feed, device, dtype, color_on_host(loader, device))
+    engine = engine_class(feed, loader, range(start_step, total_steps), finish, clock)
+    return Pipeline(
+        finish.batches(engine, clock), engine, clock, depth=None if engine.works_ahead else loader.prefetch, device=device,
+        timeout_s=loader.stall_timeout,
+    )  # fmt: skip

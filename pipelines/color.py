@@ -161,21 +161,25 @@ def _box(levels: Int[Tensor, "n S S 3"], taps: Int[Tensor, "n T"], axis: int) ->
 
 
 def box_taps(sigma: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n T"]:
-    """The extended box of each sigma, three of which stand for the Gaussian: int32 weights in 1/2**24.
+    """The extended box of each sigma, px: int32 weights in 1/2**24."""
+    inner, outer, radius = (array[:, None] for array in box_weights(sigma.astype(np.float32)))
+    distance = np.abs(np.arange(-radius.max() - 1, radius.max() + 2))
+    return np.where(distance <= radius, inner, np.where(distance == radius + 1, outer, 0)).astype(np.int32)
+
+
+def box_weights(sigma):
+    """PIL's extended box, three of which stand for a Gaussian: weight of whole px, of the px beyond, radius; of a float32, as
+    pipelines/kernels.py compiles it, or of an array.
 
     float32 step by step, as PIL, so that every weight is PIL's. Gwosdek et al., "Theoretical foundations of Gaussian
     convolution by extended box filtering", SSVM 2011.
     """
-    sigma = sigma.astype(np.float32)
-    one, two, three, six = np.arange(7, dtype=np.float32)[[1, 2, 3, 6]]
+    one, two, three, six = np.float32(1), np.float32(2), np.float32(3), np.float32(6)
     variance = sigma * sigma / np.float32(BLUR_PASSES)
-    length = np.sqrt(12 * variance.astype(np.float64) + 1).astype(np.float32)
+    length = np.float32(np.sqrt(12.0 * np.float64(variance) + 1.0))
     whole = np.floor((length - one) / two)
     after = whole + one
     reach = whole + (two * whole + one) * (whole * after - three * variance) / (six * (variance - after * after))
-    inner = (np.float32(1 << BLUR_BITS) / (reach * two + one)).astype(np.int64)
-    whole = reach.astype(np.int64)
-    outer = ((1 << BLUR_BITS) - (2 * whole + 1) * inner) // 2
-    distance = np.abs(np.arange(-whole.max() - 1, whole.max() + 2))
-    taps = np.where(distance <= whole[:, None], inner[:, None], 0)
-    return np.where(distance == whole[:, None] + 1, outer[:, None], taps).astype(np.int32)
+    inner = np.int64(np.float32(1 << BLUR_BITS) / (reach * two + one))
+    radius = np.int64(reach)
+    return inner, ((1 << BLUR_BITS) - (radius * 2 + 1) * inner) // 2, radius

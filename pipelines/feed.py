@@ -1,25 +1,22 @@
-"""What every engine is fed with and what it hands out: the work of a step, and the open pipeline.
+"""What every engine is fed with: the work of a step, its bytes, and what to do about a sample that cannot be used.
 
-`Feed.work(step)` joins the data set's index, the order of samples and the plan; `Feed.load(step)` adds the bytes; an engine
-makes pixels of them, and pipelines/finish.py makes those a `Batch`. `Pipeline` is what `open_pipeline` returns, for every engine.
+`Feed.work(step)` joins the data set's index, the order of samples and the plan; `Feed.load(step)` adds the bytes; an `Engine`
+makes pixels of them, and pipelines/finish.py makes those a `Batch`.
 """
 
-import atexit
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.index import DatasetIndex, ShardError
-from inscon.batch import Batch
+from data_prep.index import RAW, DatasetIndex, ShardError
 from inscon.config import LoaderConfig
 from inscon.plan import BatchPlan, Mosaics, ViewSpec, check_views, plan_views
 from inscon.sampling import EpochOrder
-from pipelines.prefetch import Ahead
 
 LOG = logging.getLogger(__name__)
 PLANNED = 256
@@ -152,14 +149,15 @@ class Feed:
             ends = np.cumsum(self.index.records(work.sample_ids)["byte_count"].astype(np.int64))
             if memory is None or len(memory) < ends[-1]:
                 memory = np.empty(ends[-1] * 5 // 4, np.uint8)
-            starts, jpegs = [0, *ends[:-1]], []
+            places = zip(work.sample_ids.tolist(), [0, *ends])
             try:
-                for sample_id, start in zip(map(int, work.sample_ids), starts, strict=True):
-                    jpegs.append(self.index.read(sample_id, memory[start:], pixels=pixels))
-            except ShardError as error:
-                self.reject(sample_id, error)
-            else:
-                return work, jpegs, memory
+                return (
+                    work,
+                    [read(self.index, sample_id, memory[start:], pixels) for sample_id, start in places],
+                    memory,
+                )
+            except Refusal as refusal:
+                self.reject(*refusal.args)
 
     def expect(self, step: int) -> None:
         """Let the system read ahead what this rank will load for a step."""
@@ -201,40 +199,67 @@ def open_index(loader: LoaderConfig) -> "DatasetIndex | MadeUpIndex":
     return DatasetIndex.open(loader.data)
 
 
+class Engine:
+    """Makes the pixels of steps. `open_pipeline` makes one of a feed, settings, a range of steps, a `Finish` and a `StageClock`."""
+
+    works_ahead = False
+    """Whether it needs no thread that asks for its steps before they are wanted."""
+    has_stages = True
+    """Whether it reads, decodes and finishes, so that there is something to tell."""
+    description: str
+    """Engine, decode device, threads, prefetch and data, one line for the log."""
+
+    def steps(self) -> Iterator[tuple[Work, tuple[dict[str, Tensor], Tensor | None]]]:
+        """The work of each step, its views [B P S S 3] by name, and its mosaics [M 2S 2S 3] where they are laid already."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Stop threads, free what is held."""
+
+    def figures(self) -> dict[str, float]:
+        """What it measures beside what it tells its `StageClock`."""
+        return {}
+
+
 class Refusal(Exception):
     """A sample that cannot be used: its id, and the ShardError that says so."""
 
 
-def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> ShardError:
-    """The sentence about a picture whose bytes are as they were packed and which `decoder` cannot decode."""
-    return ShardError(
+def read(index: DatasetIndex, sample_id: int, memory: np.ndarray | None = None, pixels: bool = True) -> np.ndarray:
+    """`index.read`, raw pixels being as many as the picture's size says. Refusal where it does not go well."""
+    try:
+        stored = index.read(sample_id, memory, pixels=pixels)
+    except ShardError as error:
+        raise Refusal(sample_id, error) from None
+    [record] = index.records([sample_id])
+    height, width = int(record["height"]), int(record["width"])
+    if record["encoding"] == RAW and len(stored) != 3 * height * width:
+        reason = f"{len(stored)} bytes are not {height}x{width} px of 3 bytes"
+        raise undecodable(index, sample_id, reason, "NumPy")
+    return stored
+
+
+def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> Refusal:
+    """Of a picture whose bytes are as they were packed and which `decoder` cannot decode."""
+    return Refusal(sample_id, ShardError(
         f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun {index.packer}, which leaves such "
         "pictures out"
-    )
+    ))  # fmt: skip
 
 
-def not_its_pixels(index: DatasetIndex, sample_id: int) -> str | None:
-    """Why the raw pixels of a sample are no picture of its size, or None if they are."""
-    [record] = index.records([sample_id])
-    height, width, byte_count = (int(record[name]) for name in ("height", "width", "byte_count"))
-    return None if byte_count == 3 * height * width else f"{byte_count} bytes are not {height}x{width} px of 3 bytes"
-
-
-def wrong_size(index: DatasetIndex, work: Work, first: int, decoded: np.ndarray) -> tuple[int, ShardError] | None:
-    """A picture that is not of the size its boxes were drawn for, by id and in a sentence, or None.
+def wrong_size(index: DatasetIndex, work: Work, first: int, decoded: np.ndarray) -> None:
+    """Refusal of the first picture that is not of the size its boxes were drawn for.
 
     `decoded` [n 2]: height, width in px of pictures `first` to `first + n - 1` of `work`.
     """
     expected = work.sizes[first : first + len(decoded)]
-    wrong = np.flatnonzero((decoded != expected).any(1))
-    if not len(wrong):
-        return None
-    (height, width), (stored_height, stored_width) = decoded[wrong[0]], expected[wrong[0]]
-    sample_id = int(work.sample_ids[first + wrong[0]])
-    return sample_id, ShardError(
-        f"{index.describe(sample_id)} decodes to {height}x{width} px (height x width) where the index says "
-        f"{stored_height}x{stored_width}: copy the shards again or rerun {index.packer}"
-    )
+    for wrong in np.flatnonzero((decoded != expected).any(1)):
+        (height, width), (stored_height, stored_width) = decoded[wrong], expected[wrong]
+        sample_id = int(work.sample_ids[first + wrong])
+        raise Refusal(sample_id, ShardError(
+            f"{index.describe(sample_id)} decodes to {height}x{width} px (height x width) where the index says "
+            f"{stored_height}x{stored_width}: copy the shards again or rerun {index.packer}"
+        ))  # fmt: skip
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -255,46 +280,3 @@ def threads_per_rank(asked: int | None) -> int:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-
-
-class Pipeline:
-    """Batches of one rank, once through; a context manager that ends the engine.
-
-    Args:
-        ahead: yields the batches; closed first.
-        end: stops the engine and frees what it holds.
-        description: engine, decode device, threads, prefetch and data, one line for the log.
-        read: what the engine measures of itself.
-    """
-
-    def __init__(
-        self,
-        ahead: "Ahead | Iterator[Batch]",
-        end: Callable[[], None],
-        description: str,
-        read: Callable[[], dict[str, float]] = dict,
-    ):
-        self._ahead, self._end, self.description, self._read = ahead, end, description, read
-        # For whoever leaves without closing: DALI must not meet threads that still run when the interpreter ends.
-        atexit.register(self.close)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._ahead
-
-    def read(self) -> dict[str, float]:
-        """Since the last reading: how ready the queues were and what each stage took, all names beginning with loader_."""
-        return (self._ahead.read() if isinstance(self._ahead, Ahead) else {}) | self._read()
-
-    def close(self) -> None:
-        """Stop threads and workers, free buffers; the second call does nothing."""
-        end, self._end = self._end, None
-        if end is not None:
-            atexit.unregister(self.close)
-            self._ahead.close()
-            end()
-
-    def __enter__(self) -> "Pipeline":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -11,7 +11,6 @@ Raw pixels and JPEGs may be mixed in a .beton. A GPU gets crops or finished view
 """
 
 import concurrent.futures
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -20,79 +19,28 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import carray, get_num_threads, set_num_threads, types
 
-from data_prep.beton import METADATA_DTYPE, metadata_of, read_header
-from data_prep.index import BETON_NAME, DatasetIndex, ShardError
-from inscon.batch import Batch
+from data_prep.beton import METADATA_DTYPE, metadata_of
+from data_prep.index import BETON_NAME, ShardError
 from inscon.config import LoaderConfig
 from inscon.plan import ROW
-from pipelines.color import normalization
-from pipelines.feed import (
-    Feed,
-    Pipeline,
-    Refusal,
-    Work,
-    color_on_host,
-    not_its_pixels,
-    threads_per_rank,
-    undecodable,
-    wrong_size,
-)
+from pipelines.feed import Engine, Feed, Refusal, Work, read, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
-from pipelines.kernels import pointer_to, render_at
-from pipelines.prefetch import Ahead, StageClock
+from pipelines.kernels import render_at
+from pipelines.prefetch import StageClock
 from pipelines.slots import Slot, huge_pages
+from pipelines.vectors import pointer_to
 
-APT = "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev"
-"""What FFCV is compiled against and loads, on Debian and Ubuntu."""
-CONDA = "conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo"
-"""The same for conda."""
-
-
-def _why_not(error: ImportError) -> str:
-    """Why FFCV cannot be imported, and what to do, in one sentence."""
-    otherwise = "or set --pipeline dali"
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and (error.name or "").startswith("ffcv")
-        and error.name != "ffcv._libffcv"
-    ):
-        return (
-            f"the pipeline ffcv needs the package ffcv, which is not installed and is compiled when it is: {APT} && pip install "
-            f"'inscon[ffcv]' (conda: {CONDA}), {otherwise}"
-        )
-    if (error.name or "").partition(".")[0] == "distutils":
-        return f"FFCV needs distutils, which Python no longer has and setuptools brings: pip install setuptools, {otherwise}"
-    if isinstance(error, ModuleNotFoundError) and error.name != "ffcv._libffcv":
-        return f"FFCV needs the package {error.name}, which is not installed: pip install 'inscon[ffcv]', {otherwise}"
-    if "libGL" in str(error) or "libgthread" in str(error):
-        return f"FFCV's opencv-python does not load ({error}): apt-get install libgl1 libglib2.0-0, {otherwise}"
-    return (
-        f"FFCV's compiled part does not load ({error}): {APT} && pip install --force-reinstall --no-deps --no-cache-dir "
-        f"ffcv==1.0.2 (conda: {CONDA}), {otherwise}"
-    )
-
-
-@contextlib.contextmanager
-def _threads_kept():
-    """Importing FFCV's compiler sets PyTorch, and numba, to one thread for the whole process (libffcv/ffcv#13 brought it)."""
-    torch_threads, numba_threads = torch.get_num_threads(), get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads)
-        set_num_threads(numba_threads)
-
-
-with _threads_kept(), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of distutils and ast, which FFCV uses as they were
-    try:
+NUM_THREADS = torch.get_num_threads(), get_num_threads()
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of distutils and ast, which FFCV uses as they were
         from ffcv.fields import RGBImageField
         from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
         from ffcv.libffcv import lib
@@ -101,19 +49,26 @@ with _threads_kept(), warnings.catch_warnings():
         from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.compiler import Compiler
         from ffcv.pipeline.graph import Graph
-    except ImportError as error:
-        raise ValueError(_why_not(error)) from None
+except ImportError as error:
+    raise ValueError(
+        f"the pipeline ffcv does not load ({error}). FFCV is compiled when it is installed: apt-get install g++ pkg-config "
+        "libopencv-dev libturbojpeg0-dev libgl1 libglib2.0-0 (conda: conda install -c conda-forge cxx-compiler pkg-config opencv "
+        "libjpeg-turbo), then pip install 'inscon[ffcv]', or, where it is installed already, pip install --force-reinstall "
+        "--no-deps --no-cache-dir ffcv==1.0.2; or set --pipeline dali"
+    ) from None
+finally:
+    # Importing its compiler sets PyTorch, and numba, to one thread for the whole process (libffcv/ffcv#13 brought it).
+    torch.set_num_threads(NUM_THREADS[0])
+    set_num_threads(NUM_THREADS[1])
 
 CHUNKS = 4
 """Into so many pieces per thread is a batch cut, lest threads wait for the last picture of one."""
 AHEAD = 1
 """Batches in work beside the one that is waited for."""
-READY_S = 1e-3
-"""A batch that takes no longer than this to hand out was ready."""
 KEPT = 1 << 26
 """Bytes of the largest decoded picture whose memory a thread keeps; FFCV keeps that of the set's largest one, a whole batch
 of it for every batch ahead and every view."""
-FINE, REFUSED, EMPTY, WRONG_SIZE = range(4)
+FINE, REFUSED, WRONG_SIZE = range(3)
 """Outcomes of a picture."""
 
 
@@ -169,32 +124,22 @@ class ViewDecoder(SimpleRGBImageDecoder):
     Memory, as FFCV hands it to operations: rows [B R 20] float32 (`Work.rows`), places [B 3+3R] int64 (`pipelines.slots`),
     tools [2] int64 (decompressor, memory for one decoded picture) and outcome [4] int64, which is also the result: how it
     went, and, of the picture that it did not go well with and where it stopped, place in the batch, height and width found.
-
-    Args:
-        widest: side of the largest view, px.
     """
-
-    def __init__(self, widest: int):
-        super().__init__()
-        self._widest = widest
 
     def declare_state_and_memory(self, previous_state):
         result = np.dtype(np.int64)
-        return dataclasses.replace(previous_state, jit_mode=True, shape=(4,), dtype=result), AllocationQuery(
-            (4,), result
-        )
+        state = dataclasses.replace(previous_state, jit_mode=True, shape=(4,), dtype=result)
+        return state, AllocationQuery((4,), result)
 
     def generate_code(self) -> Callable:
         # numba freezes what it finds around the function, which is meant here.
-        subtract, multiply = (row.ctypes.data for row in normalization(self._widest))  # whose cache keeps them
-        find, render, jpg = self.memory_read, render_at(), IMAGE_MODES["jpg"]
-        read_header, decompress, widest = _read_header, _decompress, self._widest
+        find, render, jpg = self.memory_read, render_at().ctypes, IMAGE_MODES["jpg"]
+        read_header, decompress = _read_header, _decompress
 
         def decode(batch_indices, memory, metadata, storage_state):
             rows, places, tools, outcome = memory
-            outcome[0] = FINE
             found = np.zeros(4, np.int32)  # width, height, and two that nobody asks for
-            at = found.ctypes.data
+            at, count = found.ctypes.data, rows.shape[1]
             for k in range(len(batch_indices)):
                 place = batch_indices[k]
                 field = metadata[place]
@@ -205,23 +150,15 @@ class ViewDecoder(SimpleRGBImageDecoder):
                     picture = tools[1]
                     if read_header(tools[0], stored.ctypes.data, stored.size, at, at + 4, at + 8, at + 12) != 0:
                         verdict = REFUSED
-                    elif found[0] == 0:  # tables alone are a sound JPEG
-                        verdict = EMPTY
-                    elif found[0] != width or found[1] != height:
+                    elif found[0] != 0 and (found[0] != width or found[1] != height):  # 0: no picture, tables alone
                         verdict = WRONG_SIZE
                     elif decompress(tools[0], stored.ctypes.data, stored.size, picture, width, 0, height, 0, 0) != 0:
                         verdict = REFUSED
-                elif stored.size != 3 * height * width:
-                    verdict = REFUSED
+                outcome[0], outcome[1], outcome[2], outcome[3] = verdict, place, found[1], found[0]
                 if verdict != FINE:
-                    outcome[0], outcome[1], outcome[2], outcome[3] = verdict, place, found[1], found[0]
-                    return outcome
-                count = rows.shape[1]
-                plan, where = (
-                    rows.ctypes.data + place * (4 * ROW * count),
-                    places.ctypes.data + place * (24 + 24 * count),
-                )
-                render(picture, height, width, plan, count, where, subtract, multiply, widest)
+                    break
+                plan, where = rows[place].ctypes.data, places[place].ctypes.data
+                render(picture, height, width, plan, count, where)
             return outcome
 
         decode.is_parallel = False
@@ -229,9 +166,9 @@ class ViewDecoder(SimpleRGBImageDecoder):
 
 
 @functools.cache
-def compile_decoder(widest: int) -> Callable:
+def compile_decoder() -> Callable:
     """FFCV's graph of one `ViewDecoder`: (places in the batch, metadata, state, memory) -> outcome. It releases the GIL."""
-    spec, metadata = PipelineSpec("image", decoder=ViewDecoder(widest)), np.zeros(1, METADATA_DTYPE)
+    spec, metadata = PipelineSpec("image", decoder=ViewDecoder()), np.zeros(1, METADATA_DTYPE)
     graph = Graph({"image": spec}, {"image": RGBImageField()}, {"image": 0}, metadata, BatchMemory().compile_reader())
     [(stage, [node])], _ = graph.codegen_all(graph.collect_requirements()[1])
 
@@ -249,8 +186,6 @@ class Bench:
 
     def __init__(self):
         self.tools, self.outcome = np.array([_new_decompressor(), 0], np.int64), np.zeros(4, np.int64)
-        self.read_s = self.made_s = 0.0
-        """Seconds spent on either, since they were last asked for."""
         self._kept: dict[str, np.ndarray] = {}
 
     def room(self, purpose: str, num_bytes: int) -> np.ndarray:
@@ -266,7 +201,7 @@ class Bench:
         """Why libjpeg-turbo refused what it was given last."""
         reason = (_last_error(int(self.tools[0])) or b"").decode(errors="replace")
         # After an error within a header it takes the next picture for the rest of this one, so begin with another.
-        _destroy(int(self.tools[0]))
+        self.close()
         self.tools[0] = _new_decompressor()
         return reason
 
@@ -274,8 +209,7 @@ class Bench:
         _destroy(int(self.tools[0]))
 
 
-@dataclass(frozen=True, slots=True)
-class InWork:
+class InWork(NamedTuple):
     """A step whose pictures are being made."""
 
     work: Work
@@ -288,82 +222,49 @@ class InWork:
     made: list[concurrent.futures.Future]
 
 
-class Engine:
-    """Threads that run the compiled graph, and the batches they make; iterated in one thread.
+class FfcvEngine(Engine):
+    """Threads that run the compiled graph; `loader.threads` of them. Compiling is over when it is made."""
 
-    Args:
-        host_color: color and blur by the compiled kernels; else on `device`.
-    """
-
-    def __init__(
-        self, feed: Feed, steps: range, device: torch.device, dtype: torch.dtype, threads: int, host_color: bool
-    ):
-        self._feed, self._steps, self._device = feed, steps, device
-        self._finish, self._run = (
-            Finish(feed, device, dtype, host_color),
-            compile_decoder(max(spec.side for spec in feed.views)),
-        )
-        self.clock = StageClock()
-        self.substituted = 0
-        """Samples that stood in for bad ones, in the batches made so far."""
-        self._steps_made = self._starved = 0
+    def __init__(self, feed: Feed, loader: LoaderConfig, steps: range, finish: Finish, clock: StageClock):
+        if feed.index.manifest.container != "beton":
+            raise ShardError(
+                f"{feed.index.path} holds tar shards, and the pipeline ffcv reads a .beton: python data_prep/make_ffcv.py --data "
+                f"{feed.index.path} --out BETON, or set --pipeline dali."
+            )
+        if loader.decode == "mixed":
+            raise ValueError(
+                "the pipeline ffcv decodes on the host, and decode is mixed; set --decode cpu or --pipeline dali"
+            )
+        self._feed, self._steps, self._slots, self._clock = feed, steps, finish.slots, clock
+        self._run, threads = compile_decoder(), threads_per_rank(loader.threads)
         chunk = max(feed.batch_size // (CHUNKS * threads), 1)
         self._chunks = [np.arange(i, min(i + chunk, feed.batch_size)) for i in range(0, feed.batch_size, chunk)]
         self._mine, self._benches = threading.local(), []
         self._threads = concurrent.futures.ThreadPoolExecutor(threads, "inscon-decoder")
+        self.description = (
+            f"ffcv {importlib.metadata.version('ffcv')}: decode cpu, color on the "
+            f"{'host' if finish.host_color else finish.device.type}, {threads} threads, {loader.prefetch} batches ahead, "
+            f"{feed.index.path / BETON_NAME}"
+        )
 
-    def batches(self) -> Iterator[Batch]:
-        """One batch per step. Whoever asks for the next one has waited until the device was done with the one before."""
-        try:
-            for work, slot in self.steps():
-                self.substituted += work.substituted
-                with self.clock.at("color and copy", "finish"):
-                    batch = self._finish(work, slot)
-                yield batch
-                del batch, slot
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise MemoryError(
-                f"the pipeline ffcv ran out of memory on {self._device if self._device.type == 'cuda' else 'the host'}: set a "
-                "smaller --prefetch or a smaller --batch-size, and run again"
-            ) from error
-
-    def steps(self) -> Iterator[tuple[Work, Slot]]:
-        """Batches before they are finished, in the slots they were made in."""
-        in_work, coming = deque(), self._steps.start
+    def steps(self):
+        begun, coming = deque(), self._steps.start
         for step in self._steps:
-            while True:
-                while len(in_work) <= AHEAD and coming < self._steps.stop:
-                    in_work.append(self._begin(coming))
+            made = False
+            while not made:
+                while len(begun) <= AHEAD and coming < self._steps.stop:
+                    begun.append(self._begin(coming))
                     coming += 1
-                refusal = self._wait(in_work[0])
-                if refusal is None:
-                    break
-                for begun in in_work:  # which was laid out for the bad samples known before
-                    self._wait(begun)
-                    self._finish.slots.give_back(begun.slot)
-                in_work.clear()
-                coming = step
-                self._feed.reject(*refusal.args)
-            done = in_work.popleft()
-            yield done.work, done.slot
-            self._finish.release(done.slot)
-            del done
-
-    def read(self) -> dict[str, float]:
-        """Since the last reading: milliseconds per source image and stage, those of reading and decoding summed over the threads,
-        and how often a batch had to be waited for."""
-        seconds, steps, starved = self.clock.read(), max(self._steps_made, 1), self._starved
-        self._steps_made = self._starved = 0
-        found = {"read": 0.0, "decode": 0.0, "finish": seconds.get("finish", 0.0)}
-        for bench in self._benches:
-            found["read"] += bench.read_s
-            found["decode"] += bench.made_s
-            bench.read_s = bench.made_s = 0.0
-        images = steps * self._feed.batch_size
-        return {f"loader_{name}_ms": 1e3 * spent / images for name, spent in found.items()} | {
-            "loader_graph_starved_percent": 100 * starved / steps,
-            "loader_substituted": float(self.substituted),
-        }
+                try:
+                    made = self._wait(begun[0])
+                except Refusal as refusal:
+                    self._feed.reject(*refusal.args)
+                    for other in begun:  # which were laid out for the bad samples known before
+                        concurrent.futures.wait(other.made)
+                    begun.clear()
+                    coming = step
+            done = begun.popleft()
+            yield done.work, done.slot.hand_out()
 
     def end(self) -> None:
         """What is being made is finished, what waits is not begun."""
@@ -372,97 +273,47 @@ class Engine:
             self._benches.pop().close()
 
     def _begin(self, step: int) -> InWork:
-        with self.clock.at(f"planning step {step}", "plan"):
+        with self._clock.at(f"planning step {step}", "plan"):
             work = self._feed.work(step)
             if step + 1 < self._steps.stop:
                 self._feed.expect(step + 1)
             records = self._feed.index.records(work.sample_ids)
             byte_counts = records["byte_count"].astype(np.int64)
-            begun = InWork(work, self._finish.slots.take(), work.rows(), metadata_of(records), byte_counts, [])
+            begun = InWork(work, self._slots.take(), work.rows(), metadata_of(records), byte_counts, [])
         begun.made.extend(self._threads.submit(self._make, begun, chunk) for chunk in self._chunks)
         return begun
 
-    def _make(self, begun: InWork, chunk: np.ndarray) -> Refusal | None:
-        """Run in a thread of the pool: the pictures at these places of the batch, up to one that cannot be used."""
+    def _make(self, begun: InWork, chunk: np.ndarray) -> None:
+        """Run in a thread of the pool: the pictures at these places of the batch. Refusal of the first that cannot be used."""
         bench = getattr(self._mine, "bench", None)
         if bench is None:
             bench = self._mine.bench = Bench()
             self._benches.append(bench)
-        start = time.perf_counter()
+        start, index, ids = time.perf_counter(), self._feed.index, begun.work.sample_ids
         # Read here, a few at a time, so that they are still in this core's cache when they are decoded.
-        sizes, stored = begun.byte_counts[chunk], []
+        sizes = begun.byte_counts[chunk]
         memory = bench.room("stored", int(sizes.sum()))
-        for place, behind in zip(chunk.tolist(), np.cumsum(sizes).tolist(), strict=True):
-            sample_id = int(begun.work.sample_ids[place])
-            try:
-                stored.append(
-                    self._feed.index.read(sample_id, memory[behind - int(begun.byte_counts[place]) :], pixels=True)
-                )
-            except ShardError as error:
-                return Refusal(sample_id, error)
+        places = zip(ids[chunk].tolist(), [0, *np.cumsum(sizes).tolist()])
+        stored = [read(index, sample_id, memory[first:]) for sample_id, first in places]
         addresses = np.array([content.ctypes.data for content in stored], np.uint64)
         begun.metadata["f0"]["data_ptr"][chunk] = addresses
-        order = addresses.argsort()
-        state = addresses[order], sizes[order].astype(np.uint64)
         picture = bench.room("picture", 3 * int(begun.work.sizes[chunk].prod(1).max()))
         bench.tools[1] = picture.ctypes.data
-        bench.read_s -= start - (start := time.perf_counter())
+        was_read = time.perf_counter()
         memories = begun.rows, begun.slot.places, bench.tools, bench.outcome
-        outcome, place, height, width = map(int, self._run(chunk, begun.metadata, state, memories))
-        bench.made_s += time.perf_counter() - start
-        if outcome == FINE:
-            return None
+        done = self._run(chunk, begun.metadata, (addresses, sizes.astype(np.uint64)), memories)
+        self._clock.add("read", was_read - start)
+        self._clock.add("decode", time.perf_counter() - was_read)
+        outcome, place, height, width = done.tolist()
+        if outcome == REFUSED:
+            raise undecodable(index, int(ids[place]), bench.refused(), "FFCV's libjpeg-turbo")
         if outcome == WRONG_SIZE:
-            return Refusal(*wrong_size(self._feed.index, begun.work, place, np.array([[height, width]])))
-        sample_id = int(begun.work.sample_ids[place])
-        if begun.metadata["f0"]["mode"][place] == IMAGE_MODES["jpg"]:
-            reason = bench.refused() if outcome == REFUSED else "there is no picture in it"
-        else:
-            reason = not_its_pixels(self._feed.index, sample_id)
-        return Refusal(sample_id, undecodable(self._feed.index, sample_id, reason, "FFCV's libjpeg-turbo"))
+            wrong_size(index, begun.work, place, np.array([[height, width]]))
 
-    def _wait(self, begun: InWork) -> Refusal | None:
-        """When all of a step is made: the first picture of it that cannot be used."""
-        start = time.perf_counter()
-        with self.clock.at(f"reading or decoding the samples of step {begun.work.step}", "decode"):
-            refusals = [future.result() for future in begun.made]
-        self._steps_made += 1
-        self._starved += time.perf_counter() - start > READY_S
-        return next((refusal for refusal in refusals if refusal is not None), None)
-
-
-def check_beton(index: DatasetIndex) -> None:
-    """ShardError, in a sentence, for a packed set that is no .beton, or one that FFCV 1.0.2 does not read."""
-    if index.manifest.container != "beton":
-        raise ShardError(
-            f"{index.path} holds tar shards, and the pipeline ffcv reads a .beton: python data_prep/make_ffcv.py --data "
-            f"{index.path} --out BETON, or set --pipeline dali."
-        )
-    path = index.path / BETON_NAME
-    header = read_header(path)
-    if header["num_samples"] != len(index):
-        raise ShardError(
-            f"{path} says it holds {header['num_samples']} samples where its index has {len(index)}; the two are not of one run: "
-            "copy them again or rerun data_prep/make_ffcv.py."
-        )
-
-
-def open_ffcv(feed: Feed, loader: LoaderConfig, device: torch.device, dtype: torch.dtype, steps: range) -> Pipeline:
-    """See `pipelines.open_pipeline`. `loader.threads` decode; compiling is over when this returns."""
-    check_beton(feed.index)
-    threads, host_color = threads_per_rank(loader.threads), color_on_host(loader, device)
-    if threads < 1:
-        raise ValueError(f"the pipeline ffcv needs at least 1 thread. Found: {threads}; set --threads 1 or more")
-    if loader.decode == "mixed":
-        raise ValueError(
-            "the pipeline ffcv decodes on the host, and decode is mixed; set --decode cpu or --pipeline dali"
-        )
-    engine = Engine(feed, steps, device, dtype, threads, host_color)
-    description = (
-        f"ffcv {importlib.metadata.version('ffcv')}: decode cpu, color on the {'host' if host_color else device.type}, {threads} "
-        f"threads, {loader.prefetch} batches ahead, {feed.index.path / BETON_NAME}"
-    )
-    ahead = Ahead(
-        engine.batches(), depth=loader.prefetch, device=device, clock=engine.clock, timeout_s=loader.stall_timeout
-    )
-    return Pipeline(ahead, engine.end, description, engine.read)
+    def _wait(self, begun: InWork) -> bool:
+        """When all of a step is made. Refusal of the first picture of it that cannot be used."""
+        doing = f"reading or decoding the samples of step {begun.work.step}"
+        with self._clock.at(doing, "wait", waits=True):
+            for future in begun.made:
+                future.result()
+        return True

@@ -1,6 +1,9 @@
 """The last stage of every engine: from what was made of a step to a batch on the device, copied, colored, normalized, with its
 mosaics."""
 
+from collections.abc import Iterator
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,10 +11,11 @@ from torch import Tensor
 
 from inscon.batch import Batch, View
 from inscon.geometry import Overlap
-from inscon.plan import Mosaics
+from inscon.plan import Mosaics, ViewPlan
 from pipelines.color import color_views, normalize
-from pipelines.feed import Feed, Work, to_device
-from pipelines.slots import Slot, Slots
+from pipelines.feed import Engine, Feed, Work, to_device
+from pipelines.prefetch import StageClock
+from pipelines.slots import Slots
 
 
 class Finish:
@@ -20,11 +24,11 @@ class Finish:
     Args:
         feed: of the engine.
         device, dtype: of the pixels.
-        host_color: whether the host has applied color and blur; else that happens here, on `device`.
+        host_color: whether the host applies color and blur; else that happens here, on `device`.
     """
 
     def __init__(self, feed: Feed, device: torch.device, dtype: torch.dtype, host_color: bool):
-        self._feed, self._device, self._dtype, self._host_color = feed, device, dtype, host_color
+        self._feed, self.device, self.dtype, self.host_color = feed, device, dtype, host_color
         finished = device.type == "cpu" and host_color
         on_canvas = finished and feed.mosaics is not None and feed.mosaics.tile == "full"
         self.slots = Slots(
@@ -33,54 +37,47 @@ class Finish:
         )  # fmt: skip
         """Memory for what the compiled kernels make; not allocated before it is taken."""
 
-    def __call__(self, work: Work, made: "Slot | dict[str, Tensor]") -> Batch:
-        """The batch of `work`; its views are in a slot, or are levels [B P S S 3] uint8 by name, on the device or to be copied."""
-        if isinstance(made, Slot) and self.slots.normalized:
-            views, mosaic = made.hand_out()
-            mosaic = None if mosaic is None else mosaic.permute(0, 3, 1, 2).to(self._dtype)
-            return self._batch(
-                work, {n: v.flatten(0, 1).permute(0, 3, 1, 2).to(self._dtype) for n, v in views.items()}, mosaic
-            )
-        if isinstance(made, Slot):
-            made = made.tensors(made.memory.to(self._device, non_blocking=True))[0]
-        levels = {name: view.to(self._device, non_blocking=True).flatten(0, 1) for name, view in made.items()}
-        if self._host_color:
-            return self._batch(work, {name: normalize(view, self._dtype) for name, view in levels.items()})
-        plans = work.plan.views
-        return self._batch(work, {n: color_views(view, plans[n].flat(), self._dtype) for n, view in levels.items()})
+    def batches(self, engine: Engine, clock: StageClock) -> Iterator[Batch]:
+        """One batch per step. Whoever asks for the next one has waited until the device was done with the one before: the memory of
+        its views is free then."""
+        for work, made in engine.steps():
+            clock.substituted += work.substituted
+            with clock.at("color and copy", "finish"):
+                batch = self(work, *made)
+            clock.add("images", batch.size)
+            yield batch
+            del batch, made
 
-    def release(self, made: "Slot | dict[str, Tensor]") -> None:
-        """Once the device is done with the batch: its slot can be taken again, unless the batch itself lies in it."""
-        if isinstance(made, Slot) and not self.slots.normalized:
-            self.slots.give_back(made)
+    def __call__(self, work: Work, views: dict[str, Tensor], mosaic: Tensor | None = None) -> Batch:
+        """The batch of `work`. `views` [B P S S 3] by name, on the device or to be copied, are uint8 levels or, like a `mosaic`
+        [M 2S 2S 3], finished."""
+        plans, mosaics = work.plan.views, self._feed.mosaics
+        pixels = {name: self._finished(view.flatten(0, 1), plans[name]) for name, view in views.items()}
+        if mosaic is not None:
+            mosaic = mosaic.permute(0, 3, 1, 2).to(self.dtype)
+        elif mosaics is not None:
+            mosaic = assemble(pixels[mosaics.view], mosaics)
+        views = {spec.name: self._view(plans[spec.name], pixels[spec.name]) for spec in self._feed.views}
+        overlaps = {
+            pair: Overlap(**{f.name: self._copied(getattr(found, f.name)) for f in fields(Overlap)})
+            for pair, found in work.plan.overlaps.items()
+        }
+        return Batch(views=views, overlaps=overlaps, mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
 
-    def _batch(self, work: Work, pixels: dict[str, Tensor], mosaic: Tensor | None = None) -> Batch:
-        return make_batch(work, pixels, self._feed, mosaic)
+    def _finished(self, view: Tensor, plan: ViewPlan) -> Float[Tensor, "n 3 S S"]:
+        view = view.to(self.device, non_blocking=True)
+        if view.dtype != torch.uint8:
+            return view.permute(0, 3, 1, 2).to(self.dtype)
+        return normalize(view, self.dtype) if self.host_color else color_views(view, plan.flat(), self.dtype)
 
-
-def make_batch(
-    work: Work, pixels: dict[str, Float[Tensor, "n 3 S S"]], feed: Feed, mosaic: Float[Tensor, "M 3 C C"] | None = None
-) -> Batch:
-    """A `Batch` from the finished `pixels` of each view, B or B*P pictures, on their device; lays the mosaic unless it is given."""
-    device = next(iter(pixels.values())).device
-    if feed.mosaics is not None and mosaic is None:
-        mosaic = assemble(pixels[feed.mosaics.view], feed.mosaics)
-    views = {}
-    for spec in feed.views:
-        plan, own = work.plan.views[spec.name], pixels[spec.name]
+    def _view(self, plan: ViewPlan, pixels: Tensor) -> View:
         box, flipped = plan.crop_box, plan.flipped
-        if spec.grid is not None:
-            own, box, flipped = own.unflatten(0, (-1, spec.count)), box[:, 0], flipped[:, 0]
-        views[spec.name] = View(pixels=own, crop_box=to_device(box, device), flipped=to_device(flipped, device))
-    overlaps = {
-        pair: Overlap(
-            first_box=to_device(overlap.first_box, device),
-            second_box=to_device(overlap.second_box, device),
-            weight=to_device(overlap.weight, device),
-        )
-        for pair, overlap in work.plan.overlaps.items()
-    }
-    return Batch(views=views, overlaps=overlaps, mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
+        if flipped.ndim == 2:  # patches of a jigsaw, which share the crop
+            pixels, box, flipped = pixels.unflatten(0, flipped.shape), box[:, 0], flipped[:, 0]
+        return View(pixels=pixels, crop_box=self._copied(box), flipped=self._copied(flipped))
+
+    def _copied(self, array) -> Tensor:
+        return to_device(array, self.device)
 
 
 def assemble(tiles: Float[Tensor, "B F S S"], mosaics: Mosaics) -> Float[Tensor, "M F C C"]:

@@ -7,7 +7,6 @@ RandomGrayscale, GaussianBlur (PIL's, radius = sigma). The loader around it is a
 import io
 import multiprocessing
 import time
-from collections import Counter
 
 import numpy as np
 import torch
@@ -20,18 +19,9 @@ from data_prep.index import RAW, DatasetIndex
 from inscon.config import LoaderConfig
 from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, NOTHING, SATURATION, ViewPlan
 from inscon.workers import alive, shared, worker_init
-from pipelines.feed import (
-    Feed,
-    Pipeline,
-    Refusal,
-    Work,
-    color_on_host,
-    not_its_pixels,
-    threads_per_rank,
-    undecodable,
-    wrong_size,
-)
+from pipelines.feed import Engine, Feed, Refusal, Work, read, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
+from pipelines.prefetch import StageClock
 
 COLOR = {
     NOTHING: lambda image, factor: image,
@@ -69,50 +59,44 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, color: bool = True) 
 def decode(index: DatasetIndex, sample_id: int, stored: np.ndarray) -> Image.Image:
     """One sample, a JPEG or raw pixels, as an RGB picture. Refusal where its bytes are no picture."""
     if index.records([sample_id])["encoding"][0] == RAW:
-        reason = not_its_pixels(index, sample_id)
-        if reason is not None:
-            raise Refusal(sample_id, undecodable(index, sample_id, reason, "NumPy"))
         return Image.fromarray(stored.reshape(*index.sizes([sample_id])[0], 3))
     try:
         return Image.open(io.BytesIO(stored)).convert("RGB")
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "its bytes are no picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise Refusal(sample_id, undecodable(index, sample_id, reason, "PIL")) from None
+        raise undecodable(index, sample_id, reason, "PIL") from None
 
 
 def picture_of(index: DatasetIndex, sample_id: int) -> Image.Image:
     """A sample of a packed set, JPEG or raw pixels, as an RGB picture. ShardError where it cannot be read or decoded."""
     try:
-        return decode(index, sample_id, index.read(sample_id, pixels=True))
+        return decode(index, sample_id, read(index, sample_id))
     except Refusal as refusal:
         raise refusal.args[1] from None
 
 
 def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, dict[str, Tensor], dict[str, float]]:
     """The work of a step, [B P S S 3] uint8 of each view, and the seconds that stages took. Bad samples go to `Feed.reject`."""
-    spent = {"read": 0.0, "decode": 0.0}
+    read_s = 0.0
     while True:
         start = time.perf_counter()
-        work, jpegs, _ = feed.load(step, pixels=True)
+        work, stored, _ = feed.load(step, pixels=True)
         loaded = time.perf_counter()
-        spent["read"] += loaded - start
+        read_s += loaded - start
         try:
-            views = _render(feed, work, jpegs, color)
-            spent["decode"] += time.perf_counter() - loaded
-            return work, views, spent
+            views = _render(feed, work, stored, color)
+            return work, views, {"read": read_s, "decode": time.perf_counter() - loaded}
         except Refusal as refusal:
             feed.reject(*refusal.args)
 
 
-def _render(feed: Feed, work: Work, jpegs: list[np.ndarray], color: bool) -> dict[str, Tensor]:
-    specs, plans = feed.views, {name: plan.flat() for name, plan in work.plan.views.items()}
-    views = {s.name: np.empty((len(jpegs), s.count, s.side, s.side, 3), np.uint8) for s in specs}
-    for i, (sample_id, jpeg) in enumerate(zip(map(int, work.sample_ids), jpegs, strict=True)):
-        image = decode(feed.index, sample_id, jpeg)
-        wrong = wrong_size(feed.index, work, i, np.array([[image.height, image.width]]))
-        if wrong is not None:
-            raise Refusal(*wrong)
-        for spec in specs:
+def _render(feed: Feed, work: Work, stored: list[np.ndarray], color: bool) -> dict[str, Tensor]:
+    plans = {name: plan.flat() for name, plan in work.plan.views.items()}
+    views = {s.name: np.empty((len(stored), s.count, s.side, s.side, 3), np.uint8) for s in feed.views}
+    for i, content in enumerate(stored):
+        image = decode(feed.index, int(work.sample_ids[i]), content)
+        wrong_size(feed.index, work, i, np.array([[image.height, image.width]]))
+        for spec in feed.views:
             for number in range(spec.count):
                 views[spec.name][i, number] = render_view(image, plans[spec.name], i * spec.count + number, color)
     return {name: torch.from_numpy(view) for name, view in views.items()}
@@ -132,47 +116,39 @@ class _Steps(Dataset):
             return error
 
 
-def open_reference(
-    feed: Feed, loader: LoaderConfig, device: torch.device, dtype: torch.dtype, steps: range
-) -> Pipeline:
-    """See `pipelines.open_pipeline`. `loader.threads` are worker processes here; 0 works in this process."""
-    host_color, workers = color_on_host(loader, device), threads_per_rank(loader.threads)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
-    made_ahead = DataLoader(
-        _Steps(feed, host_color),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        # The DataLoader counts per worker; at least one batch each, or the worker idles.
-        prefetch_factor=max(loader.prefetch // workers, 1) if workers else None,
-        # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads can hang.
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=worker_init,
-        collate_fn=shared,
-        pin_memory=device.type == "cuda",
-    )
-    finish = Finish(feed, device, dtype, host_color)
+class ReferenceEngine(Engine):
+    """`loader.threads` are worker processes here; 0 works in this process."""
 
-    def batches():
-        waited = alive(made_ahead, "the pipeline reference", loader.stall_timeout, "fewer --threads (0: no workers)")
-        for made in waited:
+    works_ahead = True
+
+    def __init__(self, feed: Feed, loader: LoaderConfig, steps: range, finish: Finish, clock: StageClock):
+        workers = threads_per_rank(loader.threads)
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
+        self._made_ahead = DataLoader(
+            _Steps(feed, finish.host_color),
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            # The DataLoader counts per worker; at least one batch each, or the worker idles.
+            prefetch_factor=max(loader.prefetch // workers, 1) if workers else None,
+            # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads can hang.
+            multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=worker_init,
+            collate_fn=shared,
+            pin_memory=finish.device.type == "cuda",
+        )
+        self._clock, self._timeout_s = clock, loader.stall_timeout
+        self.description = (
+            f"reference: PIL decode on the cpu, {workers} workers, prefetch {loader.prefetch}, {feed.index.path}"
+        )
+
+    def steps(self):
+        # Workers end with this generator.
+        remedy = "fewer --threads (0: no workers)"
+        for made in alive(self._made_ahead, "the pipeline reference", self._timeout_s, remedy):
             if isinstance(made, ValueError):
                 raise made
             work, views, spent = made
-            start = time.perf_counter()
-            counted["loader_substituted"] += work.substituted
-            batch = finish(work, views)
-            since.update(spent | {"finish": time.perf_counter() - start, "steps": 1})
-            yield batch
-
-    def read():
-        """Milliseconds per image since the last reading, those of the workers added up; and what was substituted so far."""
-        images = max(since.pop("steps", 0) * feed.batch_size, 1)
-        stages = {f"loader_{name}_ms": 1e3 * since.pop(name, 0.0) / images for name in ("read", "decode", "finish")}
-        return stages | counted
-
-    since: Counter[str] = Counter()
-    counted = {"loader_substituted": 0.0}
-    description = f"reference: PIL decode on the cpu, {workers} workers, prefetch {loader.prefetch}, {feed.index.path}"
-    # The DataLoader's workers end with its iterator, which the generator holds and closing it frees.
-    return Pipeline(batches(), lambda: None, description, read)
+            for stage, seconds in spent.items():
+                self._clock.add(stage, seconds)
+            yield work, (views, None)

@@ -1,12 +1,12 @@
 """Memory of whole batches: allocated once, written by compiled kernels through addresses, used again when it is free.
 
 A `Slot` holds the views of one batch and its mosaics, in the form that the trainer wants: normalized float32 on a CPU, uint8
-levels, page-locked, where a GPU finishes them. `Slot.places` tells `pipelines.kernels.render_into` where each view of each
-picture goes, so that no pixel is copied on its way to the batch, and the mosaic's tiles are written with the views.
+levels, page-locked, where a GPU finishes them. `Slot.places` tells pipelines/kernels.py where each view of each picture goes, so
+that no pixel is copied on its way to the batch, and the mosaic's tiles are written with the views.
 
-    slot = slots.take()          # free memory, or new
-    ...                          # a kernel writes
-    pixels = slot.hand_out()     # tensors; when the last of them is gone, the slot is free again
+    slot = slots.take()                # free memory, or new
+    ...                                # a kernel writes
+    views, mosaic = slot.hand_out()    # tensors; when the last of them is gone, the slot is free again
 """
 
 import math
@@ -47,29 +47,22 @@ class Slots:
         assert batch_size % 4 == 0 or tiles is None
         self.views, self.batch_size, self.tiles = tuple(views), batch_size, tiles
         self.normalized, self.color, self.pinned = normalized, color, pinned
-        self.dtype = np.dtype(np.float32 if normalized else np.uint8)
         shapes = {spec.name: (batch_size, spec.count, spec.side, spec.side, 3) for spec in views}
         if tiles is not None:
             side = 2 * shapes[tiles][2]
             shapes[""] = (batch_size // 4, side, side, 3)
-        ends = np.cumsum([math.prod(shape) * self.dtype.itemsize for shape in shapes.values()]).tolist()
+        ends = np.cumsum([math.prod(shape) * (4 if normalized else 1) for shape in shapes.values()]).tolist()
         self.blocks = dict(zip(shapes, zip([0, *ends], ends, shapes.values())))
         """Name of a view, "" of the mosaics -> (first byte, behind the last byte, shape)."""
         self.num_bytes = ends[-1]
-        self.allocated = 0
-        self._free: deque[Slot] = deque()
+        self.free: deque[Slot] = deque()
 
     def take(self) -> "Slot":
         """A slot that nobody reads; a new one if there is none, so their number follows how many batches are kept."""
         try:
-            return self._free.popleft()
+            return self.free.popleft()
         except IndexError:
-            self.allocated += 1
             return Slot(self)
-
-    def give_back(self, slot: "Slot") -> None:
-        """For whoever took a slot and did not hand it out."""
-        self._free.append(slot)
 
 
 class Slot:
@@ -78,29 +71,19 @@ class Slot:
     def __init__(self, slots: Slots):
         self._slots = slots
         if slots.pinned:
-            self.bytes: np.ndarray = torch.empty(slots.num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+            self._bytes: np.ndarray = torch.empty(slots.num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         else:
-            self.bytes = huge_pages(slots.num_bytes)
-        self.places = _places(slots, self.bytes.ctypes.data)
-        """[B, 3 + 3R] int64, see `pipelines.kernels.render_into`."""
-
-    @property
-    def memory(self) -> Tensor:
-        """[bytes] uint8, all of it."""
-        return torch.from_numpy(self.bytes)
+            self._bytes = huge_pages(slots.num_bytes)
+        self.places = _places(slots, self._bytes.ctypes.data)
+        """[B, 3 + 3R] int64, see `pipelines.kernels.render_at`."""
 
     def hand_out(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """The views `[B P S S 3]` and the mosaics `[M 2S 2S 3]`; the slot is taken until all of them are gone."""
-        lent = self.bytes.view()
-        weakref.finalize(lent, self._slots.give_back, self).atexit = False
-        return self.tensors(torch.from_numpy(lent))
-
-    def tensors(self, memory: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """As `hand_out`, of a copy of its `memory`, or of that itself, without a claim on the slot."""
-        dtype = torch.float32 if self._slots.normalized else torch.uint8
-        found = {
-            name: memory[start:end].view(dtype).view(shape) for name, (start, end, shape) in self._slots.blocks.items()
-        }
+        lent = self._bytes.view()
+        weakref.finalize(lent, self._slots.free.append, self).atexit = False
+        memory, dtype = torch.from_numpy(lent), torch.float32 if self._slots.normalized else torch.uint8
+        blocks = self._slots.blocks.items()
+        found = {name: memory[start:end].view(dtype).view(shape) for name, (start, end, shape) in blocks}
         mosaic = found.pop("", None)
         return found, mosaic
 
@@ -114,19 +97,16 @@ def huge_pages(size: int) -> np.ndarray:
 
 
 def _places(slots: Slots, start: int) -> np.ndarray:
-    pixel, image = 3 * slots.dtype.itemsize, np.arange(slots.batch_size)
-    columns = [np.array([slots.color, slots.normalized, 0])[None].repeat(slots.batch_size, 0)]
+    pixel, image = 3 * (4 if slots.normalized else 1), np.arange(slots.batch_size)
+    canvas_row = 0 if slots.tiles is None else slots.blocks[""][2][2] * pixel
+    columns = [np.tile([slots.color, slots.normalized, canvas_row], (slots.batch_size, 1))]
     for spec in slots.views:
-        block = start + slots.blocks[spec.name][0]
+        tile = np.zeros_like(image)
+        if spec.name == slots.tiles:
+            canvas, (down, right) = image // 4, divmod(image % 4, 2)
+            rows = (canvas * 2 + down) * spec.side
+            tile = start + slots.blocks[""][0] + rows * canvas_row + right * canvas_row // 2
         for number in range(spec.count):
-            first = block + (image * spec.count + number) * spec.side**2 * pixel
-            tile = np.zeros_like(image)
-            if spec.name == slots.tiles:
-                canvas_row = 2 * spec.side * pixel
-                columns[0][:, 2] = canvas_row
-                canvas, (down, right) = image // 4, divmod(image % 4, 2)
-                tile = (
-                    start + slots.blocks[""][0] + (canvas * 2 + down) * spec.side * canvas_row + right * canvas_row // 2
-                )
-            columns.append(np.stack([np.full_like(image, spec.side), first, tile], 1))
+            block = start + slots.blocks[spec.name][0] + (image * spec.count + number) * spec.side**2 * pixel
+            columns.append(np.stack([np.full_like(image, spec.side), block, tile], 1))
     return np.ascontiguousarray(np.concatenate(columns, 1), np.int64)

@@ -7,31 +7,34 @@ made-up data set (`pipelines.feed.MadeUpIndex`), so that overlaps, cells and los
 import torch
 
 from inscon.config import LoaderConfig
-from pipelines.feed import Feed, Pipeline
-from pipelines.finish import assemble, make_batch
+from pipelines.feed import Engine, Feed
+from pipelines.finish import Finish, assemble
+from pipelines.prefetch import StageClock
 
 DISTINCT_BATCHES = 4
 
 
-def open_synthetic(
-    feed: Feed, loader: LoaderConfig, device: torch.device, dtype: torch.dtype, steps: range
-) -> Pipeline:
-    """See `pipelines.open_pipeline`."""
-    generator = torch.Generator(device).manual_seed(feed.seed + feed.rank)
-    ready = [_noise(feed, device, dtype, generator) for _ in range(min(DISTINCT_BATCHES, len(steps)))]
+class SyntheticEngine(Engine):
+    """Batches of noise in turn."""
 
-    def batches():
-        for step in steps:
-            pixels, mosaic = ready[step % len(ready)]
-            yield make_batch(feed.work(step), pixels, feed, mosaic)
+    works_ahead, has_stages = True, False
+    description = f"synthetic: {DISTINCT_BATCHES} batches of noise in turn"
 
-    return Pipeline(batches(), ready.clear, f"synthetic: {DISTINCT_BATCHES} batches of noise in turn")
+    def __init__(self, feed: Feed, loader: LoaderConfig, steps: range, finish: Finish, clock: StageClock):
+        self._feed, self._steps, self._finish = feed, steps, finish
+        generator = torch.Generator(finish.device).manual_seed(feed.seed + feed.rank)
+        self._ready = [self._noise(generator) for _ in range(min(DISTINCT_BATCHES, len(steps)))]
 
+    def steps(self):
+        for step in self._steps:
+            yield self._feed.work(step), self._ready[step % len(self._ready)]
 
-def _noise(feed: Feed, device: torch.device, dtype: torch.dtype, generator: torch.Generator):
-    pixels = {}
-    for spec in feed.views:
-        shape = (feed.batch_size * spec.count, spec.side, spec.side, 3)
-        noise = torch.randn(shape, device=device, generator=generator)
-        pixels[spec.name] = noise.to(dtype).permute(0, 3, 1, 2)
-    return pixels, None if feed.mosaics is None else assemble(pixels[feed.mosaics.view], feed.mosaics)
+    def _noise(self, generator: torch.Generator):
+        feed, device, views = self._feed, self._finish.device, {}
+        for spec in feed.views:
+            shape = (feed.batch_size, spec.count, spec.side, spec.side, 3)
+            views[spec.name] = torch.randn(shape, device=device, generator=generator).to(self._finish.dtype)
+        if feed.mosaics is None:
+            return views, None
+        tiles = views[feed.mosaics.view].flatten(0, 1).permute(0, 3, 1, 2)
+        return views, assemble(tiles, feed.mosaics).permute(0, 2, 3, 1)

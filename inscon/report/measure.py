@@ -36,8 +36,9 @@ from inscon.report.flops import measure_matrix_rate, step_flops
 from inscon.report.run import percentile_99
 from inscon.train import Training, take_step
 from pipelines import open_pipeline
-from pipelines.feed import Feed, Pipeline, color_on_host, threads_per_rank
+from pipelines.feed import Feed, color_on_host, threads_per_rank
 from pipelines.finish import Finish
+from pipelines.prefetch import Pipeline
 
 READY_S = 1e-3
 """A batch that comes within this time was ready."""

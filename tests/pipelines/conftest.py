@@ -29,7 +29,8 @@ with contextlib.suppress(
     from data_prep.index import DatasetIndex
     from pipelines import open_pipeline
     from pipelines.color import STD
-    from pipelines.feed import Feed, Pipeline, open_index
+    from pipelines.feed import Feed, open_index
+    from pipelines.prefetch import Pipeline
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/imagenet_sample/train"
 SIZES = [(1, 1), (1, 90), (200, 3), (64, 64), (75, 500), (500, 75)] + [(90 + 7 * i, 160 - 5 * i) for i in range(14)]

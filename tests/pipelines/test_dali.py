@@ -1,5 +1,9 @@
 """What only DALI has: its operators for crops, its ways to decode, its flavors. What all engines share is in test_engines.py."""
 
+import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from nvidia.dali import fn, types
 from inscon.plan import NO_COLOR, Grid, Mosaics, ViewSpec, plan_views
 from pipelines import dali, open_pipeline, reference
 from pipelines.feed import Feed
+from pipelines.finish import Finish
 from tests.pipelines.conftest import NO_JPEG, PAIR, batches, feed_of, ids_of, levels_apart, loader_of, opened
 
 CPU = torch.device("cpu")
@@ -57,17 +62,24 @@ def test_dalis_own_crop_is_where_the_plan_says(spec, flipped):
         assert difference.mean() < 0.5 and difference.max() <= 2
 
 
-@pytest.mark.parametrize("mosaics", [Mosaics(view="query"), Mosaics(view="key", tile="half")])
-def test_the_path_of_a_gpu_on_a_cpu(mosaics, shards, monkeypatch):
-    """Decoding and crops by DALI's operators, color by the device tail, batches put together from several runs. Only the
-    device differs; the pixels, by DALI's resize."""
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """DALI's way for a GPU, on a CPU."""
     monkeypatch.setattr(dali, "MIXED", "cpu")
     monkeypatch.setattr(dali, "DEVICE_PART", 3)
-    feed = feed_of(loader_of("dali", shards), JIGSAW, mosaics)
-    engine = dali.Engine(feed, range(4), CPU, torch.float32, 2, dali.Decode("mixed", None), False)
-    kept = list(engine.batches())
-    assert engine.part == 3 and engine.read()["loader_finish_ms"] > 0
-    engine.end()
+    monkeypatch.setattr(dali, "check_device", lambda loader, device: None)
+
+
+MIXED = {"decode": "mixed", "color": "device"}
+
+
+@pytest.mark.parametrize("mosaics", [Mosaics(view="query"), Mosaics(view="key", tile="half")])
+def test_the_path_of_a_gpu_on_a_cpu(mosaics, shards, no_gpu_needed):
+    """Decoding and crops by DALI's operators, color by the device tail, batches put together from several runs. Only the
+    device differs; the pixels, by DALI's resize."""
+    with opened("dali", shards, 4, views=JIGSAW, mosaics=mosaics, loader=MIXED) as pipeline:
+        kept = list(pipeline)
+        assert "decode mixed" in pipeline.description and pipeline.read()["loader_finish_ms"] > 0
     wanted = batches("reference", shards, 4, views=JIGSAW, mosaics=mosaics)
     for one, other in zip(kept, wanted, strict=True):
         assert torch.equal(one.sample_ids, other.sample_ids)
@@ -79,33 +91,29 @@ def test_the_path_of_a_gpu_on_a_cpu(mosaics, shards, monkeypatch):
                 assert a.flatten(0, -4).is_contiguous(memory_format=torch.channels_last) and levels_apart(a, b) < 0.6
 
 
-def test_a_picture_that_the_gpus_decoder_refuses_is_named_or_replaced(make_shards, monkeypatch, caplog):
+def test_a_picture_that_the_gpus_decoder_refuses_is_named_or_replaced(make_shards, no_gpu_needed, caplog):
     """The decoder is DALI's for CPUs here; what is done about its refusal is the same."""
-    monkeypatch.setattr(dali, "MIXED", "cpu")
-    monkeypatch.setattr(dali, "DEVICE_PART", 3)
     folder = make_shards(jpegs={11: NO_JPEG})
-
-    def made(substitute):
-        feed = feed_of(loader_of("dali", folder), substitute=substitute)
-        engine = dali.Engine(feed, range(4), CPU, torch.float32, 1, dali.Decode("mixed", 0.9), False)
-        return list(engine.batches())
-
     with pytest.raises(ValueError, match=r"sample 11 .* cannot be decoded by DALI, decode mixed \(.*\): rerun"):
-        made(False)
-    assert ids_of(made(True)) == ids_of(batches("reference", folder, 4, substitute=True))
+        batches("dali", folder, 4, loader=MIXED)
+    made = batches("dali", folder, 4, loader=MIXED, substitute=True)
+    assert ids_of(made) == ids_of(batches("reference", folder, 4, substitute=True))
     assert "decode mixed" in caplog.text and "Another sample stands in for it." in caplog.text
 
 
-def test_the_fastest_way_to_decode_is_found_by_trying(shards, monkeypatch, caplog):
-    """Both on the CPU, and one that cannot be had is left out."""
-    monkeypatch.setattr(dali, "MIXED", "cpu")
+def rate(way: str, feed: Feed) -> float:
+    finish = Finish(feed, CPU, torch.float32, False)
+    return dali.rate_of(way, feed, loader_of("dali", None, color="device"), finish, 0)
+
+
+def test_ways_to_decode_are_tried(shards, no_gpu_needed, monkeypatch, caplog):
+    """Both on the CPU; and one that cannot be had is left out."""
     monkeypatch.setattr(dali, "TRIAL_S", 0.1)
-    feed, ways = feed_of(loader_of("dali", shards)), [dali.Decode("cpu", None), dali.Decode("mixed", None)]
-    rates = dali.try_out(feed, ways, (CPU, torch.float32, 2), False, 0)
-    assert set(rates) == set(ways) and min(rates.values()) > 10
+    feed = feed_of(loader_of("dali", shards))
+    assert rate("cpu", feed) > 10 and rate("mixed", feed) > 10
     monkeypatch.setattr(dali, "MIXED", "mixed")  # which no CPU has
-    rates = dali.try_out(feed, ways, (CPU, torch.float32, 2), False, 0)
-    assert rates[ways[0]] > 10 and rates[ways[1]] == 0 and "decode mixed is left out, it fails: " in caplog.text
+    assert rate("cpu", feed) > 10 and rate("mixed", feed) == 0
+    assert "decode mixed is left out, it fails: " in caplog.text
 
 
 @pytest.mark.parametrize("substitute", [False, True])
@@ -113,11 +121,23 @@ def test_a_trial_passes_no_verdict_on_a_sample(substitute, make_shards, monkeypa
     """A picture that one decoder refuses rules that way out at most; whether it is bad is for the way that is taken."""
     monkeypatch.setattr(dali, "TRIAL_S", 0.1)
     feed = feed_of(loader_of("dali", make_shards(jpegs={11: NO_JPEG})), substitute=substitute)
-    way = dali.Decode("cpu", None)
-    rates = dali.try_out(feed, [way], (CPU, torch.float32, 2), False, 0)
-    assert rates[way] > 10 if substitute else rates[way] == 0
+    assert rate("cpu", feed) > 10 if substitute else rate("cpu", feed) == 0
     assert ("decode cpu is left out, it fails: sample 11" in caplog.text) == (not substitute)
     assert any(11 in feed.work(step).sample_ids for step in range(4))
+
+
+@pytest.mark.parametrize(("cpu", "mixed", "chosen"), [(1000, 1090, "cpu"), (1000, 1110, "mixed"), (0, 0, "cpu")])
+def test_the_gpu_is_left_alone_where_it_gains_little(cpu, mixed, chosen, shards, monkeypatch):
+    monkeypatch.setattr(dali, "rate_of", lambda way, *_: {"cpu": cpu, "mixed": mixed}[way])
+    feed, loader = feed_of(loader_of("dali", shards)), loader_of("dali", shards)
+
+    def choose(device, host_color, **settings):
+        finish = SimpleNamespace(device=torch.device(device), host_color=host_color)
+        return dali.choose_decode(feed, dataclasses.replace(loader, **settings), finish, 0)
+
+    assert choose("cuda", False) == (chosen, f" (measured, images/s: cpu: {cpu}, mixed: {mixed})")
+    assert choose("cuda", True) == choose("cpu", False) == ("cpu", "")
+    assert choose("cuda", False, decode="mixed") == ("mixed", "")
 
 
 def test_mixed_decoding_needs_a_gpu(shards):
@@ -126,18 +146,18 @@ def test_mixed_decoding_needs_a_gpu(shards):
 
 
 @pytest.mark.parametrize(
-    ("driver", "flavour"), [(12040, "cuda120"), (13000, "cuda130"), (13010, "cuda120"), (12000, "cuda110")]
+    ("driver", "flavor", "runs"),
+    [(12040, "cuda120", True), (13010, "cuda120", True), (12000, "cuda110", True), (12080, "cuda130", False)],
 )
-def test_a_driver_runs_what_was_built_for_it_or_before(driver, flavour):
-    dali.check_dali(driver, flavour)
+def test_a_driver_runs_what_was_built_for_it_or_before(driver, flavor, runs, shards, monkeypatch):
+    """Else it is told which package to install."""
 
+    def tell(version):
+        version._obj.value = driver
 
-def test_a_driver_too_old_is_told_with_the_package_to_install():
-    with pytest.raises(
-        ValueError, match=r"CUDA 13 is installed.*driver offers CUDA 12.*pip install nvidia-dali-cuda120"
-    ):
-        dali.check_dali(12080, "cuda130")
-
-
-def test_the_installed_flavour_is_found():
-    assert dali.installed_flavour() in ("cuda110", "cuda120", "cuda130")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(cuDriverGetVersion=tell))
+    names = {"nvidia": ["nvidia-nvimgcodec-cu12", f"nvidia-dali-{flavor}"]}
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: names)
+    said = r"CUDA 13 is installed.*driver offers CUDA 12.*pip install nvidia-dali-cuda120"
+    with nullcontext() if runs else pytest.raises(ValueError, match=said):
+        dali.check_device(loader_of("dali", shards), torch.device("cuda"))

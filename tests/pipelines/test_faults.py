@@ -106,13 +106,13 @@ def test_out_of_memory_is_a_sentence(name, shards, monkeypatch):
     """What PyTorch says when a GPU is full."""
     from pipelines.finish import Finish
 
-    def full(self, work, made):
+    def full(self, work, *made):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.setattr(Finish, "__call__", full)
     with opened(name, shards, 3) as pipeline:
         with pytest.raises(
-            MemoryError, match=f"{name} ran out of memory on the host: set a smaller --prefetch or"
+            MemoryError, match="the pipeline ran out of memory on the host: set a smaller --prefetch or"
         ) as caught:
             list(pipeline)
         assert "\n" not in str(caught.value)
@@ -121,7 +121,7 @@ def test_out_of_memory_is_a_sentence(name, shards, monkeypatch):
 @pytest.mark.parametrize(
     ("told", "error", "said"),
     [
-        ("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", MemoryError, "dali ran out of memory on the host"),
+        ("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", MemoryError, "ran out of memory on the host"),
         ("something else", RuntimeError, "^something else$"),
     ],
 )  # fmt: skip

@@ -2,17 +2,19 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipelines.prefetch import Ahead, StageClock
+from pipelines.prefetch import Pipeline, StageClock
 
 CPU = torch.device("cpu")
 
 
-def ahead(make, depth=2, timeout_s=30.0, clock=None) -> Ahead:
-    return Ahead(make, depth=depth, device=CPU, clock=clock or StageClock(), timeout_s=timeout_s)
+def ahead(make, depth=2, timeout_s=30.0, clock=None, end=lambda: None) -> Pipeline:
+    engine = SimpleNamespace(description="", has_stages=True, end=end, figures=dict)
+    return Pipeline(make, engine, clock or StageClock(), depth=depth, device=CPU, timeout_s=timeout_s)
 
 
 def loader_threads() -> int:
@@ -83,12 +85,22 @@ def test_closing_closes_the_maker():
         try:
             yield from range(1000)
         finally:
-            ended.append(True)
+            ended.append("maker")
 
-    batches = ahead(make())
+    batches = ahead(make(), end=lambda: ended.append("engine"))
     next(batches)
     batches.close()
-    assert ended == [True] and loader_threads() == 0 and list(batches) == []
+    batches.close()
+    assert ended == ["maker", "engine"] and loader_threads() == 0 and list(batches) == []
+
+
+def test_without_a_depth_batches_are_made_when_they_are_asked_for():
+    made = []
+    with ahead((made.append(i) or i for i in range(3)), depth=None) as batches:
+        assert next(batches) == 0 and made == [0] and loader_threads() == 0
+        assert list(batches) == [1, 2]
+        assert not any("starved" in name for name in batches.read())
+    assert list(batches) == []
 
 
 def test_a_stage_that_hangs_is_named():
@@ -137,7 +149,7 @@ def test_starvation_is_counted():
     for i in range(1, 11):
         wait_for(lambda until=i + 2: len(made) >= until)  # the one after it is begun: it is there
         next(fast)
-    assert fast.read() == {"loader_starved_percent": 0}
+    assert fast.read()["loader_starved_percent"] == 0
     fast.close()
 
 
@@ -159,5 +171,19 @@ def test_stages_exclude_each_other(monkeypatch):
     spend(8)
     with clock.at("x", "read"):
         spend(16)
-    assert clock.read() == {"start": 8.0, "decode": 5.0, "read": 18.0}
+    clock.add("read", 32)
+    assert clock.read() == {"start": 8.0, "decode": 5.0, "read": 50.0}
     assert clock.read() == {}
+
+
+def test_what_was_not_ready_is_counted_without_what_it_waited_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = StageClock()
+    for own, nested in [(0.0, 5.0), (0.5, 0.0), (0.0, 0.0), (0.0009, 1.0)]:
+        with clock.at("decoding", "decode", waits=True):
+            now[0] += own
+            with clock.at("reading", "read"):
+                now[0] += nested
+    spent = clock.read()
+    assert (spent["waits"], spent["late"]) == (4, 1)
