@@ -1,6 +1,7 @@
-"""Where a step's time goes. Parts are marked where they happen, `with part("backward"):`, and cost nothing until somebody measures.
+"""Where a step's time goes. Parts are marked where they happen, `with part("backward"):`, and cost nothing until somebody listens.
 
-    with StepClock(device) as clock:
+    clock = StepClock(device)
+    with listen(clock.at):
         for batch in batches:
             run_step(training, batch)
             clock.lap()
@@ -12,10 +13,7 @@ stream of the step, read when all is over: nothing waits, and a part's time is t
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from collections import Counter
 
 WAIT, PREPARE, BACKWARD, WIRE, OPTIMIZER, AFTER_UPDATE, REST = (
     "wait for data", "prepare (keys)", "backward", "all-reduce and queues", "optimizer", "after the update", "rest",
@@ -23,22 +21,32 @@ WAIT, PREPARE, BACKWARD, WIRE, OPTIMIZER, AFTER_UPDATE, REST = (
 """Parts of a step beside the forward passes of its pieces. REST is what no part claims. Pages of figures want these names without
 the seconds of importing torch."""
 
+_hear = contextlib.nullcontext
+
 
 def forward(piece: str) -> str:
     """The part of a piece's forward pass."""
     return f"{piece}, forward"
 
 
-_nobody = contextlib.nullcontext()
-_listening = None
-
-
 def part(name: str):
     """While the block runs, time counts for this part of the step, if anybody listens."""
-    return _nobody if _listening is None else _listening.at(name)
+    return _hear(name)
 
 
-def now(device: "torch.device"):
+@contextlib.contextmanager
+def listen(hear):
+    """While the block runs, parts are entered as `hear(name)`: a clock's `at`, or torch.profiler.record_function."""
+    global _hear
+    assert _hear is contextlib.nullcontext, "two clocks at once"
+    _hear = hear
+    try:
+        yield
+    finally:
+        _hear = contextlib.nullcontext
+
+
+def now(device):
     """A moment: of the host, or in the stream of a GPU, which nobody waits for."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -54,42 +62,11 @@ def seconds(start, end) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-class _Listener:
-    """Hears of parts while it is entered as a context; one at a time in a process."""
+class StepClock:
+    """Time by step and part on `device`; begins when it is made."""
 
-    def __enter__(self):
-        global _listening
-        assert _listening is None, "two clocks at once"
-        _listening = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        global _listening
-        _listening = None
-
-
-class Labels(_Listener):
-    """Names the parts in a trace of torch.profiler."""
-
-    def at(self, name: str):
-        import torch
-
-        return torch.profiler.record_function(name)
-
-
-class StepClock(_Listener):
-    """Time by step and part on `device`; begins when it is entered."""
-
-    def __init__(self, device: "torch.device"):
-        self._device = device
-
-    def __enter__(self):
-        self.restart()
-        return super().__enter__()
-
-    def restart(self) -> None:
-        """What was measured so far never was."""
-        self._stack, self._steps, self._since = [REST], [[]], now(self._device)
+    def __init__(self, device):
+        self._device, self._stack, self._steps, self._since = device, [REST], [[]], now(device)
 
     @contextlib.contextmanager
     def at(self, name: str):
@@ -112,13 +89,10 @@ class StepClock(_Listener):
         self._steps[-1].append((self._stack[-1], self._since, moment))
         self._since = moment
 
-    def read(self) -> list[dict[str, float]]:
+    def read(self) -> list[Counter]:
         """Of each finished step the seconds by part, without parts that did not occur. On a GPU it must have been waited for."""
-        return [_by_part(spans) for spans in self._steps[:-1]]
-
-
-def _by_part(spans: list[tuple]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, start, end in spans:
-        found[name] = found.get(name, 0.0) + seconds(start, end)
-    return found
+        found = [Counter() for _ in self._steps[1:]]
+        for spent, spans in zip(found, self._steps):
+            for name, start, end in spans:
+                spent[name] += seconds(start, end)
+        return found

@@ -266,7 +266,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A NumPy array as a tensor on `device`; the copy is queued, the host does not wait for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     # A copy from pageable memory would wait for the device; PyTorch keeps the pinned block until the copy is done.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def color_on_host(loader: LoaderConfig, device: torch.device) -> bool:

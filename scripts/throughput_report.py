@@ -1,8 +1,7 @@
 """How fast this machine trains, what holds it back, and what to do about it: one page.
 
-    python scripts/throughput_report.py --data SHARDS                                # measures; report.md, .json, .png in report/
-    python scripts/throughput_report.py --data BETON --pipelines ffcv,dali,reference # engines side by side
-    torchrun --nproc_per_node=8 scripts/throughput_report.py --data SHARDS           # all ranks together
+    python scripts/throughput_report.py --data SHARDS   # measures; report.md, report.json in report/
+    torchrun --nproc_per_node=8 scripts/throughput_report.py --data SHARDS   # all ranks together
     python scripts/throughput_report.py --run RUN_DIR                                # of a run's metrics, nothing is measured
     python scripts/throughput_report.py --compare before.json after.json             # status 1 where something became slower
     python scripts/throughput_report.py --predict v100x8                             # a prediction, with formula and inputs
@@ -11,22 +10,22 @@ Every flag of scripts/train.py is taken too (--recipe, --batch-size, ...): measu
 """
 
 import argparse
-import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import guard
-from inscon.report import page, prediction, verdict
+from inscon.report import page, verdict
+from inscon.report.prediction import MACHINES, predict
 from inscon.report.run import read_metrics, run_speed
 
-FEWEST_STEPS, LEAST_WARM_UP = 10, 2
-"""Below which no rate is given."""
+FEWEST = {"steps": 10, "warm_up": 2, "trace": 0}
+"""Below which no rate is given, and no trace."""
 
 
 def main(arguments: list[str]) -> int:
@@ -34,33 +33,28 @@ def main(arguments: list[str]) -> int:
     if own.compare:
         return show_comparison(*own.compare, own.tolerance)
     if own.run:
-        return report_on_run(own.run)
-    check(own)
+        return show_run(own.run)
+    for name, fewest in FEWEST.items():
+        found, flag = getattr(own, name), "--" + name.replace("_", "-")
+        if found < fewest:
+            raise ValueError(f"{flag} must be at least {fewest}. Found: {found}; set {flag} {fewest} or more")
     # PyTorch and the engines take seconds to import, which no refusal above waits for.
     from inscon import distributed
     from inscon.methods.method import resolve
     from inscon.report.flops import step_flops
     from inscon.report.measure import Measurement
-    from pipelines import check_engine
     from scripts.train import feed_of, parse
 
     config = parse(rest)
-    engines = own.pipelines.split(",") if own.pipelines else [config.loader.pipeline]
-    for name in engines:
-        check_engine(name)
-    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, pipeline=engines[0]))
-    predictions = []
-    if own.predict:
-        prediction.check_comparable(config.model.backbone, config.views.view_size)
-        predictions = [prediction.predict(name, step_flops(resolve(config, 1)).trainings) for name in own.predict]
-    if predictions and config.loader.data is None and own.pipelines is None:
+    predictions = [predict(name, config, step_flops(resolve(config, 1)).trainings) for name in own.predict]
+    if predictions and config.loader.data is None:
         print("\n".join(predictions))
         return 0
     guard.check_output_folder(own.out)
     device = distributed.start()
     try:
         measurement = Measurement(config, feed_of, device, own.out, own.steps, own.warm_up)
-        report = measurement.report(engines) | {"predictions": predictions}
+        report = measurement.report() | {"predictions": predictions}
         if own.trace:
             measurement.trace(own.trace)
         if distributed.rank() == 0:
@@ -78,47 +72,22 @@ def options() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
     add("--steps", type=int, default=30, help="measured, of each of the measurements")
     add("--warm-up", type=int, default=6, help="steps before these, left out")
-    add("--pipelines", help="engines to set side by side, with commas; the verdict is on the first")
     add("--trace", type=int, default=0, metavar="N", help="write a torch profiler trace of N steps, too")
-    add("--predict", action="append", default=[], metavar="MACHINE", help=", ".join(prediction.MACHINES))
+    add("--predict", action="append", default=[], choices=MACHINES, help="what a machine should do")
     add("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two report.json")
     add("--tolerance", type=float, default=5.0, help="percent by which a figure may be worse in --compare")
     add("--run", type=Path, help="folder of a run of scripts/train.py")
     return parser
 
 
-def check(own: argparse.Namespace) -> None:
-    """ValueError for what this script's own flags cannot be."""
-    if own.steps < FEWEST_STEPS:
-        raise ValueError(
-            f"a rate needs at least {FEWEST_STEPS} steps after the warm-up. Found: {own.steps}; set --steps {FEWEST_STEPS} or more"
-        )
-    if own.warm_up < LEAST_WARM_UP:
-        raise ValueError(
-            f"the first {LEAST_WARM_UP} steps at least are warm-up. Found: {own.warm_up}; set --warm-up {LEAST_WARM_UP} or more"
-        )
-    for name in own.predict:
-        prediction.machine_of(name)
-    if own.trace < 0:
-        raise ValueError(f"a trace is of 1 step or more. Found: {own.trace}; set --trace 3, or leave it out")
-
-
 def publish(report: dict, out: Path) -> None:
-    """report.json, report.md and report.png in `out`, each whole or not there, and the page on the screen."""
-    where = report["machine"].get("gpu") or report["machine"]["cpu"]
-    title = (
-        f"{page.title_of(report['settings'])} on {report['ranks']} x {where}, {report['precision']}, {report['date']}"
-    )
-    parts, sentence, picture = page.sections(report), report["verdict"]["sentence"], io.BytesIO()
-    drawn = page.draw(report, picture)
-    shown = "![](report.png)" if drawn else "No report.png: pip install matplotlib, and run again."
-    text = page.markdown(title, sentence, [*parts, page.Section("Picture", notes=[shown])])
-    files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": text.encode()}
-    for name, content in (files | ({"report.png": picture.getvalue()} if drawn else {})).items():
+    """report.json and report.md in `out`, each whole or not there, and the page on the screen."""
+    text = page.page(report)
+    for name, content in {"report.json": json.dumps(report, indent=1) + "\n", "report.md": text}.items():
         with guard.whole_file(out / name) as file:
-            file.write(content)
-    page.show(Console(), title, sentence, parts)
-    print(f"{out}/report.md, report.json" + (", report.png" if drawn else "; for report.png: pip install matplotlib"))
+            file.write(content.encode())
+    Console().print(Markdown(text))
+    print(f"{out}/report.md, report.json")
 
 
 def show_comparison(before: Path, after: Path, tolerance: float) -> int:
@@ -126,19 +95,17 @@ def show_comparison(before: Path, after: Path, tolerance: float) -> int:
     changes = verdict.compare(verdict.load_report(before), verdict.load_report(after))
     rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{worse:+.1f}") for name, a, b, worse in changes]
     slower = [name for name, _, _, worse in changes if worse > tolerance]
-    found = f"Worse by more than {tolerance:g} %: {', '.join(slower)}."
-    line = found if slower else f"Nothing is worse by more than {tolerance:g} %."
-    table = page.Section("Figures", ("", "before", "after", "worse by, %"), rows)
-    page.show(Console(), f"{before} -> {after}", line, [table])
+    found = f"Worse by more than {tolerance:g} %: {', '.join(slower) or 'nothing'}."
+    Console().print(Markdown(page.table(f"{before} -> {after}", ("", "before", "after", "worse by, %"), rows, found)))
     return 1 if slower else 0
 
 
-def report_on_run(run: Path) -> int:
+def show_run(run: Path) -> int:
     """From the metrics that the run wrote."""
-    speed = run_speed(read_metrics(run))
+    rows = [(name, f"{value:,.3f}") for name, value in run_speed(read_metrics(run)).items()]
     title = page.title_of(json.loads((run / "config.json").read_text()))
-    where = "Of a run's metrics; what holds it back is measured by --data SHARDS."
-    page.show(Console(), title, where, [page.run_section(speed)])
+    note = "Rates are in source images/s. What holds a run back is measured by --data SHARDS."
+    Console().print(Markdown(title + "\n\n" + page.table("Medians of log windows", ("", "median"), rows, note)))
     return 0
 
 

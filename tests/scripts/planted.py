@@ -49,11 +49,11 @@ class Sleepy(toy.Settings):
         return method
 
 
-def measure(config: Config, out: Path, engines=None, kind: str | None = None, device="cpu") -> dict:
+def measure(config: Config, out: Path, kind: str | None = None, device="cpu") -> dict:
     """A report of 10 steps; measured again where something else had the machine, or a verdict of another `kind` came out."""
     for _ in range(3):
         measurement = Measurement(config, feed_of, torch.device(device), out, steps=10, warm_up=2)
-        report = measurement.report(engines or [config.loader.pipeline])
+        report = measurement.report()
         if report["verdict"]["kind"] == (kind or report["verdict"]["kind"].replace("disturbed", "")):
             break
     return report | {"predictions": []}

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import json
 import re
 import signal
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from data_prep.index import DatasetIndex
-from inscon.clock import BACKWARD, OPTIMIZER, REST, WAIT, WIRE, StepClock, forward, part
+from inscon.clock import BACKWARD, OPTIMIZER, REST, WAIT, WIRE, StepClock, forward, listen, part
 from inscon.meters import LossMeter, Stopwatch, window
 from inscon.report import measure, page, verdict
-from inscon.report.page import Section
 from inscon.report.run import read_metrics, run_speed
 from pipelines import reference
 from scripts.throughput_report import main, publish
@@ -33,39 +30,26 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 DELAY_S = 0.2
 """Of each planted fault, in a step of a tenth of a second or two."""
-STEPS = {
-    "steps": 30, "warm_up": 6, "images_per_s": 49.0, "step_ms": 320.0, "step_ms_p99": 380.0, "wall_ms": 326.0,
-    "parts_ms": {WAIT: 2.0, forward("query"): 100.0, BACKWARD: 210.0, WIRE: 4.0, OPTIMIZER: 8.0, REST: 2.0},
-    "wait_percent": 0.6, "ready_percent": 97.0, "cpu_cores": 1.5,
-}  # fmt: skip
-LOADED = {
-    "batches": 30, "images_per_s": 100.0, "opened_s": 1.0, "first_batch_s": 0.5, "batch_ms": 160.0, "batch_ms_p99": 200.0,
-    "seams": 1, "seam_stall_ms": 3.0, "images": 576, "epochs": 2, "repeated": 0, "overlap_percent": 99.5, "substituted": 0,
-}  # fmt: skip
-SAID = {
-    "loader_starved_percent": 3.0,
-    "loader_graph_starved_percent": 80.0,
-    "loader_read_ms": 0.2,
-    "loader_decode_ms": 8.0,
-}
 REPORT = {
     "report_version": verdict.VERSION, "date": "2026-11-25", "machine": {"cpu": "a CPU", "cores": 2}, "versions": {"torch": "2.10"},
-    "ranks": 2, "cores_of_rank": 1.0, "threads": 2, "torch_threads": 1, "precision": "fp32", "optimizer": "torch-fused",
+    "ranks": 2, "cores_of_rank": 1.0, "precision": "fp32",
     "settings": {
         "method": {"name": "inscon", "tile": "full"}, "model": {"backbone": "resnet50"}, "views": {"view_size": 224},
         "loader": {"pipeline": "dali"}, "optim": {"batch_size": 16, "epochs": 200},
     },
-    "flops_per_image": 1e9, "trainings": 2.37, "view_bytes": 10**6, "steps_per_epoch": 100, "left_out": 1,
-    "memory": {"host_peak_mb": 1000.0, "torch_peak_mb": None}, "matrix_flops_per_s": 1e11, "copy_bytes_per_s": None,
-    "engines": {
-        "dali": {"loader": LOADED, "end_to_end": STEPS, "said": SAID, "described": "dali, DATA",
-                 "stages_alone_ms": {"read": 0.1, "decode": 4.0}},
-        "synthetic": {"loader": None, "end_to_end": STEPS | {"images_per_s": 50.0}, "said": {}, "described": "noise",
-                      "stages_alone_ms": {}},
+    "flops_per_image": 1e9, "trainings": 2.37, "steps_per_epoch": 100, "matrix_flops_per_s": 1e11, "described": "dali, DATA",
+    "memory": {"host memory at its peak, MB": 1000.0},
+    "end_to_end": {
+        "steps": 30, "warm_up": 6, "images_per_s": 49.0, "step_ms": 320.0, "step_ms_p99": 380.0, "wall_ms": 326.0,
+        "parts_ms": {WAIT: 2.0, forward("query"): 100.0, BACKWARD: 210.0, WIRE: 4.0, OPTIMIZER: 8.0, REST: 2.0}, "cpu_cores": 1.5,
     },
-    "ceilings": {verdict.LOADER: 100.0, verdict.SYNTHETIC: 50.0, verdict.REAL: None, verdict.END_TO_END: 49.0},
+    "loader": {
+        "images_per_s": 100.0, "first_batch_s": 1.5, "loader_starved_percent": 3.0, "loader_graph_starved_percent": 80.0,
+        "loader_read_ms": 0.2, "loader_decode_ms": 8.0,
+    },
+    "ceilings": {verdict.LOADER: 100.0, verdict.MODEL: 50.0, verdict.END_TO_END: 49.0},
     "shares": {WAIT: 0.6, forward("query"): 30.7, BACKWARD: 64.4, WIRE: 1.2, OPTIMIZER: 2.5, REST: 0.6},
-    "scaling": {"batch_size": 8, "other_batch_size": 16, "compute_ms": 60.0, "other_compute_ms": 101.0, "fixed_percent": 31.7},
+    "scaling": {"batch_sizes": [8, 16], "compute_ms": [60.0, 101.0], "fixed_percent": 31.7},
     "predictions": [],
 }  # fmt: skip
 """Of a two-rank run whose figures can all be true: every rate is below its ceiling."""
@@ -89,7 +73,8 @@ def changed(*changes):
 def test_a_part_within_a_part_stops_the_outer_clock(monkeypatch):
     moments = iter([0.0, 1.0, 2.0, 5.0, 9.0, 10.0, 20.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(moments))
-    with StepClock(CPU) as clock:
+    clock = StepClock(CPU)
+    with listen(clock.at):
         with part("outer"), part("inner"):
             pass
         clock.lap()
@@ -102,27 +87,12 @@ def test_parts_come_from_what_the_clock_saw_and_rates_from_the_wall():
     found = measure.step_figures(times, wall=2.0, cpu=1.0, batch_size=16)
     assert list(found["parts_ms"]) == [WAIT, "anything", WIRE, REST]
     assert found["parts_ms"]["anything"] == pytest.approx(500) and found["parts_ms"][WAIT] == pytest.approx(150.25)
-    assert (found["images_per_s"], found["wall_ms"], found["ready_percent"]) == (16.0, 1000.0, 50.0)
+    assert (found["images_per_s"], found["wall_ms"], found["cpu_cores"]) == (16.0, 1000.0, 0.5)
     assert found["step_ms"] == pytest.approx(850.25) and found["step_ms_p99"] == pytest.approx(1000)
-    assert found["wait_percent"] == pytest.approx(100 * 0.3005 / 2) and found["cpu_cores"] == 0.5
-
-
-def test_seams_are_told_from_other_batches():
-    assert measure.seams([1.0, 9.0, 2.0, 3.0], [0, 0, 1, 1, 1]) == {"seams": 1, "seam_stall_ms": 7.0}
-    assert measure.seams([1.0, 2.0], [0, 0, 0]) == {"seams": 0, "seam_stall_ms": None}
-
-
-def test_repeated_images_and_overlaps_are_counted():
-    ids = [torch.tensor(of_batch) for of_batch in ([0, 1, 2, 3], [4, 5, 6, 3], [0, 1, 2, 3])]
-    weights = [torch.ones(4), torch.zeros(4), torch.ones(4)]
-    found = measure.data_health(ids, weights, [0, 0, 1])
-    assert (found["images"], found["epochs"], found["repeated"]) == (12, 2, 1)
-    assert found["overlap_percent"] == pytest.approx(100 * 8 / 12)
-    assert measure.data_health(ids, [], [0, 0, 1])["overlap_percent"] is None
 
 
 @pytest.mark.parametrize(("sizes", "percent"), [
-    ((8, 90.0, 16, 120.0), 100 * 60 / 90), ((8, 90.0, 4, 45.0), 0.0), ((8, 90.0, 4, 99.0), 100.0),
+    ((8, [8, 16], [90.0, 120.0]), 100 * 60 / 90), ((8, [4, 8], [45.0, 90.0]), 0.0), ((8, [4, 8], [99.0, 90.0]), 100.0),
 ])  # fmt: skip
 def test_what_a_batch_does_not_change(sizes, percent):
     assert verdict.fixed_percent(*sizes) == pytest.approx(percent)
@@ -139,7 +109,7 @@ def test_batch_sizes_are_compared_by_turns(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measurement, "computing_ms", computing_ms)
     found = measurement.scaling()
-    assert sizes == 3 * [(8, 8), (16, 16)] and (found["compute_ms"], found["other_compute_ms"]) == (90.0, 120.0)
+    assert sizes == 3 * [(8, 8), (16, 16)] and found["compute_ms"] == [90.0, 120.0]
 
 
 # --------------------------------------------------------------------------------------------------------- the verdict
@@ -152,11 +122,10 @@ ON_GPU = ("machine/gpu", "NVIDIA A100")
     ([ON_GPU], "GPU-bound", "the passes through the networks.*MFU", 1.0),
     ([(f"shares/{WAIT}", 50.0), (f"ceilings/{verdict.END_TO_END}", 25.0)], "loader-bound", "stage decode.*--threads", 2.0),
     ([(f"shares/{WAIT}", 50.0)], "loader-bound", "stage decode", 50 / 49),  # no more than the model gives
-    ([(f"shares/{WAIT}", 50.0), ("engines/dali/said/loader_read_ms", 9.0)], "loader-bound", "stage read.*SSD", 50 / 49),
-    ([ON_GPU, (f"shares/{WAIT}", 50.0), ("copy_bytes_per_s", 5e7)], "copy-bound", "bus.*--decode mixed", 50 / 49),
+    ([(f"shares/{WAIT}", 50.0), ("loader/loader_read_ms", 9.0)], "loader-bound", "stage read.*SSD", 50 / 49),
     ([(f"shares/{WIRE}", 20.0)], "communication-bound", "--gradient-compression", 1.25),
     ([(f"shares/{REST}", 20.0)], "host-bound", "outside of all its parts.*--trace", 1.25),
-    ([("scaling/fixed_percent", 50.0)], "launch-bound", "50 % of the computing.*--batch-size 16", 2 / 1.5),
+    ([("scaling/fixed_percent", 50.0)], "launch-bound", "50 % of the computing.*--batch-size 32", 2 / 1.5),
     ([(f"shares/{OPTIMIZER}", 20.0)], "CPU-bound", "own overhead .21 %., most of all optimizer", 1.25),
 ])  # fmt: skip
 def test_verdicts(changes, kind, words, gain):
@@ -175,26 +144,22 @@ def test_verdicts(changes, kind, words, gain):
 def test_the_first_starved_queue_names_the_stage(starved, stages, stage):
     said = dict(zip(("loader_graph_starved_percent", "loader_starved_percent"), starved))
     said |= {f"loader_{name}_ms": ms for name, ms in stages.items()}
-    assert verdict.starving_stage({"said": said, "end_to_end": STEPS}) == stage
+    assert verdict.starving_stage(said) == stage
 
 
 @pytest.mark.parametrize(("place", "value", "found"), [
     ("ceilings/loader alone", 12.56, "49.0 images/s end to end, above the 12.6 of the loader alone"),  # 390 %
-    ("ceilings/model on synthetic batches", 40.0, "above the 40.0 of the model on synthetic batches"),
-    ("ceilings/model on cached batches", 40.0, "above the 40.0 of the model on cached batches"),
-    ("engines/dali/end_to_end", STEPS | {"images_per_s": 300.0}, "300.0 images/s through dali, above the 100.0 of that loader"),
-    ("matrix_flops_per_s", 1.69e10, "0.025 TFLOP/s in the step, above the 0.017 of matrix products"),  # MFU 145 %
-    (f"shares/{BACKWARD}", 130.0, "166 % of the step in all its parts"),
-    ("scaling/other_compute_ms", 50.0, "50.0 ms for a batch of 16, less than the 60.0 ms for one of 8"),
-    ("scaling", {"batch_size": 8, "other_batch_size": 4, "compute_ms": 50.0, "other_compute_ms": 101.0, "fixed_percent": 0.0},
-     "50.0 ms for a batch of 8, less than the 101.0 ms for one of 4"),
+    (f"ceilings/{verdict.MODEL}", 40.0, "above the 40.0 of the model alone"),
+    ("matrix_flops_per_s", 1.69e10, "24.5 GFLOP/s in the step, above the 16.9 of matrix products"),  # MFU 145 %
+    (f"shares/{BACKWARD}", 130.0, "165.6 % of the step in all its parts"),
+    ("scaling/compute_ms", [60.0, 50.0], "60.0 ms for a batch of 8, above the 50.0 ms for one of 16"),
 ])  # fmt: skip
 def test_impossible_figures_get_no_verdict_and_no_comparison(tmp_path, place, value, found):
     report = changed((place, value))
     assert found in report["verdict"]["stage"] and "; " not in report["verdict"]["stage"]
     sentence = report["verdict"]["sentence"]
     assert "machine was disturbed, measure again" in sentence and "times the images/s" not in sentence
-    assert "does not depend on the batch" not in page.markdown("", sentence, page.sections(report))
+    assert "does not depend on the batch" not in page.page(report)
     (tmp_path / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="report.json cannot be compared.*machine was disturbed, measure again"):
         main(["--compare", str(tmp_path / "report.json"), str(tmp_path / "report.json")])
@@ -205,7 +170,7 @@ def test_impossible_figures_get_no_verdict_and_no_comparison(tmp_path, place, va
     ("ceilings/end to end", 54.0),  # of 50: noise
     ("matrix_flops_per_s", 2.3e10),  # of 2.45e10: noise
     ("scaling", None),
-    ("scaling/other_compute_ms", 55.0),
+    ("scaling/compute_ms", [60.0, 55.0]),
     (f"shares/{BACKWARD}", 65.0),
 ])  # fmt: skip
 def test_figures_that_can_be_get_their_verdict(place, value):
@@ -223,7 +188,9 @@ def test_a_comparison_is_a_gate(tmp_path, capsys):
     assert main(["--compare", str(before), str(after), "--tolerance", "15"]) == 0
     assert main(["--compare", str(after), str(before)]) == 0
     after.write_text(json.dumps(changed(("settings/optim/batch_size", 32), ("settings/method/tile", "half"))))
-    with pytest.raises(ValueError, match="method tile full and half, batch size 16 and 32; measure both in the same"):
+    with pytest.raises(
+        ValueError, match="method tile full and half, run batch size 16 and 32; measure both in the same"
+    ):
         main(["--compare", str(before), str(after)])
     after.write_text("{}")
     with pytest.raises(ValueError, match=f"after.json must be a report.json of version {verdict.VERSION}. Found: None"):
@@ -233,35 +200,22 @@ def test_a_comparison_is_a_gate(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def test_pages_fit_80_columns():
-    stream = io.StringIO()
-    console = Console(file=stream, width=80)
-    words = "what it is measured over, in words that go on for longer than a line has room"
-    rows = [(words, "1,234.5", words), ("W" * 90, "1", "W" * 90)]
-    table = Section("A table", ("", "in the run, ms per image", "over"), rows)
-    page.show(
-        console, words, "A verdict. " + words, [*page.sections(changed()), table, Section("Notes", notes=[words * 3])]
+def test_a_page_shows_what_was_measured():
+    memory = {"host memory at its peak, MB": 1000.0, "PyTorch's device memory at its peak, MB": 1234.0}
+    report = changed(ON_GPU, ("memory", memory), ("loader/loader_device_mb", 56.0))
+    text = page.page(report | {"predictions": ["PREDICTION, not measured"]})
+    assert text.startswith(
+        "# inscon, resnet50 at 224 px through dali, batch 16 on 2 x NVIDIA A100, fp32, 2026-11-25\n\n**GPU-bound."
     )
-    shown = stream.getvalue()
-    assert all(len(line) <= 80 for line in shown.splitlines()) and "…" not in shown
-    assert words in " ".join(shown.split()) and shown.count("W") == 180
-
-
-def test_a_gpus_page_has_its_memory_bus_and_target():
-    report = changed(ON_GPU, ("memory/torch_peak_mb", 1234.0), ("copy_bytes_per_s", 2e10))
-    text = page.markdown("", "", page.sections(report))
-    assert "peak, MB | 1,234 |" in text and "GB/s | 20.0 |" in text and "WARNING: more than 40 %" in text
-    assert (
-        "Target: 1,500 images/s of InsCon, in proportion to 6,000 of a100x8." in text
-        and "share the processor" not in text
-    )
-
-
-def test_without_matplotlib_the_picture_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    publish(changed(), tmp_path)
-    assert "No report.png: pip install matplotlib" in (tmp_path / "report.md").read_text()
-    assert not (tmp_path / "report.png").exists()
+    for row in (
+        "loader alone | 100.0 | 49.0 %", "model alone, on synthetic batches | 50.0 | 98.0 %", "sum | 326.00 | 100.00",
+        "model-FLOP utilization (MFU), % of that | 24.5", "PyTorch's device memory at its peak, MB | 1,234",
+        "read, ms per image | 0.200", "first batch, s | 1.5",
+        "device memory beside PyTorch's, MB | 56.0", "torch | 2.10", "no decoded picture when asked, % | 80.0",
+    ):  # fmt: skip
+        assert f"| {row} |" in text, row
+    assert "overhead (optimizer, after the update, rest) is 3.1 %" in text and "PREDICTION, not measured" in text
+    assert "Of the computing, 32 % does not depend on the batch." in text
 
 
 def windows_with(mfu):
@@ -274,19 +228,16 @@ def windows_with(mfu):
     return made
 
 
-@pytest.mark.parametrize(("mfu", "shown"), [
-    ([145.0, 60.0, 61.0, 62.0, 63.0, 64.0], 62.0),  # the first is warm-up
-    ([60.0, 60.0, 61.0, 145.0, 63.0, 64.0], None),
-    ([60.0, 60.0, 61.0, None, 63.0, 64.0], None),
-    ([None] * 6, None),
-])  # fmt: skip
-def test_a_run_is_summed_up_by_medians_without_warm_up(mfu, shown):
-    speed = run_speed(windows_with(mfu))
-    assert speed["mfu_percent"] == shown and (speed["windows"], speed["steps"]) == (5, 5)
-    assert (speed["step_ms"], speed["step_ms_p99"], speed["images_per_s"]) == (400.0, 600.0, 16.0)
-    rows = {row[0]: row[1] for row in page.run_section(speed).rows}
-    assert rows["model-FLOP utilisation, %"] == ("not known" if shown is None else "62.0")
-    assert rows["loss_any"] == "8.000 -> 3.000"
+def test_a_run_is_summed_up_by_medians_without_warm_up():
+    speed = run_speed(windows_with([145.0, 60.0, 61.0, 62.0, 63.0, 64.0]))
+    assert speed == {
+        "step_s": 0.4,
+        "images_per_s": 16.0,
+        "data_wait_percent": 0.0,
+        "loss_any": 5.0,
+        "mfu_percent": 62.0,
+    }
+    assert "mfu_percent" not in run_speed(windows_with([60.0, 60.0, 61.0, None, 63.0, 64.0]))
 
 
 @pytest.mark.parametrize(("full_rate", "logged"), [(1e-9, False), (1e12, True)])
@@ -311,7 +262,7 @@ def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path):
 def test_cheap_refusals_come_before_the_imports(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in windows_with([60.0, 60.0])))
     run, nothing = str(tmp_path), str(tmp_path / "nothing")
-    own = ["--predict", "tpu"], ["--steps", "3"], ["--trace", "-1"]
+    own = ["--steps", "3"], ["--trace", "-1"]
     refused = [["--run", run], ["--run", nothing], ["--compare", nothing, nothing], *own]
     code = (
         "import sys, json; from scripts import throughput_report as t\n"
@@ -327,15 +278,13 @@ def test_cheap_refusals_come_before_the_imports(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--steps", "9"], "a rate needs at least 10 steps after the warm-up. Found: 9; set --steps 10 or more"),
-    (["--warm-up", "1"], "the first 2 steps at least are warm-up. Found: 1"),
-    (["--predict", "tpu"], 'nothing is known of the machine "tpu"; set --predict to one of: v100x8, a100x8, h100x8, h200'),
-    (["--pipelines", "dalli"], 'there is no pipeline "dalli"'),
+    (["--steps", "9"], "--steps must be at least 10. Found: 9; set --steps 10 or more"),
+    (["--warm-up", "1"], "--warm-up must be at least 2. Found: 1"),
     (["--recipe", "smoke", "--predict", "h200"], "of resnet50 at 224 px. Found: resnet18 at 64 px; leave --predict out"),
 ])  # fmt: skip
 def test_wrong_use_gets_one_sentence(tmp_path, flags, message):
     with pytest.raises(ValueError) as caught:
-        main(["--pipeline", "synthetic", "--pipelines", "synthetic", "--out", str(tmp_path / "out"), *flags])
+        main(["--pipeline", "synthetic", "--out", str(tmp_path / "out"), *flags])
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -356,7 +305,10 @@ def test_predictions_say_what_they_are(capsys):
     )
     assert "images/s = ResNet-50 training images/s / cost of an image * (1 - overhead)" in v100 and "cost 2.37" in v100
     assert "DeepLearningExamples" in v100 and "not measured on such a machine" in v100
-    assert h200.startswith("PREDICTION, not measured, h200: 1,253 to 1,708 images/s, 42 to 57 h")
+    assert (
+        h200.startswith("PREDICTION, not measured, h200: 1,788 to 2,214 images/s, 32 to 40 h")
+        and "measured on one H200" in h200
+    )
 
 
 @pytest.mark.slow
@@ -381,7 +333,7 @@ def data(tmp_path_factory):
     """100 pictures of 48 x 64 px: six batches of 16 an epoch."""
     samples = [Sample(as_jpeg(draw_picture(i, 48, 64)), 48, 64, i % 2, f"a/{i}.jpg") for i in range(100)]
     folder = tmp_path_factory.mktemp("report") / "shards"
-    write_set(folder, samples, per_shard=50, left_out=[("b/broken.jpg", "broken", "no picture")])
+    write_set(folder, samples, per_shard=50)
     return folder
 
 
@@ -402,20 +354,16 @@ def test_a_slow_loader_is_named(data, tmp_path, monkeypatch, capsys):
     report = planted.measure(small_run(data, pipeline="reference"), tmp_path, kind="loader-bound")
     assert report["verdict"]["kind"] == "loader-bound" and report["verdict"]["stage"].endswith("stage decode")
     assert "--threads" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
-    assert report["ceilings"][verdict.LOADER] < report["ceilings"][verdict.SYNTHETIC]
+    assert report["ceilings"][verdict.LOADER] < report["ceilings"][verdict.MODEL]
     assert sum(report["shares"].values()) == pytest.approx(100, abs=2)
     assert {WAIT, forward("views"), BACKWARD, OPTIMIZER, REST} <= set(report["shares"])
-    found = report["engines"]["reference"]["loader"]
-    assert (found["images"], found["repeated"], found["substituted"], report["left_out"]) == (12 * 16, 0, 0, 1)
-    assert found["epochs"] >= 2 and found["seams"] >= 1 and found["overlap_percent"] > 90
     publish(report, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    titles = "Speed", "Four ceilings", "The step by part", "The loader by stage", "The machine", "Data", "Engines side"
+    titles = "Ceilings", "Figures", "The step by part", "The loader by stage", "Measured on"
     assert all(f"## {title}" in text for title in titles) and report["verdict"]["sentence"] in text
-    assert "each image once per epoch | yes" in text and "First starved: finished batches" in text
+    assert "First to mend if the step waits: decode." in text
     assert json.loads((tmp_path / "report.json").read_text())["report_version"] == verdict.VERSION
-    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert "source images/s, total" in capsys.readouterr().out
+    assert "source images/s" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -431,21 +379,17 @@ def test_a_slow_disk_is_named(data, tmp_path, monkeypatch):
     report = planted.measure(small_run(data, pipeline="dali"), tmp_path, kind="loader-bound")
     assert report["verdict"]["kind"] == "loader-bound" and report["verdict"]["stage"].endswith("stage read")
     assert "SSD" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
-    alone = report["engines"]["dali"]["stages_alone_ms"]
-    assert alone["read"] > 2 * alone["decode"]
-    notes = [note for section in page.sections(report) for note in section.notes]
-    assert any("First starved: decoded batches; the stage in front of it that takes longest: read." in n for n in notes)
+    assert report["loader"]["loader_graph_starved_percent"] > verdict.HUNGRY
 
 
 @pytest.mark.slow
 def test_a_healthy_run_is_bound_by_its_processor(data, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    engines = ["dali", "reference"]
-    report = planted.measure(small_run(data, pipeline="dali", batch_size=32), tmp_path, engines, kind="CPU-bound")
+    report = planted.measure(small_run(data, pipeline="dali", batch_size=32), tmp_path, kind="CPU-bound")
     assert report["verdict"]["kind"] == "CPU-bound", report["verdict"]
-    assert list(report["engines"]) == engines and sum(report["shares"].values()) == pytest.approx(100, abs=2)
+    assert sum(report["shares"].values()) == pytest.approx(100, abs=2)
     rates = report["ceilings"]
-    assert rates[verdict.END_TO_END] <= 1.3 * min(rates[verdict.LOADER], rates[verdict.SYNTHETIC])  # noise
+    assert rates[verdict.END_TO_END] <= 1.3 * min(rates[verdict.LOADER], rates[verdict.MODEL])  # noise
 
 
 @pytest.mark.slow
@@ -475,7 +419,7 @@ def test_a_slow_all_reduce_is_named(tmp_path, fault):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["ranks"] == 2 and sum(report["shares"].values()) == pytest.approx(100, abs=2)
-    waited = report["engines"]["synthetic"]["end_to_end"]["parts_ms"][WIRE]
+    waited = report["end_to_end"]["parts_ms"][WIRE]
     assert (waited >= 2e3 * DELAY_S) == (fault == "delay")
     if fault == "delay":
         assert report["verdict"]["kind"] == "communication-bound", report["verdict"]
