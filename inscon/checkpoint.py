@@ -15,12 +15,7 @@ from inscon import guard
 from inscon.config import Changeable
 
 VERSION = 2
-LAST_TO_READ = {1: "a8f9974"}
-"""Version -> the last commit of this project that reads it."""
-_ELASTIC = {
-    "optim": {"max_steps", "optimizer", "precision", "gradient_compression"},
-    "model": {"norm", "split_size"},
-}
+_ELASTIC = {"max_steps", "optimizer", "precision", "gradient_compression", "norm", "split_size"}
 """Settings that may change between a run and its continuation; so may all of `loader`, and of `run` all but the seed."""
 
 
@@ -35,21 +30,19 @@ def save(run_dir: Path, contents: dict, keep: int) -> Path:
     the only process that writes into `run_dir`: what killed ones left unfinished goes.
     """
     folder = Path(run_dir) / "checkpoints"
-    broken = not_finite(contents)
-    if broken:
+    if broken := not_finite(contents):
         raise FloatingPointError(f"step {contents['step']} is not saved: {broken} is not finite any more")
     path = folder / f"step-{contents['step']:08d}.pt"
     guard.remove_unfinished(folder)
     with guard.whole_file(path) as file:
         torch.save({"version": VERSION, **contents}, file)
-    for old in _all(run_dir)[:-keep]:
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         old.unlink()
     return path
 
 
 def not_finite(contents: object) -> str | None:
-    """The name of the first weight, or state of an optimizer, in nested dictionaries that holds inf or NaN; waits for the device
-    once."""
+    """The name of the first tensor in nested dictionaries that holds inf or NaN; waits for the device once."""
     tensors = dict(_floats(contents))
     finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist() if tensors else []
     return next((name for name, fine in zip(tensors, finite) if not fine), None)
@@ -65,12 +58,7 @@ def _floats(contents: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    found = _all(run_dir)
-    return found[-1] if found else None
-
-
-def _all(run_dir: Path) -> list[Path]:
-    return sorted((Path(run_dir) / "checkpoints").glob("step-*.pt"))
+    return max((Path(run_dir) / "checkpoints").glob("step-*.pt"), default=None)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
@@ -86,19 +74,20 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     version = contents.get("version") if isinstance(contents, dict) else None
     if version != VERSION:
         raise CheckpointError(
-            f"{path} is of checkpoint version {version}, this program reads {VERSION}; "
-            f"{'commit ' + LAST_TO_READ[version] if version in LAST_TO_READ else 'the release that wrote it'} reads it"
+            f"{path} is of checkpoint version {version}, this program reads {VERSION}; the commit that wrote it reads it, of "
+            "version 1 a8f9974"
         )
-    broken = not_finite(contents)
-    if broken:
+    if broken := not_finite(contents):
         raise CheckpointError(f"{path} is of a run that had diverged: {broken} is not finite; {_without(path)}")
     return contents
 
 
 def _without(path: Path) -> str:
     """What to do about a checkpoint that is of no use."""
-    before = [other.name for other in sorted(Path(path).parent.glob("step-*.pt")) if other.name < Path(path).name]
-    return f"delete it to go on from the one before, {before[-1]}" if before else "delete it to begin again"
+    before = max(
+        (other.name for other in Path(path).parent.glob("step-*.pt") if other.name < Path(path).name), default=None
+    )
+    return f"delete it to go on from the one before, {before}" if before else "delete it to begin again"
 
 
 def check_continues(contents: dict, path: Path, config: dict, data: str) -> list[str]:
@@ -106,33 +95,27 @@ def check_continues(contents: dict, path: Path, config: dict, data: str) -> list
 
     Returns what `run.change_on_resume` lets change, "lr 0.03 -> 0.01" for each setting.
     """
-    if "config" not in contents:
-        raise CheckpointError(
-            f"{path} is a detector of scripts/finetune_detection.py, no pre-training; set another --run-dir"
-        )
     differences = {
         (group, name): (before, now.get(name))
         for group, now in config.items()
-        for name, before in contents["config"].get(group, {}).items()
-        if _matters(group, name) and before != now.get(name)
+        for name, before in contents.get("config", {}).get(group, {}).items()
+        if before != now.get(name) and group != "loader" and name not in _ELASTIC and (group != "run" or name == "seed")
     }
     asked = {("optim", name) for name in config["run"].get("change_on_resume", ())}
-    refused = {which: values for which, values in differences.items() if which not in asked}
-    said = [f"{group}.{name} was {before!r} and is {now!r}" for (group, name), (before, now) in refused.items()]
-    if contents["data"] != data:
-        said.append(f"the data set was {contents['data']} and is {data}")
+    said = [
+        f"{group}.{name} was {before!r} and is {now!r}"
+        for (group, name), (before, now) in differences.items()
+        if (group, name) not in asked
+    ]
+    same_data = contents.get("data") == data
+    if not same_data:
+        said.append(f"the data set was {contents.get('data')} and is {data}")
     if said:
-        changed = sorted(name for _, name in differences)
-        helps = contents["data"] == data and {("optim", name) for name in get_args(Changeable)} >= set(differences)
+        helps = same_data and {("optim", name) for name in get_args(Changeable)} >= set(differences)
+        flags = " ".join(sorted(name for _, name in differences))
         raise CheckpointError(
             f"{path} belongs to another configuration: {'; '.join(said)}. Start with the old settings and data, "
-            + (f"go on with the new ones by --change-on-resume {' '.join(changed)}, " if helps else "")
+            + (f"go on with the new ones by --change-on-resume {flags}, " if helps else "")
             + "or set another --run-dir"
         )
     return [f"{name} {before} -> {now}" for (_, name), (before, now) in differences.items()]
-
-
-def _matters(group: str, name: str) -> bool:
-    if group == "loader":
-        return False
-    return name == "seed" if group == "run" else name not in _ELASTIC.get(group, ())

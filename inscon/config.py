@@ -9,12 +9,20 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar
 
 from inscon.plan import ColorSpec, OverlapRule, ViewSpec
 
 Changeable = Literal["lr", "momentum", "weight_decay", "epochs", "schedule"]
 """Settings of the optimizer that a resumed run may change where it says so."""
+
+
+def check_least(settings: object, **least: float) -> None:
+    """ValueError, with the value found, for one of these settings below its least value; None is never too small."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:  # which NaN isn't
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}. Found: {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +47,10 @@ class LoaderConfig:
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one that the same epoch shows half an epoch away."""
     stall_timeout: float = 600.0
-    """Seconds without a batch after which the pipeline is given up, with the name of the stage that hangs."""
+    """Seconds, at least 1, without a batch after which the pipeline is given up, with the name of the stage that hangs."""
 
     def __post_init__(self):
-        if self.prefetch < 1:
-            raise ValueError(f"prefetch must be at least 1 batch. Found: {self.prefetch}; set --prefetch 2")
-        if not self.stall_timeout > 0:
-            raise ValueError(
-                f"stall_timeout must be more than 0 seconds. Found: {self.stall_timeout}; set --stall-timeout 600"
-            )
+        check_least(self, threads=0, prefetch=1, stall_timeout=1)
         if self.decode == "mixed" and self.color == "host":
             raise ValueError(
                 "decode=mixed leaves the crops on the GPU, and color=host needs them on the host; set --color device or "
@@ -84,9 +87,7 @@ class ViewConfig(ColorSpec):
 
     def color(self) -> ColorSpec:
         """What happens to colors."""
-        return ColorSpec(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(ColorSpec) if hasattr(self, f.name)}
-        )
+        return ColorSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ColorSpec)})
 
     def spec(self, name: str, overlap: OverlapRule | None = None) -> ViewSpec:
         """A view as these settings say."""
@@ -141,14 +142,7 @@ class OptimConfig:
     """auto: bf16 where the GPU has it, fp16 with a gradient scaler on older ones, fp32 on the CPU."""
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, or unset for the whole schedule. Found: {self.max_steps}")
-        for name in ("lr", "momentum", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative. Found: {getattr(self, name)}")
+        check_least(self, batch_size=1, epochs=1, max_steps=1, lr=0, momentum=0, weight_decay=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +150,8 @@ class RunConfig:
     """Where a run lives and how it is watched."""
 
     run_dir: Path = Path("runs/inscon")
-    """Receives config.json, metrics.jsonl, warnings.jsonl if there are any, checkpoints/ and tensorboard/."""
+    """Receives config.json, metrics.jsonl, warnings.jsonl if there are any, checkpoints/ and tensorboard/. A run goes on from the
+    newest checkpoint there."""
     seed: int = 0
     """Of everything: initial weights, order of samples, every view."""
     log_every: int = 20
@@ -165,8 +160,6 @@ class RunConfig:
     """Steps between checkpoints; also written at the end and on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest checkpoint of run_dir if there is one. never: refuse a run_dir that holds any."""
     change_on_resume: tuple[Changeable, ...] = ()
     """Settings that may differ from the checkpoint's, e.g. lr; the new value counts from there on. Others refuse to resume."""
     tensorboard: bool = True
@@ -180,20 +173,7 @@ class RunConfig:
     """How many of eval_data are taken at most; packing has shuffled them, so the first ones are as good as any."""
 
     def __post_init__(self):
-        unknown = sorted(set(self.change_on_resume) - set(get_args(Changeable)))
-        if unknown:
-            raise ValueError(
-                f"change_on_resume takes {' '.join(get_args(Changeable))}. Found: {' '.join(unknown)}; set another --run-dir"
-            )
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")
-        if self.eval_pictures < 2:
-            raise ValueError(
-                f"eval_pictures must be at least 2, of which one is the other's neighbor. Found: {self.eval_pictures}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative. Found: {self.seed}")
+        check_least(self, log_every=1, checkpoint_every=1, keep_checkpoints=1, eval_every=1, eval_pictures=2, seed=0)
 
 
 MethodType = TypeVar("MethodType")
@@ -219,6 +199,6 @@ class Config(Generic[MethodType]):
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """A group of settings from what `Config.to_dict` made of it: lists become tuples again."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return cls(**values)
+    """A group of settings from what `Config.to_dict` made of it: lists become tuples again, and settings that are gone go."""
+    kept = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})

@@ -11,19 +11,15 @@ from torch import Tensor
 
 from inscon import guard
 
-_WAIT_S = 5.0
-"""Long enough for the last processes of a killed run to end."""
-
 
 def start() -> torch.device:
     """Join torchrun's process group if there is one, and return this rank's device. CPU tensors always travel by gloo."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -41,14 +37,25 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@torch.no_grad()
 def gather(tensor: Tensor) -> Tensor:
     """Every rank's `[n ...]` as one `[world*n ...]`, in the order of ranks; without gradient."""
+    arriving = start_gather(tensor)
+    return tensor if arriving is None else arriving()
+
+
+@torch.no_grad()
+def start_gather(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """As `gather`, while other work goes on: what waits for it, on a GPU the stream and not the host. None on one process."""
     if world_size() == 1 or tensor.is_meta:  # as when the arithmetic of a step is counted
-        return tensor
+        return None
     result = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(result, tensor.contiguous())
-    return result
+    work = dist.all_gather_into_tensor(result, tensor.contiguous(), async_op=True)
+
+    def arrive() -> Tensor:
+        work.wait()
+        return result
+
+    return arrive
 
 
 @torch.no_grad()
@@ -61,62 +68,36 @@ def exchange(tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
     return arrived
 
 
-class Gathering:
-    """A `gather` under way."""
-
-    def __init__(self, result: Tensor, work, sent: Tensor):
-        self._result, self._work, self._sent = result, work, sent
-
-    def wait(self) -> Tensor:
-        """Every rank's `[n ...]` as one `[world*n ...]`; on a GPU the stream waits, not the host."""
-        self._work.wait()
-        return self._result
-
-
-@torch.no_grad()
-def start_gather(tensor: Tensor) -> Gathering | None:
-    """As `gather`, while other work goes on; None on one process."""
-    if world_size() == 1 or tensor.is_meta:  # as when the arithmetic of a step is counted
-        return None
-    sent = tensor.contiguous()
-    result = sent.new_empty(world_size() * sent.shape[0], *sent.shape[1:])
-    return Gathering(result, dist.all_gather_into_tensor(result, sent, async_op=True), sent)
-
-
-def on_rank_0(check: Callable[[], object]) -> None:
-    """Run `check` on rank 0 alone; what it refuses there (ValueError, OSError) is a ValueError on every rank."""
-    refusal: list[str | None] = [None]
-    if rank() == 0:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            refusal = [guard.sentence_of(error)]
-    if world_size() > 1:
-        dist.broadcast_object_list(refusal, device=torch.device("cpu"))
-    if refusal[0] is not None:
-        raise ValueError(refusal[0])
-
-
 @contextlib.contextmanager
 def hold(folder: Path, flag: str) -> Iterator[None]:
     """`guard.only_process` for all ranks: rank 0 holds `folder` against other runs, and every rank is refused with it."""
+    refusal: list[str | None] = [None]
     with contextlib.ExitStack() as held:
-        on_rank_0(lambda: held.enter_context(guard.only_process(folder, flag, _WAIT_S)))
+        if rank() == 0:
+            try:
+                held.enter_context(guard.only_process(folder, flag, wait_s=5))  # for a killed run's last processes
+            except (ValueError, OSError) as error:
+                refusal = [guard.sentence_of(error)]
+        if world_size() > 1:
+            dist.broadcast_object_list(refusal, device=torch.device("cpu"))
+        if refusal[0] is not None:
+            raise ValueError(refusal[0])
         yield
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; travels over the CPU and never waits for a GPU."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return bool(worst({"flag": float(flag)})["flag"])
 
 
 def worst(values: dict[str, float]) -> dict[str, float]:
     """Each value's maximum over the ranks."""
-    return _reduce(values, dist.ReduceOp.MAX)
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def total(values: dict[str, float]) -> dict[str, float]:
+    """Each value's sum over the ranks."""
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:
@@ -124,12 +105,7 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     return {name: value / world_size() for name, value in total(values).items()}
 
 
-def total(values: dict[str, float]) -> dict[str, float]:
-    """Each value's sum over the ranks."""
-    return _reduce(values, dist.ReduceOp.SUM)
-
-
-def _reduce(values: dict[str, float], operation) -> dict[str, float]:
+def _reduced(values: dict[str, float], operation) -> dict[str, float]:
     if world_size() == 1:
         return values
     packed = torch.tensor(list(values.values()), dtype=torch.float64)

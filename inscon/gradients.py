@@ -22,11 +22,9 @@ class FlatGradients:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], compression: str = "none"):
         self._wire = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
-        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-        for parameter in parameters:
-            if parameter.requires_grad:
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        self.buffers = [_lay_out(of_dtype) for of_dtype in by_dtype.values()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        dtypes = dict.fromkeys(parameter.dtype for parameter in trained)
+        self.buffers = [_lay_out([p for p in trained if p.dtype == dtype]) for dtype in dtypes]
 
     def zero(self) -> None:
         """Before a step."""
@@ -50,8 +48,9 @@ class FlatGradients:
 
 
 def _lay_out(parameters: list[torch.nn.Parameter]) -> Tensor:
-    buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
-    for parameter, own in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+    sizes = [parameter.numel() for parameter in parameters]
+    buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter, own in zip(parameters, buffer.split(sizes), strict=True):
         # A parameter is dense in memory, whatever the order of its axes (channels last, say).
         parameter.grad = own.as_strided(parameter.shape, parameter.stride(), own.storage_offset())
     return buffer

@@ -4,6 +4,8 @@ A key encoder that stands still, a queue that isn't renewed, embeddings that fal
 answer away: losses go on and look like losses. Looking costs some small kernels and one wait for the device per log line.
 """
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +37,9 @@ class Health:
 
     def __init__(self, method: Method, step: int, norm: str):
         self._method, self._step, self._norm = method, step, norm
-        self._warned: set[str] = set()
-        self._leaks: dict[str, int] = {}
+        self._slow = [weight for follower in method.followers for weight in follower.slow]
+        self._fast = [weight for follower in method.followers for weight in follower.fast]
+        self._warned, self._leaks = set(), Counter()
         self._before = self._fingerprints()
 
     def look(self, step: int, values: dict[str, float]) -> tuple[dict[str, float], list[str]]:
@@ -49,7 +52,7 @@ class Health:
         steps, now = step - self._step, self._fingerprints()
         if steps < 1:
             return {}, []
-        figures, found = self._of_followers(now), {}
+        figures, found = self._of_followers(now) if self._slow else {}, {}
         if figures.get("key_moved") == 0:
             found["stale"] = (
                 f"the key encoder has not moved in {steps} steps: its keys come from a network that learns nothing (is "
@@ -71,46 +74,31 @@ class Health:
                     f"the {name} queue is stuck: {100 * renewed:.0f} % of the keys that {steps} steps should have replaced "
                     "were, so queries are told apart from old or random keys"
                 )
-            found |= self._leak(name, size, values.get(f"top1_{name}", 0.0))
+            top1 = values.get(f"top1_{name}", 0.0)
+            self._leaks[name] = self._leaks[name] + 1 if size >= LEAST_KEYS and top1 > LEAK_TOP1 else 0
+            if self._leaks[name] == LEAK_LOOKS:
+                found[f"leak {name}"] = (
+                    f"{100 * top1:.1f} % of the queries find their key among {size} others: BatchNorm may give the answer away "
+                    f"(is norm, {self._norm}, without a shuffle?)"
+                )
         self._before, self._step = now, step
         new = [sentence for cause, sentence in found.items() if cause not in self._warned]
         self._warned |= set(found)
         return figures, new
 
-    def _leak(self, name: str, keys: int, top1: float) -> dict[str, str]:
-        leaking = keys >= LEAST_KEYS and top1 > LEAK_TOP1
-        self._leaks[name] = self._leaks.get(name, 0) + 1 if leaking else 0
-        if self._leaks[name] != LEAK_LOOKS:
-            return {}
-        return {
-            f"leak {name}": f"{100 * top1:.1f} % of the queries find their key among {keys} others: BatchNorm may give the answer "
-            f"away (is norm, {self._norm}, without a shuffle?)"
-        }
-
     @torch.no_grad()
     def _of_followers(self, now: dict[str, Tensor]) -> dict[str, float]:
-        slow, fast = _weights(self._method)
-        if not slow:
-            return {}
-        apart = torch.stack([(one - other).square().sum() for one, other in zip(slow, fast, strict=True)]).sum()
-        length = torch.stack(torch._foreach_norm(fast)).square().sum()
+        apart = torch.stack([(slow - fast).norm() for slow, fast in zip(self._slow, self._fast, strict=True)]).norm()
+        length = torch.stack(torch._foreach_norm(self._fast)).norm()
         moved = (now[""] != self._before[""]).float().mean()
-        moved, distance = torch.stack([moved, (apart / length).sqrt().to(moved.dtype)]).tolist()
+        moved, distance = torch.stack([moved, (apart / length).to(moved.dtype)]).tolist()
         return {"key_moved": moved, "key_distance": distance}
 
-    @torch.no_grad()
     def _fingerprints(self) -> dict[str, Tensor]:
         """A number for each row of a queue, by its name, and, under "", for each tensor of the slow copies, changing with it."""
-        slow, _ = _weights(self._method)
-        found = {"": torch.stack([key.sum(dtype=torch.float64) for key in slow])} if slow else {}
+        found = {"": torch.stack([key.sum(dtype=torch.float64) for key in self._slow])} if self._slow else {}
         for name, queue in self._method.queues.items():
             generator = torch.Generator().manual_seed(0)
             direction = F.normalize(torch.randn(queue.keys.shape[1], generator=generator), dim=0)
             found[name] = queue.keys @ direction.to(queue.keys)
         return found
-
-
-def _weights(method: Method) -> tuple[list[Tensor], list[Tensor]]:
-    """Of all slow copies, and what they follow."""
-    slow = [weight for follower in method.followers for weight in follower.slow]
-    return slow, [weight for follower in method.followers for weight in follower.fast]

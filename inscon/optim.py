@@ -13,17 +13,15 @@ def make_optimizer(parameters, config: OptimConfig, device: torch.device) -> tup
     Raises ValueError if apex is asked for by name and NVIDIA's apex isn't importable on a GPU.
     """
     settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    chosen = config.optimizer
-    apex_sgd = _find_apex_sgd() if device.type == "cuda" and chosen in ("auto", "apex") else None
-    if chosen == "apex" and apex_sgd is None:
+    chosen, apex_sgd = config.optimizer, _find_apex_sgd() if device.type == "cuda" else None
+    if apex_sgd and chosen in ("auto", "apex"):
+        return apex_sgd(parameters, **settings), "apex"
+    if chosen == "apex":
         raise ValueError(
             "optimizer apex needs NVIDIA's apex with its CUDA extensions, on a GPU (the package named apex on PyPI is "
             f"something else). Found: none on {device.type}; set --optimizer auto"
         )
-    if chosen == "auto":
-        chosen = "apex" if apex_sgd else "torch-fused"
-    if chosen == "apex":
-        return apex_sgd(parameters, **settings), chosen
+    chosen = "torch-fused" if chosen == "auto" else chosen
     optimizer = torch.optim.SGD(parameters, **settings, fused=chosen == "torch-fused", foreach=chosen == "foreach")
     if chosen == "torch-fused":
         _zero_missing_momentum(optimizer)
@@ -55,8 +53,3 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     """The rate at global step `step`, from 0: lr * (1 + cos(pi * progress)) / 2, progress by whole epochs or by steps."""
     done = step // steps_per_epoch if config.schedule == "cosine-epoch" else step / steps_per_epoch
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done / config.epochs, 1.0)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

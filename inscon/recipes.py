@@ -1,9 +1,9 @@
 """Whole configurations to start from: `scripts/train.py --recipe NAME`. Each says its command, cost and expected result.
 
-Hours are predictions from docs/method.md's budget until somebody measures them. r2 to r8 are the pre-trainings behind Tables 2 to
-9: Table 1 of the paper, each with the setting that its rows vary (docs/reproduce.md).
+Hours are predictions from docs/method.md's budget until somebody measures them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from inscon.config import Config, ModelConfig, OptimConfig, RunConfig, ViewConfig
@@ -50,36 +50,22 @@ def smoke() -> Config:
     )
 
 
-def r2() -> Config:
-    """Single and multi (Tables 6 and 7). Expected: COCO FPN 1x 40.7, 36.6 AP; ImageNet linear 70.3 top-1."""
-    return Config(method=inscon.Settings(heads=("single", "multi")))
+def varied(**settings: object) -> Callable[[], Config]:
+    """A recipe: Table 1 of the paper with other settings of the method."""
+    return lambda: Config(method=inscon.Settings(**settings))
 
 
-def r3() -> Config:
-    """Single and cell, cell temperature 0.2 (Tables 7 and 8). Expected: COCO FPN 1x 40.3, 36.4 AP."""
-    return Config(method=inscon.Settings(heads=("single", "cell")))
-
-
-def r4() -> Config:
-    """Single and cell, cell temperature 0.1 (Table 8). Expected: COCO FPN 1x 39.9 box AP."""
-    return Config(method=inscon.Settings(heads=("single", "cell"), cell_temperature=0.1))
-
-
-def r5() -> Config:
-    """Single and cell, cell temperature 0.3 (Table 8). Expected: COCO FPN 1x 40.3 box AP."""
-    return Config(method=inscon.Settings(heads=("single", "cell"), cell_temperature=0.3))
-
-
-def r6() -> Config:
-    """Single and cell, cell temperature 0.4 (Table 8). Expected: COCO FPN 1x 40.2 box AP."""
-    return Config(method=inscon.Settings(heads=("single", "cell"), cell_temperature=0.4))
-
-
-def r8() -> Config:
-    """All heads, cells from res4 (Table 9). Expected: COCO FPN 1x 40.5, 36.6 AP."""
-    return Config(method=inscon.Settings(cell_stage="res4"))
-
-
-RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, smoke, r2, r3, r4, r5, r6, r8)}
+CELLS = ("single", "cell")
+RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, smoke)} | {
+    "r2": varied(
+        heads=("single", "multi")
+    ),  # COCO FPN 1x 40.7, 36.6 AP (Table 7); ImageNet linear 70.3 top-1 (Table 6)
+    "r3": varied(heads=CELLS),  # COCO FPN 1x 40.3, 36.4 AP (Tables 7 and 8)
+    "r4": varied(heads=CELLS, cell_temperature=0.1),  # COCO FPN 1x 39.9 box AP (Table 8)
+    "r5": varied(heads=CELLS, cell_temperature=0.3),  # 40.3 box AP
+    "r6": varied(heads=CELLS, cell_temperature=0.4),  # 40.2 box AP
+    "r8": varied(cell_stage="res4"),  # COCO FPN 1x 40.5, 36.6 AP (Table 9)
+}
+"""By name. r2 to r8 are the other pre-trainings behind Tables 2 to 9, with the paper's results (docs/reproduce.md)."""
 GONE = {"r1": "moco_v2", "r7": "imagenet_r50"}
 """Names that other recipes had, too."""

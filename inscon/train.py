@@ -2,10 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,10 +16,10 @@ from inscon.config import Config
 from inscon.gradients import FlatGradients
 from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
-from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, window
+from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
 from inscon.methods.method import Method
-from inscon.optim import learning_rate, make_optimizer, set_learning_rate
-from inscon.precision import Precision, check_device, choose_precision
+from inscon.optim import learning_rate, make_optimizer
+from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
 
 
@@ -40,14 +39,14 @@ class Training:
     """Fingerprint of the data set; a checkpoint of another one is refused."""
     step: int = 0
     """Optimizer updates done."""
-    changes: list[str] = field(default_factory=list)
+    changes: Sequence[str] = ()
     """What a resumed run has changed of the settings, "lr 0.03 -> 0.01"."""
 
     def state_dict(self) -> dict:
         return {
             "step": self.step,
             "model": self.method.state_dict(),
-            "backbone": name_of(self.method.backbone.network, self.method),
+            "backbone": next(n for n, module in self.method.named_modules() if module is self.method.backbone.network),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -65,17 +64,11 @@ class Training:
         self.step = contents["step"]
 
 
-def name_of(module: nn.Module, root: nn.Module) -> str:
-    """Under which name `root` holds a module."""
-    return next(name for name, held in root.named_modules() if held is module)
-
-
 def set_up(config: Config, device: torch.device, data: str) -> Training:
     """Build everything a run needs from a resolved `config`, and continue from its newest checkpoint if there is one.
 
     Raises ValueError or CheckpointError, before any work, with the value found and what to set.
     """
-    check_device(device)
     precision, world = choose_precision(config.optim.precision, device), distributed.world_size()
     if config.model.norm == "sync" and device.type == "cpu" and world > 1:
         raise ValueError("norm=sync over several ranks needs GPUs. Found: cpu; set --norm shuffle")
@@ -95,34 +88,11 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
         gradients=FlatGradients(method.parameters(), config.optim.gradient_compression),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler), data=data,
     )  # fmt: skip
-    _resume(training)
+    if newest := checkpoint.latest(config.run.run_dir):
+        contents = checkpoint.load(newest, device)
+        training.changes = checkpoint.check_continues(contents, newest, config.to_dict(), data)
+        training.load_state_dict(contents)
     return training
-
-
-def _resume(training: Training) -> None:
-    config = training.config
-    newest = checkpoint.latest(config.run.run_dir)
-    if newest is None:
-        return
-    if config.run.resume == "never":
-        raise ValueError(
-            f"the run folder must hold no checkpoint with --resume never. Found: {newest}; "
-            f"set --resume auto to go on from it, or another --run-dir"
-        )
-    contents = checkpoint.load(newest, training.device)
-    training.changes = checkpoint.check_continues(contents, newest, config.to_dict(), training.data)
-    training.load_state_dict(contents)
-
-
-Monitor = Callable[[Callable[[], bool]], dict[str, float]]
-"""(asks whether to leave off) -> figures of the backbone."""
-
-
-class Telemetry(Protocol):
-    """What a loader may say of itself."""
-
-    def read(self) -> dict[str, float]:
-        """Figures since the last reading, under names that begin with loader_."""
 
 
 def train(
@@ -130,36 +100,36 @@ def train(
     loader: Iterable[Batch],
     steps_per_epoch: int,
     total_steps: int,
-    telemetry: Telemetry | None = None,
-    monitor: Monitor | None = None,
+    telemetry: Callable[[], dict[str, float]] | None = None,
+    monitor: Callable[[Callable[[], bool]], dict[str, float]] | None = None,
 ) -> bool:
     """Run steps `training.step` .. `total_steps - 1`; `loader` must start with the batch of the first of them.
 
-    What `telemetry` reads goes into the metrics. `monitor` evaluates the backbone every `eval_every` steps and at the end; its
-    figures go into the metrics too, its time into none of them. On SIGTERM or Ctrl-C every rank finishes its step, leaves off an
-    evaluation, rank 0 writes a checkpoint, and the function returns True. FloatingPointError for losses or weights that are not
-    finite, which are neither saved nor evaluated.
+    What `telemetry` returns, figures of the loader since its last call, goes into the metrics. So do those of `monitor`, which
+    evaluates the backbone every `eval_every` steps and at the end and is given what says whether to leave off; its time goes into
+    none. On SIGTERM or Ctrl-C every rank finishes its step, leaves off an evaluation, rank 0 writes a checkpoint, and the function
+    returns True. FloatingPointError for losses or weights that are not finite, which are neither saved nor evaluated.
     """
     config = training.config
     training.method.train()
-    _write_config(config)
-    full_rate = rate_of_full_use(training)
-    losses_meter, watch, pace = LossMeter(), Stopwatch(), Pace(training.device)
+    if distributed.rank() == 0:
+        with guard.whole_file(Path(config.run.run_dir, "config.json")) as file:
+            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    rate = distributed.total({"rate": matrix_rate(training.device, training.precision.pixel_dtype)})["rate"]
+    full_rate = rate / step_flops(config).per_image  # source images/s of bare matrix products: where MFU is 100 %
+    losses_meter, watch = LossMeter(), Stopwatch()
     health = Health(training.method, training.step, config.model.norm)
     log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tensorboard)
-    with log, guard.stop_requests() as stop:
+    with guard.stop_requests() as stop:
         log.say(describe(training))
-        if training.changes:
-            log.say(f"Changed at step {training.step}: {', '.join(training.changes)}")
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step
-            with pace.step():
-                lr = take_step(training, batch, steps_per_epoch, losses_meter)
+            lr = take_step(training, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
             evaluating = monitor and not stopping and (training.step % config.run.eval_every == 0 or finished)
             if training.step % config.run.log_every == 0 or finished or stopping or evaluating:
-                figures = telemetry.read() if telemetry else None
+                figures = telemetry() if telemetry else None
                 found = window(losses_meter, watch, config.optim.batch_size, lr, figures, full_rate)
                 if not math.isfinite(found["loss"]):
                     raise _diverged(training, f"the loss is not finite any more. Found: {found['loss']}")
@@ -170,32 +140,27 @@ def train(
                     stopping = distributed.any_rank(stop.requested)
                     seen |= {} if stopping else evaluation
                 log.write(training.step, found | seen)
-                for sentence in warnings + pace.look(found["data_wait_percent"]):
+                for sentence in warnings:
                     log.warn(training.step, sentence)
                 watch.restart()  # looking and evaluating belong to no window
             stop.final = stopping or finished
             if training.step % config.run.checkpoint_every == 0 or finished or stopping:
-                _save(training)
+                _check_weights(training)
+                if distributed.rank() == 0:
+                    checkpoint.save(config.run.run_dir, training.state_dict(), config.run.keep_checkpoints)
             if stopping and not finished:
-                log.say(
-                    f"Stopped by {stop.name}; the checkpoint of step {training.step} is in {config.run.run_dir}. Run again to go "
-                    "on."
-                )
+                where = f"the checkpoint of step {training.step} is in {config.run.run_dir}"
+                log.say(f"Stopped by {stop.name}; {where}. Run again to go on.")
                 return True
     return False
-
-
-def rate_of_full_use(training: Training) -> float:
-    """Source images/s of all ranks at the rate of bare matrix products, measured now: where MFU is 100 %."""
-    rate = matrix_rate(training.device, training.precision.pixel_dtype)
-    return distributed.total({"rate": rate})["rate"] / step_flops(training.config).per_image
 
 
 def take_step(training: Training, batch: Batch, steps_per_epoch: int, losses_meter: LossMeter) -> float:
     """One turn of the loop, without waiting for data or looking at what came out; returns the learning rate."""
     config = training.config
     lr = learning_rate(config.optim, training.step, steps_per_epoch)
-    set_learning_rate(training.optimizer, lr)
+    for group in training.optimizer.param_groups:
+        group["lr"] = lr
     training.method.schedule(training.step, config.optim.epochs * steps_per_epoch)
     losses_meter.add(run_step(training, batch))
     training.step += 1
@@ -232,22 +197,13 @@ def run_step(training: Training, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def describe(training: Training) -> str:
-    """One line: what runs on what."""
-    c, world = training.config, distributed.world_size()
-    queues = " and ".join(str(len(queue.keys)) for queue in training.method.queues.values())
+    """One line: what runs on what, and what a resumed run has changed."""
+    c = training.config
     return (
-        f"{c.to_dict()['method']['name']} with {c.model.backbone}, batch {c.optim.batch_size} on {world} x "
-        f"{training.device.type}, {training.precision.name}, SGD by {training.optimizer_name}, norm {c.model.norm}"
-        + (f" in groups of {c.model.split_size}" if c.model.split_size else "")
-        + (f", queues {queues}" if queues else "")
-        + f", from step {training.step}"
+        f"{c.to_dict()['method']['name']} with {c.model.backbone}, batch {c.optim.batch_size} on {distributed.world_size()} x "
+        f"{training.device.type}, {training.precision.name}, SGD by {training.optimizer_name}, norm {c.model.norm}, from step "
+        f"{training.step}" + (f". Changed: {', '.join(training.changes)}" if training.changes else "")
     )
-
-
-def _save(training: Training) -> None:
-    _check_weights(training)
-    if distributed.rank() == 0:
-        checkpoint.save(training.config.run.run_dir, training.state_dict(), training.config.run.keep_checkpoints)
 
 
 def _check_weights(training: Training) -> None:
@@ -260,18 +216,9 @@ def _check_weights(training: Training) -> None:
 def _diverged(training: Training, found: str) -> FloatingPointError:
     """The end of a run whose numbers are lost: what was found, the last checkpoint, and how to go on from it."""
     config, last = training.config, checkpoint.latest(training.config.run.run_dir)
-    remedy = f"--lr {config.optim.lr / 2:g}"
-    if last is not None:
-        remedy += " --change-on-resume lr" + " --resume auto" * (config.run.resume == "never")
+    advice = f"there is no checkpoint yet: begin again with --lr {config.optim.lr / 2:g}"
+    if last:
+        advice = f"the last checkpoint, {last}, is finite: go on from it with --lr {config.optim.lr / 2:g} --change-on-resume lr"
     if training.precision.name != "fp32":
-        remedy += ", or with --precision fp32"
-    kept = (
-        f"the last checkpoint, {last}, is finite: go on from it" if last else "there is no checkpoint yet: begin again"
-    )
-    return FloatingPointError(f"{found} at step {training.step}; {kept} with {remedy}")
-
-
-def _write_config(config: Config) -> None:
-    if distributed.rank() == 0:
-        with guard.whole_file(Path(config.run.run_dir) / "config.json") as file:
-            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+        advice += ", or with --precision fp32"
+    return FloatingPointError(f"{found} at step {training.step}; {advice}")

@@ -1,7 +1,6 @@
 """A DataLoader's worker processes: waited for with a limit, told of in one sentence when they die, gone with their parent."""
 
 import atexit
-import functools
 import multiprocessing
 import queue
 import shutil
@@ -16,13 +15,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from inscon import guard
-
-SHARED_MEMORY = "/dev/shm"
-_POLL_S = 1.0
-_KILLED_S = 10.0
-"""How long a killed worker may take to be gone."""
-_PLENTY_MB = 1000
-"""Free shared memory that the death of a worker is not blamed on."""
 
 
 def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Iterator:
@@ -45,22 +37,28 @@ def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Itera
     try:
         iterator = _start(loader)
     except (EOFError, OSError) as error:
-        raise _sentence(error, what, remedy) or error from None
+        raise _sentence(error, what, remedy) from None
     processes = [process for process in multiprocessing.active_children() if process not in others]
     asked, made = queue.SimpleQueue(), queue.SimpleQueue()
     # In a thread, since a worker that dies or stops while it hands something over keeps the receiver for ever.
     threading.Thread(target=_fetch, args=(iterator, asked, made), name="inscon-workers", daemon=True).start()
     del iterator  # the thread ends it, which may hang likewise
-    end = functools.partial(_kill, processes)
+
+    def end() -> None:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(10)
+
     atexit.register(end)  # before multiprocessing's own, which waits for them
     try:
         while True:
             asked.put(True)
-            item, error = _wait(made, processes, what, timeout_s, remedy)
+            item, error = _wait(made, processes, what, timeout_s)
             if isinstance(error, StopIteration):
                 return
             if error is not None:
-                raise _sentence(error, what, remedy) or error
+                raise _sentence(error, what, remedy)
             yield item
             del item  # or its shared memory stays while the next one is waited for
     finally:
@@ -106,14 +104,15 @@ def _fetch(iterator: Iterator, asked: queue.SimpleQueue, made: queue.SimpleQueue
             made.put((None, error))
 
 
-def _wait(made: queue.SimpleQueue, processes: list, what: str, timeout_s: float, remedy: str) -> tuple:
+def _wait(made: queue.SimpleQueue, processes: list, what: str, timeout_s: float) -> tuple:
+    """The next item and its error; EOFError of a worker that is gone."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return made.get(timeout=max(min(_POLL_S, deadline - time.monotonic()), 0))
+            return made.get(timeout=max(min(1.0, deadline - time.monotonic()), 0))
         except queue.Empty:
             if not all(process.is_alive() for process in processes):
-                raise _death(what, remedy) from None
+                return None, EOFError()
             if time.monotonic() >= deadline:
                 raise TimeoutError(
                     f"no batch came for {timeout_s:.0f} s from {what}, whose worker processes hang. Look at the disk or network "
@@ -121,42 +120,24 @@ def _wait(made: queue.SimpleQueue, processes: list, what: str, timeout_s: float,
                 ) from None
 
 
-def _sentence(error: BaseException, what: str, remedy: str) -> BaseException | None:
-    """For what the death of a worker, or full shared memory, looks like from here."""
+def _sentence(error: BaseException, what: str, remedy: str) -> BaseException:
+    """For what the death of a worker, or full shared memory, looks like from here; else the error itself."""
     told = str(error)
     if isinstance(error, (RuntimeError, OSError)) and "shared memory" in told:
         return MemoryError(
             f"{what} found no room for a batch in shared memory ({_room()}), where worker processes hand it over: make it larger "
             f"(docker run --shm-size=8g), or set {remedy}"
         )
-    died = "exited unexpectedly" in told or "DataLoader worker (pid" in told
-    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) or (isinstance(error, RuntimeError) and died):
-        return _death(what, remedy)
-    return None
-
-
-def _death(what: str, remedy: str) -> ChildProcessError:
-    try:
-        scarce = shutil.disk_usage(SHARED_MEMORY).free < _PLENTY_MB * 1e6
-    except OSError:
-        scarce = False
-    return ChildProcessError(
-        f"a worker process of {what} died (killed, or out of memory): run again, with {remedy} if memory was short"
-        + (f"; {_room()}, docker run --shm-size=8g gives more" if scarce else "")
-    )
+    died = isinstance(error, RuntimeError) and ("exited unexpectedly" in told or "DataLoader worker (pid" in told)
+    if died or isinstance(error, (EOFError, ConnectionError, FileNotFoundError)):
+        return ChildProcessError(
+            f"a worker process of {what} died, killed or out of memory ({_room()}): run again, with {remedy} or docker's "
+            "--shm-size=8g if memory was short"
+        )
+    return error
 
 
 def _room() -> str:
     """State of the shared memory."""
-    try:
-        usage = shutil.disk_usage(SHARED_MEMORY)
-    except OSError as error:
-        return f"{SHARED_MEMORY}: {error.strerror}"
-    return f"{SHARED_MEMORY} has {usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB free"
-
-
-def _kill(processes: list) -> None:
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(_KILLED_S)
+    usage = shutil.disk_usage("/dev/shm")
+    return f"/dev/shm has {usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB free"

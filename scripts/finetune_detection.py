@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from inscon import guard
-from inscon.precision import check_device, choose_precision
+from inscon.precision import choose_precision
 
 try:
     from inscon.transfer.detection import loop
@@ -69,7 +69,6 @@ class DetectionConfig(Protocol):
 
 def main(config: DetectionConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
     if config.eval_only:
         guard.check_output_folder(config.out)
         return judge(config, device)

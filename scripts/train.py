@@ -35,15 +35,16 @@ RENAMED = {
     "--grey-probability": "--gray-probability", "--gradient-wire": "--gradient-compression",
 }  # fmt: skip
 """Flags of before -> as they are called now."""
-REMOVED = {
-    "--cut": "a step is always cut into passes", "--compile": "it gained nothing", "--no-compile": "it gained nothing",
-    "--shuffle-window": "every epoch is one shuffle of the whole set",
-}  # fmt: skip
+REMOVED = {"--cut", "--compile", "--no-compile", "--shuffle-window", "--resume"}
 
 
 def parse(arguments: list[str]) -> Config:
     """The recipe named by --recipe, or the defaults of --method, with every flag on top."""
-    refuse_old_flags(arguments)
+    for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
+        if flag in RENAMED:
+            raise ValueError(f"{flag} is called {RENAMED[flag]} now")
+        if flag in REMOVED:
+            raise ValueError(f"{flag} is gone: leave it out (docs/changes.md says why)")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=[*RECIPES, *GONE])
     first.add_argument("--method")
@@ -51,32 +52,18 @@ def parse(arguments: list[str]) -> Config:
     if chosen.recipe in GONE:
         raise ValueError(f"the recipe {chosen.recipe} was another name; set --recipe {GONE[chosen.recipe]}")
     start = RECIPES[chosen.recipe or "imagenet_r50"]()
-    if chosen.method is not None:
-        settings = methods.settings_of(chosen.method)
-        if chosen.recipe is not None and type(start.method) is not settings:
+    if chosen.method is not None and type(start.method) is not (settings := methods.settings_of(chosen.method)):
+        if chosen.recipe is not None:
             raise ValueError(f"the recipe {chosen.recipe} is not of the method {chosen.method}; set one of the two")
-        if chosen.recipe is None:
-            start = Config(method=settings())
+        start = Config(method=settings())
     return tyro.cli(
         Config[type(start.method)], default=start, args=rest, prog="scripts/train.py", description=__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )  # fmt: skip
 
 
-def refuse_old_flags(arguments: list[str]) -> None:
-    """ValueError, with what to write, for a flag that was renamed or removed."""
-    for argument in arguments:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in RENAMED:
-            raise ValueError(f"{flag} is called {RENAMED[flag]} now")
-        if flag in REMOVED:
-            raise ValueError(f"{flag} is gone, {REMOVED[flag]}: leave it out")
-
-
 def main(arguments: list[str]) -> None:
     config = parse(arguments)
-    if not config.run.run_dir.name:
-        raise ValueError("run_dir must be a folder for this run; set --run-dir runs/NAME")
     device = distributed.start()
     try:
         config = resolve(config, distributed.world_size())
@@ -100,8 +87,7 @@ def run(config: Config, feed: Feed, device: torch.device) -> None:
     """From the newest checkpoint, if any, to the end or a stop; the run folder is this process's own."""
     training = train.set_up(config, device, feed.index.fingerprint)
     total_steps = config.optim.epochs * feed.steps_per_epoch
-    if config.optim.max_steps is not None:
-        total_steps = min(total_steps, config.optim.max_steps)
+    total_steps = min(total_steps, config.optim.max_steps or total_steps)
     if training.step >= total_steps:
         print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
         return
@@ -112,12 +98,12 @@ def run(config: Config, feed: Feed, device: torch.device) -> None:
         if distributed.rank() == 0:
             print(loader.description)
         monitor = knn_monitor(training)
-        if train.train(training, loader, feed.steps_per_epoch, total_steps, telemetry=loader, monitor=monitor):
+        if train.train(training, loader, feed.steps_per_epoch, total_steps, telemetry=loader.read, monitor=monitor):
             guard.ignore_stops()
 
 
-def knn_monitor(training: train.Training) -> train.Monitor | None:
-    """What evaluates the backbone during training, if `eval_data` is set; the sentence about data that won't do comes at once."""
+def knn_monitor(training: train.Training) -> Callable | None:
+    """`train.train`'s, if `eval_data` is set; the sentence about data that won't do comes at once."""
     config, device = training.config, training.device
     if config.run.eval_data is None:
         return None

@@ -142,7 +142,7 @@ class Keys:
     """By name, each beginning with [B]."""
     queued: dict[str, Tensor]
     """Those that join a queue, [B n D]."""
-    arriving: distributed.Gathering | None
+    arriving: Callable[[], Tensor] | None
     """Those of all ranks, on their way; None on one process."""
 
 
@@ -202,7 +202,7 @@ class KeyMethod(Method):
         """The keys of every rank join the queues: images in batch order, all keys of an image in a row."""
         queued = prepared.queued
         if prepared.arriving is not None:
-            parts = prepared.arriving.wait().split([made[0].numel() for made in queued.values()], 1)
+            parts = prepared.arriving().split([made[0].numel() for made in queued.values()], 1)
             queued = {
                 n: part.unflatten(1, made.shape[1:]) for part, (n, made) in zip(parts, queued.items(), strict=True)
             }

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_resolve_and_say_what_they_are(recipe):
+def test_recipes_resolve(recipe):
     c = resolve(RECIPES[recipe](), 1)
-    assert c.method.queue_size % c.optim.batch_size == 0 and RECIPES[recipe].__doc__
+    assert c.method.queue_size % c.optim.batch_size == 0
 
 
 def test_moco_v1_and_v2_differ_in_head_temperature_and_colors():

@@ -48,7 +48,7 @@ SWITCHES = {
     "--backbone resnet18": ("model", "backbone", "resnet18"),
     "--scale 0.08 1.0": ("views", "scale", (0.08, 1.0)),
     "--change-on-resume lr momentum --lr 0.01": ("run", "change_on_resume", ("lr", "momentum")),
-    "--lr 0.015 --change-on-resume lr --resume never": ("optim", "lr", 0.015),
+    "--lr 0.015 --change-on-resume lr": ("optim", "lr", 0.015),
 }
 
 

@@ -74,6 +74,7 @@ def command(*arguments, script="train.py", ranks=0):
 def run(*arguments, script="train.py", ok=True):
     """The script as its command runs it, in this process, which has imported and compiled already what it needs."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
@@ -82,6 +83,9 @@ def run(*arguments, script="train.py", ok=True):
             code = end.code
             if isinstance(code, str):  # as the interpreter does
                 print(code, file=err)
+        finally:  # a script that was stopped ignores what stops it to its end, which is not this process's
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     done = subprocess.CompletedProcess(
         script, 1 if isinstance(code, str) else code or 0, out.getvalue(), err.getvalue()
     )
@@ -231,7 +235,7 @@ def test_the_synthetic_pipeline_needs_no_data(tmp_path):
     (["--optimizer", "apex"], "needs NVIDIA's apex.*set --optimizer auto"),
     (["--decode", "mixed", "--pipeline", "dali"], "needs a GPU.*--decode cpu"),
     (["--pipeline", "ffcv"], "tar shards, and the pipeline ffcv reads a .beton: python data_prep/make_ffcv.py"),
-    (["--shuffle-window", "100"], "--shuffle-window is gone, every epoch is one shuffle of the whole set: leave it out"),
+    (["--shuffle-window", "100"], "--shuffle-window is gone: leave it out .docs/changes.md"),
     (["--colour", "host"], "--colour is called --color now"),
     (["--recipe", "r7"], "the recipe r7 was another name; set --recipe imagenet_r50"),
     (["--method", "mocov3"], "there is no method mocov3; set --method to one of inscon, moco"),
