@@ -24,7 +24,7 @@ from inscon.report.measure import machine, versions
 SCENES = ["--num-images", 1024, "--num-val", 256, "--size", 128]
 EPOCHS = 6
 """Of pre-training."""
-PROBE = ["--epochs", 10, "--batch-size", 64, "--evaluate-every", 5]
+PROBE = ["--epochs", 10, "--batch-size", 64]
 DETECTION = ["--arch", "maskrcnn-fpn", "--min-size", 128, "--batch-size", 4,
              "--rois", 32, "--proposals", 40, "--base-lr", 0.08]  # fmt: skip
 JUDGED = 64

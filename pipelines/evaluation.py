@@ -25,20 +25,21 @@ Engine = Literal["auto", "dali", "ffcv", "reference"]
 
 
 class CenterFeed(Feed):
-    """Center crops in the order of the index, once; the last sample fills up the last step."""
+    """Center crops of the samples `ids`, in this order, once; the last one fills up the last step."""
+
+    ids: np.ndarray
 
     def work(self, step: int) -> Work:
-        ids = self._ids(step)
+        ids = self._of(step)
         sizes, [view] = self.index.sizes(ids), self.views
         plan = BatchPlan(views={view.name: plan_center(sizes, view.size)}, overlaps={})
         return Work(step=step, epoch=0, sample_ids=ids, sizes=sizes, plan=plan, substituted=0)
 
     def expect(self, step: int) -> None:
-        self.index.expect(self._ids(step))
+        self.index.expect(self._of(step))
 
-    def _ids(self, step: int) -> np.ndarray:
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return np.minimum(np.arange(first, first + self.batch_size), len(self.index) - 1)
+    def _of(self, step: int) -> np.ndarray:
+        return self.ids.take(range(step * self.batch_size, (step + 1) * self.batch_size), mode="clip")
 
 
 class LabelledViews:
@@ -51,108 +52,75 @@ class LabelledViews:
         pipeline: see `Engine`.
         scale: range of a random crop's share of the image area.
         limit: how many samples `center_crops` takes at most, the first ones; packing has shuffled them.
+        like: number the classes as this set does, by their names.
 
-    Raises ValueError where the set has no labels, or is smaller than a batch of random crops.
+    Raises ValueError where the set has no labels, or a class that `like` lacks, or where the engine needs a thread and gets none.
     """
 
     def __init__(
-        self,
-        data: Path,
-        view_size: int,
-        batch_size: int = 64,
-        pipeline: Engine = "auto",
-        threads: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        scale: tuple[float, float] = (0.08, 1.0),
-        rank: int = 0,
-        world_size: int = 1,
-        labels_needed: bool = True,
-        limit: int | None = None,
-    ):
+        self, data: Path, view_size: int, batch_size: int = 64, pipeline: Engine = "auto", threads: int | None = None,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
+        scale: tuple[float, float] = (0.08, 1.0), rank: int = 0, world_size: int = 1, labels_needed: bool = True,
+        limit: int | None = None, like: "LabelledViews | None" = None,
+    ):  # fmt: skip
         self.index = DatasetIndex.open(data)
-        labels = self.index.labels(range(len(self.index)))
-        if labels_needed and (labels == NO_LABEL).any():
+        self.labels = torch.from_numpy(self.index.labels(range(len(self.index))))
+        """[n] int64, of every sample."""
+        if labels_needed and (self.labels == NO_LABEL).any():
             raise ValueError(
                 f"frozen evaluation needs labels. Found: none in {self.index.path}; pack a folder of class folders"
             )
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        """[n], of every sample."""
-        self.num_classes = max(int(self.labels.max()) + 1, 0)
-        self.fingerprint, self.view_size = self.index.fingerprint, view_size
-        self._ranks = {"rank": rank, "world_size": world_size}
-        self._device = {"device": device, "dtype": dtype}
+        if like is not None:
+            self.labels = _numbered_as(like, self)
+        engine = _engine(self.index) if pipeline == "auto" else pipeline
+        if engine != "reference" and threads == 0:
+            raise ValueError(f"the pipeline {engine} needs at least 1 thread. Found: 0; set --threads 1 or more")
         # Decoded on the host: trying out what is faster would take longer than many an evaluation, and beside a training.
-        self._loader = LoaderConfig(
-            data=Path(data), pipeline=_engine(pipeline, self.index), threads=threads, decode="cpu"
-        )
-        self._batch_size, self._seed = batch_size, seed
-        self._count = min(limit or len(self.index), len(self.index))
-        self._spec = ViewSpec(name="view", size=view_size, scale=scale, color=NO_COLOR)
+        self._loader = LoaderConfig(data=Path(data), pipeline=engine, threads=threads, decode="cpu")
+        self._device = {"device": device, "dtype": dtype}
+        self._ids = np.arange(len(self.index))[:limit][rank::world_size]
+        self._feed = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+        self._views = (ViewSpec(name="view", size=view_size, scale=scale, color=NO_COLOR),)
+        self.view_size = view_size
 
     def center_crops(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(pixels [b 3 S S] channels-last on the device, labels [b] int64 on the CPU): this rank's share of every sample, once.
 
         The shorter side is resized to 256/224 of S, then the center is cut, as ImageNet evaluation does.
         """
-        rank, world = self._ranks["rank"], self._ranks["world_size"]
-        own = max(min(self._batch_size, self._count) // world, 1)
-        steps = -(-self._count // (own * world))
-        with self._open(CenterFeed, own * world, 0, steps) as batches:
-            for step, batch in zip(range(steps), batches):
-                new = min(max(self._count - (step * world + rank) * own, 0), own)
-                if new:
-                    yield batch.views["view"].pixels[:new], self.labels[batch.sample_ids[:new]]
+        own = min(max(self._feed["batch_size"] // self._feed["world_size"], 1), len(self._ids))
+        if not own:
+            return
+        feed, left = CenterFeed(self.index, self._views, batch_size=own, seed=0), range(len(self._ids), 0, -own)
+        feed.ids = self._ids
+        with open_pipeline(feed, self._loader, total_steps=len(left), **self._device) as batches:
+            for new, batch in zip(left, batches):
+                yield batch.views["view"].pixels[:new], self.labels[batch.sample_ids[:new]]
 
     @contextlib.contextmanager
     def random_crops(self, start_step: int, total_steps: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         """RandomResizedCrop and flip: (pixels [B 3 S S], labels [B]) of steps `start_step` to `total_steps` - 1, whole batches."""
-        with self._open(Feed, self._batch_size, start_step, total_steps) as batches:
+        feed = Feed(self.index, self._views, **self._feed)
+        opened = open_pipeline(feed, self._loader, start_step=start_step, total_steps=total_steps, **self._device)
+        with opened as batches:
             yield ((batch.views["view"].pixels, self.labels[batch.sample_ids]) for batch in batches)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Of random crops: what is less than a batch at an epoch's end is left out of it."""
-        return len(self.index) // self._batch_size
 
-    def _open(self, kind: type[Feed], batch_size: int, start_step: int, total_steps: int):
-        feed = kind(self.index, (self._spec,), batch_size=batch_size, seed=self._seed, **self._ranks)
-        return open_pipeline(feed, self._loader, start_step=start_step, total_steps=total_steps, **self._device)
-
-
-def joined_classes(train: LabelledViews, val: LabelledViews) -> Tensor:
-    """[labels of `val`] int64: of each the label in `train` of the class of the same name; NO_LABEL where no picture has it.
-
-    Each set numbers its own class folders, so equal labels of two sets need not mean the same class. ValueError, with names,
-    where `val` has pictures of a class that `train` has none of.
-    """
-    (known, wanted), (folder, own) = map(_used_classes, (train, val)), (train.index.path, val.index.path)
-    unknown = [name for name in wanted if name not in known]
+def _numbered_as(train: LabelledViews, views: LabelledViews) -> Tensor:
+    """Labels of `views` by the names of their classes: each set numbers its own folders, so equal labels may mean two classes."""
+    known = {train.index.class_names[label]: label for label in train.labels.unique().tolist()}
+    names = [views.index.class_names[label] for label in views.labels.tolist()]
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        kinds = ("names", "integers")
-        ours, theirs = (kinds[all(name.isdecimal() for name in names_of)] for names_of in (wanted, known))
-        mixed = f"; its classes are {ours}, the others {theirs}" if ours != theirs else ""
         raise ValueError(
-            f"{own} has pictures of classes of which the training set {folder} has none. Found: {names}{mixed}; pack both from "
-            "class folders of the same names, or with the same labels"
+            f"{views.index.path} has pictures of classes of which the training set {train.index.path} has none. Found: "
+            f"{', '.join(unknown[:5])}; pack both from class folders of the same names, or with the same labels"
         )
-    numbers = torch.full((max(wanted.values()) + 1,), NO_LABEL)
-    for name, label in wanted.items():
-        numbers[label] = known[name]
-    return numbers
+    return torch.tensor([known[name] for name in names])
 
 
-def _used_classes(views: LabelledViews) -> dict[str, int]:
-    """Labels that occur, by name."""
-    return {views.index.class_names[label]: label for label in views.labels.unique().tolist()}
-
-
-def _engine(asked: Engine, index: DatasetIndex) -> str:
-    """The engine that `asked` means for this set."""
-    if asked != "auto":
-        return asked
+def _engine(index: DatasetIndex) -> str:
+    """What `auto` means for this set."""
     name, package = ("ffcv", "ffcv") if index.manifest.container == "beton" else ("dali", "nvidia.dali")
     try:
         return name if find_spec(package) else "reference"

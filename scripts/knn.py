@@ -6,84 +6,86 @@ python scripts/knn.py --run RUN_DIR --train SHARDS --val SHARDS
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 
-from inscon import guard
-from inscon.nn.backbones import check_side
-from inscon.precision import choose_precision
+from inscon import distributed, guard
+from inscon.nn.backbones import Backbone, check_side
+from inscon.precision import Precision, choose_precision
 from inscon.transfer import knn
 from inscon.transfer.export import any_backbone
-from pipelines.evaluation import Engine, LabelledViews, joined_classes
+from pipelines.evaluation import Engine, LabelledViews
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
-    """Frozen evaluation by nearest neighbors."""
+class FrozenConfig:
+    """What any evaluation of a frozen backbone has to be told."""
 
-    run: Path
-    """A run folder, whose newest checkpoint is taken, a checkpoint, or a file of scripts/export.py."""
+    checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--run",))]
+    """A run folder (its newest checkpoint), a checkpoint, or a file of scripts/export.py. torchrun takes --run for its own."""
     train: Path
-    """Labelled shards that make the bank."""
+    """Labelled shards to learn from."""
     val: Path
-    """Labelled shards to classify."""
-    k: int = 200
-    """Neighbors that vote; at most the bank."""
-    temperature: float = 0.1
-    """Of the vote's weights exp(similarity / temperature)."""
+    """Labelled shards to be tested on."""
     view_size: int | None = None
-    """Side of the center crop, px. None: as the run was trained."""
-    untrained: bool = True
-    """Classify with the untrained network too."""
-    batch_size: int = 64
-    """Pictures at once."""
+    """Side of the crops, px. None: as the run was trained."""
     pipeline: Engine = "auto"
     """Engine that reads the shards."""
     threads: int | None = None
-    """Of the loader. None: the cores."""
+    """Of the loader, per rank. None: its share of the cores."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of the backbone."""
+    """Of the backbone; what is learned on top of it is float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(FrozenConfig):
+    """Frozen evaluation by nearest neighbors."""
+
+    k: int = 200
+    """Neighbors that vote; at most the pictures of --train."""
+    batch_size: int = 64
+    """Pictures at once."""
+
+
+def open_frozen(
+    config: FrozenConfig, device: torch.device, untrained: bool, seed: int = 0
+) -> tuple[Backbone, dict, Precision, tuple[LabelledViews, LabelledViews]]:
+    """The backbone and what is known of it, its precision, and the sets to learn from and to be tested on.
+
+    ValueError where they do not fit each other, or the network takes no pictures of this size.
+    """
+    backbone, facts = any_backbone(config.checkpoint, untrained)
+    side = config.view_size or facts["config"]["views"]["view_size"]
+    check_side(facts["config"]["model"]["backbone"], side)
+    precision = choose_precision(config.precision, device)
+    settings = {
+        "view_size": side, "batch_size": config.batch_size, "pipeline": config.pipeline, "threads": config.threads,
+        "device": device, "dtype": precision.pixel_dtype, "seed": seed, "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+    }  # fmt: skip
+    train = LabelledViews(config.train, **settings)
+    return backbone, facts, precision, (train, LabelledViews(config.val, **settings, like=train))
 
 
 def main(config: KnnConfig) -> dict[str, float]:
     """Shares of the validation pictures, 0..1, by "untrained" and "trained"."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(config.precision, device)
-    scores, sets = {}, None
-    for name in ("untrained", "trained") if config.untrained else ("trained",):
-        backbone, facts = any_backbone(config.run, untrained=name == "untrained")
-        side = config.view_size or facts["config"]["views"]["view_size"]
-        check_side(facts["config"]["model"]["backbone"], side)
-        sets = sets or [
-            LabelledViews(
-                data, side, config.batch_size, config.pipeline, threads=config.threads, device=device,
-                dtype=precision.pixel_dtype,
-            )
-            for data in (config.train, config.val)
-        ]  # fmt: skip
-        joined = joined_classes(*sets)
-        (bank, bank_labels), (queries, labels) = (
-            features_of(backbone, views, f"{name}-{which}", device, precision.autocast_dtype)
-            for which, views in zip(("train", "val"), sets, strict=True)
-        )
-        labels = joined[labels]
-        scores[name] = knn.accuracy(queries, labels, bank, bank_labels, config.k, config.temperature, device=device)
-        print(f"kNN (k={config.k}) {name}: {100 * scores[name]:.1f} % of {len(labels)} pictures")
+    device, scores = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    for name in ("untrained", "trained"):
+        backbone, _, precision, sets = open_frozen(config, device, name == "untrained")
+        rows = []
+        for which, views in zip(("train", "val"), sets, strict=True):
+            steps = -(-len(views.index) // config.batch_size)
+            crops = track(views.center_crops(), f"{name}-{which}", steps, transient=True)
+            rows.append(knn.features(backbone, crops, device, precision.autocast_dtype))
+        scores[name] = knn.accuracy(rows[1], rows[0], config.k, device)
+        print(f"kNN (k={config.k}) {name}: {100 * scores[name]:.1f} % of {len(sets[1].index)} pictures")
     return scores
-
-
-def features_of(backbone, views: LabelledViews, name: str, device, amp_dtype):
-    """Unit features and labels of a set, with a bar."""
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(name, total=len(views.index))
-        told = (progress.advance(bar, len(labels)) or (pixels, labels) for pixels, labels in views.center_crops())
-        return knn.features(backbone, told, device, amp_dtype)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ A jigsaw's patches stand in a row. Any setting of the recipe is a flag.
 
 import argparse
 import colorsys
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,9 +25,11 @@ from inscon.methods.method import resolve
 from pipelines import open_pipeline
 from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
+from scripts.attention_maps import joined
 from scripts.train import feed_of, parse
 
-GAP = 8
+CELLS = 3
+"""Per side of the grid over what two views share."""
 LEAST_SIDE = 192
 """Smaller views are enlarged by a whole number of times, so that the cells' numbers can be read."""
 
@@ -38,7 +39,6 @@ def options() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, default=Path("views.png"))
     own.add_argument("--step", type=int, default=0)
     own.add_argument("--images", type=int, default=4)
-    own.add_argument("--cells", type=int, default=3, help="per side of the grid over what two views share")
     return own
 
 
@@ -52,31 +52,28 @@ def main(arguments: list[str]) -> Path:
     with open_pipeline(feed, config.loader, start_step=chosen.step, total_steps=chosen.step + 1) as loader:
         batch = next(iter(loader))
     images = min(chosen.images, batch.size)
-    sheet, encoded = draw(batch, feed.index, images, chosen.cells), io.BytesIO()
-    sheet.save(encoded, Image.registered_extensions().get(chosen.out.suffix.lower(), "PNG"))
     with guard.whole_file(chosen.out) as file:
-        file.write(encoded.getvalue())
+        draw(batch, feed.index, images).save(file, "PNG")
     print(f"{chosen.out}: {images} images of step {chosen.step}: source, {', '.join(batch.views)}")
     return chosen.out
 
 
-def draw(batch: Batch, index: DatasetIndex, images: int, cells: int) -> Image.Image:
+def draw(batch: Batch, index: DatasetIndex, images: int) -> Image.Image:
     """The whole sheet: a row per image (source; two by two the views that overlap; the other views), a mosaic below."""
     frames = dict(zip(batch.views, colors(len(batch.views))))
+    single = [name for name in frames if not any(name in pair for pair in batch.overlaps)]
     rows = []
     for number in range(images):
-        paired = [
-            draw_view(batch, name, number, frames[name], box[number] if overlap.weight[number] > 0 else None, cells)
+        views = [
+            draw_view(batch, name, number, frames[name], box[number] if overlap.weight[number] > 0 else None)
             for pair, overlap in batch.overlaps.items()
             for name, box in zip(pair, (overlap.first_box, overlap.second_box))
         ]
-        names = {name for pair in batch.overlaps for name in pair}
-        others = [draw_view(batch, name, number, frames[name]) for name in frames if name not in names]
-        height = max(view.height for view in paired + others)
+        views += [draw_view(batch, name, number, frames[name]) for name in single]
         boxes = {frame: batch.views[name].crop_box[number] for name, frame in frames.items()}
-        source = draw_source(index, int(batch.sample_ids[number]), boxes, (2 * height, height))
-        rows.append(beside([source, *paired, *others], first_width=2 * height))
-    return below(rows if batch.mosaic is None else [*rows, to_image(batch.mosaic[0], zoom_of(batch.mosaic))])
+        source = picture_of(index, int(batch.sample_ids[number]))
+        rows.append(joined([draw_source(source, boxes, max(view.height for view in views)), *views]))
+    return joined(rows if batch.mosaic is None else [*rows, to_image(batch.mosaic[0])], down=True)
 
 
 def colors(count: int) -> list[tuple[int, int, int]]:
@@ -84,72 +81,45 @@ def colors(count: int) -> list[tuple[int, int, int]]:
     return [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(n / count, 0.9, 1.0)) for n in range(count)]
 
 
-def draw_source(index: DatasetIndex, sample_id: int, boxes: dict, size: tuple[int, int]) -> Image.Image:
-    """The source image, fitted into `size`, with crop boxes by color."""
-    image = picture_of(index, sample_id)
-    scale = min(size[0] / image.width, size[1] / image.height)
-    fitted = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)))
-    pen = ImageDraw.Draw(fitted)
+def draw_source(source: Image.Image, boxes: dict, height: int) -> Image.Image:
+    """The source image, fitted into `height` and twice as much width, with crop boxes by color."""
+    scale = min(2 * height / source.width, height / source.height)
+    fitted = ImageOps.pad(source, (2 * height, height), color="white", centering=(0, 0))
     for color, box in boxes.items():
         x0, y0, x1, y1 = (float(edge) * scale for edge in box)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=color, width=2)
+        ImageDraw.Draw(fitted).rectangle((x0, y0, x1 - 1, y1 - 1), outline=color, width=2)
     return fitted
 
 
-def draw_view(batch: Batch, name: str, number: int, frame: tuple, shared=None, cells: int = 0) -> Image.Image:
+def draw_view(batch: Batch, name: str, number: int, frame: tuple, shared=None) -> Image.Image:
     """One view of an image, or its patches in a row, framed; with cells over the box `shared` [4], px of the view, if given."""
-    view = batch.views[name]
-    if view.pixels.ndim == 5:
-        drawn = beside([to_image(patch) for patch in view.pixels[number]])
-    else:
-        zoom = zoom_of(view.pixels)
-        drawn = to_image(view.pixels[number], zoom)
-        if shared is not None:
-            draw_cells(drawn, [float(edge) * zoom for edge in shared], cells, bool(view.flipped[number]))
+    view, pixels = batch.views[name], batch.views[name].pixels[number]
+    drawn = joined([to_image(patch, least_side=1) for patch in pixels]) if pixels.ndim == 4 else to_image(pixels)
+    if shared is not None and pixels.ndim == 3:
+        zoom = drawn.width / pixels.shape[-1]
+        draw_cells(drawn, [float(edge) * zoom for edge in shared], bool(view.flipped[number]))
     ImageDraw.Draw(drawn).rectangle((0, 0, drawn.width - 1, drawn.height - 1), outline=frame, width=2)
     return drawn
 
 
-def zoom_of(pixels) -> int:
-    return -(-LEAST_SIDE // pixels.shape[-1])
-
-
-def draw_cells(image: Image.Image, box: list[float], cells: int, flipped: bool) -> None:
+def draw_cells(image: Image.Image, box: list[float], flipped: bool) -> None:
     """A grid over `box`, numbered as a loss pairs them: a flipped view's columns run backwards."""
-    pen, shades = ImageDraw.Draw(image), colors(cells**2)
-    width, height = (box[2] - box[0]) / cells, (box[3] - box[1]) / cells
-    for number, color in enumerate(shades):
-        row, column = divmod(number, cells)
-        left = box[0] + (cells - 1 - column if flipped else column) * width
+    pen = ImageDraw.Draw(image)
+    width, height = (box[2] - box[0]) / CELLS, (box[3] - box[1]) / CELLS
+    for number, color in enumerate(colors(CELLS**2)):
+        row, column = divmod(number, CELLS)
+        left = box[0] + (CELLS - 1 - column if flipped else column) * width
         top = box[1] + row * height
         pen.rectangle((left, top, left + width - 1, top + height - 1), outline=color)
         middle = left + width / 2, top + height / 2
         pen.text(middle, str(number + 1), fill=color, anchor="mm", stroke_width=1, stroke_fill="black")
 
 
-def to_image(pixels, zoom: int = 1) -> Image.Image:
-    """Normalized [3 H W] back to an image, enlarged `zoom` times."""
+def to_image(pixels, least_side: int = LEAST_SIDE) -> Image.Image:
+    """Normalized [3 H W] back to an image, enlarged a whole number of times to `least_side` px or more."""
     levels = pixels.float().cpu().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
     image = Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
-    return image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
-
-
-def beside(images: list[Image.Image], first_width: int = 0) -> Image.Image:
-    """In a row, GAP px apart; the first one takes `first_width` px at least."""
-    widths = [max(first_width, images[0].width), *(image.width for image in images[1:])]
-    row = Image.new("RGB", (sum(widths) + GAP * (len(images) - 1), max(image.height for image in images)), "white")
-    for number, image in enumerate(images):
-        row.paste(image, (sum(widths[:number]) + GAP * number, 0))
-    return row
-
-
-def below(images: list[Image.Image]) -> Image.Image:
-    """One below the other, GAP px apart."""
-    heights = [image.height for image in images]
-    sheet = Image.new("RGB", (max(image.width for image in images), sum(heights) + GAP * (len(images) - 1)), "white")
-    for number, image in enumerate(images):
-        sheet.paste(image, (0, sum(heights[:number]) + GAP * number))
-    return sheet
+    return ImageOps.scale(image, -(-least_side // image.width), Image.NEAREST)
 
 
 if __name__ == "__main__":

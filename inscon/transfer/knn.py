@@ -1,7 +1,7 @@
 """k nearest neighbors on frozen features: is the run healthy, today, without training anything.
 
 Protocol of Wu et al. (2018): pooled features, L2-normalized, cosine similarity, the k nearest vote with weight
-exp(similarity / temperature).
+exp(similarity / 0.1).
 """
 
 import math
@@ -9,14 +9,21 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from inscon import distributed
 from inscon.nn.backbones import Backbone
 
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""(pixels [B 3 S S], labels [B])."""
+Rows = tuple[Tensor, Tensor]
+"""Pooled features [N F] float32 and labels [N] int64, on the CPU."""
+TEMPERATURE = 0.1
 SIMILARITIES = 1 << 26
 """Computed at once, at most: 256 MB in float32."""
+MONITORED = 20
+"""Neighbors in `monitor`."""
 
 
 @torch.no_grad()
@@ -29,91 +36,61 @@ def pooled(backbone: Backbone, pixels: Tensor, amp_dtype: torch.dtype | None) ->
 
 @torch.inference_mode()
 def features(
-    backbone: Backbone,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device | str = "cpu",
-    amp_dtype: torch.dtype | None = None,
-) -> tuple[Float[Tensor, "N F"], Int[Tensor, "N"]]:
-    """Unit features and labels of all `batches` of (pixels [B 3 S S], labels [B]), on the CPU; the backbone isn't changed.
-
-    No batches, as for a rank without pictures, make N = 0. `amp_dtype`: as in `pooled`.
-    FloatingPointError for features that are not finite.
-    """
-    if backbone.training:
-        raise ValueError(
-            "features are taken with the backbone in eval mode, or its statistics would move. Found: train mode"
-        )
-    device = torch.device(device)
+    backbone: Backbone, batches: Batches, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None
+) -> Rows:
+    """Of all `batches`, which may be none; `amp_dtype`: as in `pooled`. FloatingPointError where they are not finite."""
+    assert not backbone.training, "its statistics would move"
     backbone = backbone.to(device=device, memory_format=torch.channels_last)
-    rows = [(torch.zeros(0, backbone.channels[backbone.last]), torch.zeros(0, dtype=torch.int64))]
+    found = [(torch.zeros(0, backbone.channels[backbone.last]), torch.zeros(0, dtype=torch.int64))]
     for pixels, labels in batches:
-        rows.append((F.normalize(pooled(backbone, pixels.to(device), amp_dtype), dim=1).cpu(), labels))
-    found, labels = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
-    broken = int((~found.isfinite()).any(1).sum())
+        found.append((pooled(backbone, pixels.to(device), amp_dtype).cpu(), labels))
+    rows, labels = map(torch.cat, zip(*found))
+    broken = int((~rows.isfinite()).any(1).sum())
     if broken:
         raise FloatingPointError(
-            f"{broken} of {len(found)} pictures have features that are not finite; set --precision fp32"
+            f"{broken} of {len(rows)} pictures have features that are not finite; set --precision fp32"
         )
-    return found, labels
+    return rows, labels
 
 
-def accuracy(
-    queries: Float[Tensor, "N F"],
-    query_labels: Int[Tensor, "N"],
-    bank: Float[Tensor, "P F"],
-    bank_labels: Int[Tensor, "P"],
-    k: int = 200,
-    temperature: float = 0.1,
-    leave_one_out: bool = False,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Share of queries, 0..1, whose class wins the vote of their `k` nearest rows of `bank`. All rows are unit vectors.
+def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: torch.device | str = "cpu") -> float:
+    """Share of queries, 0..1, whose class wins the vote of their `k` nearest rows of `bank`.
 
-    `leave_one_out`: queries are the bank, and none votes for itself. `device`: where similarities are computed.
+    `bank`: None is the queries themselves, of which none votes for itself. `device`: where similarities are computed.
     """
-    others = len(bank) - leave_one_out
-    if not 1 <= k <= others:
-        raise ValueError(f"k must lie in 1..{others}, the size of the bank. Found: {k}")
-    num_classes = int(max(query_labels.max(), bank_labels.max())) + 1
-    correct, rows = 0, max(SIMILARITIES // len(bank), 1)
-    bank, bank_labels = bank.to(device), bank_labels.to(device)
-    for start in range(0, len(queries), rows):
-        part, labels = queries[start : start + rows].to(device), query_labels[start : start + rows].to(device)
-        similarities = part @ bank.T
-        if leave_one_out:
-            own = torch.arange(len(part), device=similarities.device)
-            similarities[own, start + own] = -torch.inf
+    rows, labels = queries
+    others, classes = (part.to(device) for part in bank or queries)
+    rows, others = F.normalize(rows, dim=1), F.normalize(others, dim=1)
+    most = len(others) - (bank is None)
+    if not 1 <= k <= most:
+        raise ValueError(f"k must lie in 1..{most}, the size of the bank. Found: {k}")
+    num_classes = int(max(labels.max(), classes.max())) + 1
+    correct, at_once = 0, max(SIMILARITIES // len(others), 1)
+    for start in range(0, len(rows), at_once):
+        similarities = rows[start : start + at_once].to(device) @ others.T
+        if bank is None:
+            similarities.diagonal(start).fill_(-torch.inf)
         similarity, nearest = similarities.topk(k, dim=1)
-        votes = torch.zeros(len(part), num_classes, device=similarities.device).scatter_add_(
-            1, bank_labels[nearest], (similarity.float() / temperature).exp()
-        )
-        correct += int((votes.argmax(1) == labels).sum())
-    return correct / len(queries)
+        votes = torch.zeros(len(similarity), num_classes, device=device)
+        votes.scatter_add_(1, classes[nearest], (similarity.float() / TEMPERATURE).exp())
+        correct += int((votes.argmax(1).cpu() == labels[start : start + at_once]).sum())
+    return correct / len(rows)
 
 
 def monitor(
-    backbone: Backbone,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device | str = "cpu",
-    amp_dtype: torch.dtype | None = None,
-    k: int = 20,
+    backbone: Backbone, batches: Batches, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None
 ) -> float:
-    """Share, 0..1, of a held-out set's pictures whose class wins among their `k` neighbors in the same set.
+    """Share, 0..1, of a held-out set's pictures whose class wins among their neighbors in the same set; NaN of less than two.
 
     For a backbone in training, whose mode is as it was afterwards; its weights and statistics aren't touched. Each rank gives
     the features of its own `batches`; all ranks know the answer.
     """
     was_training = backbone.training
-    try:
-        rows, labels = features(backbone.eval(), batches, device, amp_dtype)
-    finally:
-        backbone.train(was_training)
-    if distributed.world_size() > 1:
-        longest = int(distributed.worst({"rows": float(len(rows))})["rows"])
-        padding = longest - len(rows)
-        rows = distributed.gather(F.pad(rows, (0, 0, 0, padding)))
-        labels = distributed.gather(F.pad(labels, (0, padding), value=-1))
-        rows, labels = rows[labels >= 0], labels[labels >= 0]
-    if len(rows) < 2:  # left off
-        return math.nan
-    return accuracy(rows, labels, rows, labels, min(k, len(rows) - 1), leave_one_out=True, device=device)
+    rows, labels = features(backbone.eval(), batches, device, amp_dtype)
+    backbone.train(was_training)
+    padding = int(distributed.worst({"rows": float(len(rows))})["rows"]) - len(rows)
+    rows = distributed.gather(F.pad(rows, (0, 0, 0, padding)))
+    labels = distributed.gather(F.pad(labels, (0, padding), value=-1))
+    everyone = rows[labels >= 0], labels[labels >= 0]
+    count = len(everyone[0])
+    return accuracy(everyone, None, min(MONITORED, count - 1), device) if count > 1 else math.nan

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 
 from inscon.nn.backbones import Backbone, build_backbone
-from inscon.transfer.attention import attention, heat
-from scripts.attention_maps import AttentionConfig, main, picture_of
+from scripts.attention_maps import AttentionConfig, attention, main, overlaid, picture_of
 from tests.inscon.test_export import BACKBONES, make_run
 
 
@@ -27,22 +26,18 @@ class Fixed(Backbone):
 def test_strength_is_the_sum_of_squares():
     given = torch.zeros(1, 4, 3, 5)
     given[0, 1, 2, 3], given[0, 3, 0, 0] = -4.0, 2.0
-    made = attention(Fixed(given).eval(), torch.zeros(1, 3, 96, 160))[0]
-    assert made.shape == (96, 160) and made.min() == 0 and made.max() == 1
-    assert made[80, 112].item() == pytest.approx(1) and divmod(int(made.argmax()), 160)[0] in range(64, 96)
-    assert made[8, 8].item() == pytest.approx(4 / 16, rel=0.03) and made[40, 80] < 1e-6
+    made = attention(Fixed(given).eval(), Image.new("RGB", (160, 96)))
+    assert made.shape == (3, 5) and (made[2, 3], made[0, 0], made.sum()) == (1, 4 / 16, 1 + 4 / 16)
 
 
 def test_a_flat_map_shows_nothing():
-    made = attention(Fixed(torch.full((2, 4, 2, 2), 3.0)).eval(), torch.zeros(2, 3, 64, 64))
-    assert made.shape == (2, 64, 64) and not made.any()
+    made = attention(Fixed(torch.full((1, 4, 2, 2), 3.0)).eval(), Image.new("RGB", (64, 64)))
+    assert made.shape == (2, 2) and not made.any()
 
 
 def test_what_a_backbone_does_not_take_is_refused():
-    with pytest.raises(ValueError, match="with the backbone in eval mode.*Found: train mode"):
-        attention(build_backbone("resnet18").train(), torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"takes no picture of this size. Found: .64, 64. px .*; set another --side"):
-        attention(build_backbone("pit_ti_224").eval(), torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"takes no picture of .64, 64. px .*; set another --side"):
+        attention(build_backbone("pit_ti_224").eval(), Image.new("RGB", (64, 64)))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -51,18 +46,15 @@ def test_the_command_shows_any_backbone_before_and_after_training(name, tmp_path
     Image.effect_noise((96, 64), 90).convert("RGB").save(tmp_path / "a.png")
     asked = {"runs": (str(run), "random"), "pictures": (tmp_path / "a.png",), "out": tmp_path / "sheet.png", "side": 64}
     with Image.open(main(AttentionConfig(**asked))) as sheet:
-        _, trained, untrained = (np.asarray(sheet)[20:80, 104 * i : 104 * i + 96].astype(int) for i in range(3))
+        _, trained, untrained = (np.asarray(sheet)[30:90, 104 * i : 104 * i + 96].astype(int) for i in range(3))
     assert trained.std() > 10 and abs(trained - untrained).mean() > (1 if name == "resnet18" else -1)
-    main(AttentionConfig(**asked, stage="res4"))
-    if name.startswith("vit"):
-        with pytest.raises(ValueError, match=r"run's backbone has no map of stride 32 px. Found: 16; set --stage"):
-            main(AttentionConfig(**asked, stage="res5"))
 
 
-def test_colors_run_from_black_to_white():
-    assert heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]])).tolist()[0] == [
-        [0, 0, 0], pytest.approx([1, 0, 0]), pytest.approx([1, 1, 0]), pytest.approx([1, 1, 1])
-    ]  # fmt: skip
+def test_the_sheet_is_bright_where_the_map_is():
+    given = torch.zeros(1, 4, 2, 3)
+    given[0, 2, 1, 2] = 7.0
+    drawn = np.asarray(overlaid(Image.new("RGB", (96, 64), (90, 90, 90)), Fixed(given).eval()))
+    assert drawn.shape == (64, 96, 3) and drawn[63, 95].min() > 170 and drawn[:32, :64].max() < 120
 
 
 def test_pictures_are_read_as_packing_reads_them(tmp_path):
@@ -76,6 +68,6 @@ def test_pictures_are_read_as_packing_reads_them(tmp_path):
     Image.new("RGB", (128, 64)).save(tmp_path / "turned.jpg", exif=exif)
     assert picture_of(tmp_path / "turned.jpg", 64).size == (64, 128)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    for name, reason in (("bomb.png", "too large"), ("missing.png", "there is no picture")):
+    for name, reason in (("bomb.png", "too large"), ("missing.png", "No such file")):
         with pytest.raises(ValueError, match=f"{reason}.*give image files to --pictures"):
             picture_of(tmp_path / name, 64)

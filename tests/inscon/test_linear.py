@@ -1,8 +1,8 @@
 """The linear probe: learns what is there to be learned, leaves the backbone alone, goes on where it stopped, keeps the protocol."""
 
 import contextlib
+import itertools
 import json
-import signal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from inscon.nn.backbones import Backbone
 from inscon.transfer import knn
 from inscon.transfer.export import digest
 from inscon.transfer.linear import Probe, Protocol
+from pipelines.evaluation import LabelledViews
 
 CPU, STEPS = torch.device("cpu"), 3
 
@@ -30,6 +31,15 @@ class Tiny(Backbone):
         return {4: self.network(pixels).relu()}
 
 
+class Drifting(Tiny):
+    """One whose statistics move though it is frozen."""
+
+    def forward(self, pixels):
+        with torch.no_grad():
+            self.network[1].running_var[3] += 1e-6
+        return super().forward(pixels)
+
+
 def batches(start, stop):
     """Pictures of three colors, which are their classes."""
     for step in range(start, stop):
@@ -41,25 +51,43 @@ def batches(start, stop):
         )
 
 
-@contextlib.contextmanager
-def crops(start, stop):
-    yield batches(start, stop)
+class Index(str):
+    """Its own fingerprint, of as many samples as make `STEPS` batches of 8."""
+
+    fingerprint = property(str)
+
+    def __len__(self):
+        return 8 * STEPS
+
+
+class Views(LabelledViews):
+    """As much as a probe asks for."""
+
+    labels = torch.arange(3)
+
+    def __init__(self, fingerprint="data"):
+        self.index = Index(fingerprint)
+
+    @contextlib.contextmanager
+    def random_crops(self, start, stop):
+        yield batches(start, stop)
+
+    def center_crops(self):
+        return batches(100, 104)
 
 
 def make_probe(folder, backbone=None, data="data", **protocol):
     torch.manual_seed(0)
-    protocol = Protocol(num_classes=3, **{"epochs": 4, "batch_size": 8, "base_lr": 30.0, **protocol})
-    return Probe(backbone or Tiny(), protocol, folder, CPU, data)
+    protocol = Protocol(**{"epochs": 4, "batch_size": 8, "base_lr": 30.0, **protocol})
+    return Probe(backbone or Tiny(), protocol, (Views(data), Views()), folder, CPU)
 
 
 def train(probe, epochs=None, said=None):
-    def say(epoch, figures):
+    """Killed after so many epochs; returns the last evaluation."""
+    for figures in itertools.islice(probe.train(), epochs):
         if said is not None:
-            said.append((epoch, figures))
-        if epoch == epochs:
-            raise KeyboardInterrupt
-
-    return probe.train(crops, STEPS, lambda: probe.evaluate(batches(100, 104)), say, evaluate_every=2)
+            said.append(figures)
+    return probe.evaluate()
 
 
 def test_a_probe_equals_the_protocol_written_out(tmp_path):
@@ -79,9 +107,9 @@ def test_a_probe_equals_the_protocol_written_out(tmp_path):
             velocity[i] = 0.9 * velocity[i] + gradient
             parameter.data -= lr * velocity[i]
     torch.testing.assert_close(probe.layer.weight, weight, rtol=1e-3, atol=1e-5)
-    assert found["top1"] > 0.6 and [epoch for epoch, _ in said] == [1, 2, 3, 4] and set(found) == {"top1"}
-    assert ["top1" in figures for _, figures in said] == [False, True, False, True]
-    assert [round(figures["lr"], 6) for _, figures in said] == [0.03125, 0.03125, 0.003125, 0.000313]
+    assert found["top1"] > 0.6 and [figures["epoch"] for figures in said] == [1, 2, 3, 4] and set(found) == {"top1"}
+    assert all(figures["top1"] > 0.3 for figures in said) and said[-1]["top1"] == found["top1"]
+    assert [round(figures["lr"], 6) for figures in said] == [0.03125, 0.03125, 0.003125, 0.000313]
 
 
 def test_the_backbone_is_untouched_and_a_touched_one_is_noticed(tmp_path):
@@ -92,20 +120,17 @@ def test_the_backbone_is_untouched_and_a_touched_one_is_noticed(tmp_path):
     train(probe)
     assert digest(probe.backbone.state_dict()) == before == probe.before
     assert not any(p.requires_grad or p.grad is not None for p in probe.backbone.parameters())
-    with torch.no_grad():
-        probe.backbone.network[1].running_var[3] += 1e-6
     with pytest.raises(AssertionError, match="the frozen backbone has changed"):
-        probe.check_backbone()
+        train(make_probe(tmp_path / "other", Drifting()))
 
 
 def test_a_stopped_probe_goes_on(tmp_path):
     whole = make_probe(tmp_path / "whole")
     train(whole)
-    with pytest.raises(KeyboardInterrupt):
-        train(make_probe(tmp_path / "stopped"), epochs=2)
+    train(make_probe(tmp_path / "stopped"), epochs=2)
     again = make_probe(tmp_path / "stopped")
-    assert again.step == 2 * STEPS
-    train(again)
+    assert again.epoch == 2
+    assert train(again) == train(whole)  # which has no epoch left
     assert torch.equal(again.layer.weight, whole.layer.weight)
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3, 4]
@@ -115,43 +140,23 @@ def test_a_stopped_probe_goes_on(tmp_path):
         make_probe(tmp_path / "stopped", epochs=5, base_lr=3.0)
 
 
-@pytest.mark.parametrize(
-    ("number", "at"),
-    [(signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGTERM, 5), (signal.SIGTERM, "evaluation")],
-)
-def test_a_probe_that_is_asked_to_stop_goes_on_within_the_epoch(tmp_path, number, at):
-    """Steps 4 and 5 are within the second epoch and its last; it is evaluated after the second epoch. Signals come in numbers."""
-
-    def ask_at(step, batches):
-        for place, batch in enumerate(batches):
-            for _ in range(3 * (place == step)):
-                signal.raise_signal(number)
-            yield batch
-
-    @contextlib.contextmanager
-    def crops_of(start, stop):
-        yield ask_at(at, batches(start, stop))
-
-    whole, stopped = make_probe(tmp_path / "whole"), make_probe(tmp_path / "stopped")
+def test_a_probe_killed_within_an_epoch_goes_on_from_the_one_before(tmp_path):
+    whole, killed = make_probe(tmp_path / "whole"), make_probe(tmp_path / "killed")
     train(whole)
-    last = ask_at(1 if at == "evaluation" else None, batches(100, 104))
-    assert stopped.train(crops_of, STEPS, lambda: stopped.evaluate(last), lambda *_: None, evaluate_every=2) is None
-    again = make_probe(tmp_path / "stopped")
-    assert again.step == (6 if at == "evaluation" else at + 1)
-    assert train(again) == train(whole)
+    killed.layer.weight.register_hook(lambda _: (_ for _ in ()).throw(KeyboardInterrupt) if killed.epoch == 2 else None)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed)
+    again = make_probe(tmp_path / "killed")
+    train(again)
     assert torch.equal(again.layer.weight, whole.layer.weight)
-    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in
-             ("whole", "stopped")]  # fmt: skip
-    assert [(line["epoch"], line["loss"]) for line in lines[0]] == [(line["epoch"], line["loss"]) for line in lines[1]]
+    assert (tmp_path / "killed/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
 def test_the_learning_rate_fits_the_batch():
-    assert Protocol(num_classes=9, batch_size=2048).lr == 240 and Protocol(num_classes=9).lr == 30
-    assert [Protocol(num_classes=9).lr_at(epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx(
-        [30, 30, 3, 3, 0.3, 0.3]
-    )
-    with pytest.raises(ValueError, match="base_lr must be greater than 0. Found: 0"):
-        Protocol(num_classes=9, base_lr=0.0)
+    assert Protocol(batch_size=2048).lr_at(0) == 240
+    assert [Protocol().lr_at(epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
+    with pytest.raises(ValueError, match="base_lr must be greater than 0. Found: 0.0; MoCo's is 30"):
+        Protocol(base_lr=0.0)
 
 
 def test_a_rate_that_explodes_is_one_sentence(tmp_path):
@@ -164,11 +169,11 @@ def test_a_rate_that_explodes_is_one_sentence(tmp_path):
 
 def test_a_layer_that_is_not_finite_is_neither_saved_nor_evaluated(tmp_path):
     """The last step of the second epoch spoils it, after a loss that is sound."""
-    probe, said = make_probe(tmp_path / "a"), []
-    probe.layer.weight.register_hook(lambda gradient: gradient * (torch.nan if probe.step == 2 * STEPS - 1 else 1))
+    probe, said, steps = make_probe(tmp_path / "a"), [], itertools.count(1)
+    probe.layer.weight.register_hook(lambda gradient: gradient * (torch.nan if next(steps) == 2 * STEPS else 1))
     with pytest.raises(FloatingPointError, match=r"layer.weight is not .*smaller --base-lr than 30 and another --out"):
         train(probe, said=said)
-    assert [epoch for epoch, _ in said] == [1] and make_probe(tmp_path / "a").step == STEPS
+    assert [figures["epoch"] for figures in said] == [1] and make_probe(tmp_path / "a").epoch == 1
     assert train(make_probe(tmp_path / "b", base_lr=15.0))["top1"] > 0.5  # as the sentence advises
 
 
@@ -185,7 +190,7 @@ def test_features_that_are_not_finite_are_no_features():
     with torch.no_grad():
         backbone.network[1].weight[3] = torch.nan
     with pytest.raises(FloatingPointError, match="24 of 24 pictures have features that are not finite"):
-        knn.monitor(backbone, batches(0, 3), k=3)
+        knn.monitor(backbone, batches(0, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------ neighbors
@@ -200,28 +205,25 @@ def rows_of(count, seed):
 
 def test_leaving_one_out_equals_a_bank_without_it():
     rows, labels = rows_of(30, 0)
-    alone = [knn.accuracy(rows[i : i + 1], labels[i : i + 1], torch.cat([rows[:i], rows[i + 1 :]]),
-                          torch.cat([labels[:i], labels[i + 1 :]]), k=5) for i in range(30)]  # fmt: skip
-    assert knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True) == pytest.approx(sum(alone) / 30)
+    others = [torch.arange(30) != i for i in range(30)]
+    alone = [knn.accuracy((rows[~o], labels[~o]), (rows[o], labels[o]), k=5) for o in others]
+    assert knn.accuracy((rows, labels), None, k=5) == pytest.approx(sum(alone) / 30)
     assert 0 < sum(alone) < 30
     with pytest.raises(ValueError, match=r"k must lie in 1..29, the size of the bank. Found: 30"):
-        knn.accuracy(rows, labels, rows, labels, k=30, leave_one_out=True)
+        knn.accuracy((rows, labels), None, k=30)
 
 
 def test_accuracy_in_pieces_is_the_same(monkeypatch):
-    rows, labels = rows_of(50, 1)
-    whole = knn.accuracy(rows[:20], labels[:20], rows[20:], labels[20:], k=5)
+    every, bank = rows_of(50, 1), rows_of(30, 2)
+    whole, alone = knn.accuracy(every, bank, k=5), knn.accuracy(every, None, k=5)
     monkeypatch.setattr(knn, "SIMILARITIES", 100)
-    assert knn.accuracy(rows[:20], labels[:20], rows[20:], labels[20:], k=5) == whole
-    alone = knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True)
-    monkeypatch.undo()
-    assert knn.accuracy(rows, labels, rows, labels, k=5, leave_one_out=True) == alone
+    assert (knn.accuracy(every, bank, k=5), knn.accuracy(every, None, k=5)) == (whole, alone)
 
 
 def test_the_monitor_leaves_the_backbone_in_training():
     backbone = Tiny().train()
     before = digest(backbone.state_dict())
-    share = knn.monitor(backbone, batches(0, 3), k=3)
+    share = knn.monitor(backbone, batches(0, 3))
     assert backbone.training and digest(backbone.state_dict()) == before and 0 <= share <= 1
 
 
@@ -229,7 +231,7 @@ def test_a_rank_without_pictures_changes_no_answer(monkeypatch):
     backbone = Tiny().eval()
     rows, labels = knn.features(backbone, [])
     assert rows.shape == (0, 16) and labels.shape == (0,)
-    alone = knn.monitor(backbone, batches(0, 3), k=3)
+    alone = knn.monitor(backbone, batches(0, 3))
     # Two ranks, this one without pictures: what the other one sends is put before what this one does.
     theirs = knn.features(backbone, batches(0, 3))
     monkeypatch.setattr("inscon.distributed.world_size", lambda: 2)
@@ -238,4 +240,4 @@ def test_a_rank_without_pictures_changes_no_answer(monkeypatch):
         "inscon.distributed.gather",
         lambda mine: torch.cat([theirs[0] if mine.is_floating_point() else theirs[1], mine]),
     )
-    assert knn.monitor(backbone, [], k=3) == alone
+    assert knn.monitor(backbone, []) == alone

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from data_prep.index import NO_LABEL
 from pipelines.color import MEAN, STD
-from pipelines.evaluation import LabelledViews, joined_classes
+from pipelines.evaluation import LabelledViews
 from pipelines.reference import picture_of
 from tests.packed import Sample, write_set
 from tests.pipelines.conftest import as_jpeg, beton_beside, data_for, draw_picture
@@ -96,7 +96,6 @@ def test_ranks_share_the_center_crops(views):
 
 def test_random_crops_resume_and_differ_between_epochs(views):
     one = views()
-    assert one.steps_per_epoch == 4
     with one.random_crops(0, 8) as batches:
         pixels, labels = joined(batches)
     with one.random_crops(3, 8) as batches:
@@ -131,7 +130,7 @@ def test_a_set_without_labels_is_refused(tmp_path):
         ValueError, match="frozen evaluation needs labels. Found: none in .*flat; pack a folder of class folders"
     ):
         LabelledViews(tmp_path / "flat", SIDE)
-    assert LabelledViews(tmp_path / "flat", SIDE, labels_needed=False).num_classes == 0  # none are known
+    assert LabelledViews(tmp_path / "flat", SIDE, labels_needed=False).labels.max() == NO_LABEL
 
 
 def views_of(folder, class_names, used):
@@ -143,20 +142,18 @@ def views_of(folder, class_names, used):
 
 def test_sets_are_joined_by_the_names_of_their_classes(tmp_path):
     train = views_of(tmp_path / "train", ["ape", "bee", "cat", "dog"], [0, 1, 3])
-    val = views_of(tmp_path / "val", ["bee", "cow", "dog"], [0, 2])  # lacks a class, and has a folder without pictures
-    assert joined_classes(train, val).tolist() == [1, NO_LABEL, 3]
+    views_of(tmp_path / "val", ["bee", "cow", "dog"], [0, 2])  # lacks a class, and has a folder without pictures
+    val = LabelledViews(tmp_path / "val", SIDE, pipeline="reference", threads=0, like=train)
+    assert val.labels.tolist() == [1, 3] == joined(val.center_crops())[1].tolist()
     integers = views_of(tmp_path / "integers", list(map(str, range(12))), [0, 2, 11])
-    assert joined_classes(integers, integers).tolist()[::2] == [0, 2, *[NO_LABEL] * 4]
-    folders = views_of(tmp_path / "folders", ["0", "11", "2"], [0, 1, 2])  # as texts are sorted
-    assert joined_classes(integers, folders).tolist() == [0, 11, 2]
-    for other, found in (
-        (views_of(tmp_path / "unknown", ["ape", "cat", "eel"], [0, 1, 2]), "Found: cat, eel; pack both"),
-        (
-            folders,
-            "Found: 0, 11, 2; its classes are integers, the others names; pack both from class folders of the same",
-        ),
-    ):
-        with pytest.raises(
-            ValueError, match=f"{other.index.path} has pictures of classes .*{train.index.path} .*{found}"
-        ):
-            joined_classes(train, other)
+    views_of(tmp_path / "folders", ["0", "11", "2"], [0, 1, 2])  # as texts are sorted
+    assert LabelledViews(tmp_path / "folders", SIDE, like=integers).labels.tolist() == [0, 11, 2]
+    unknown = views_of(tmp_path / "unknown", ["ape", "cat", "eel"], [0, 1, 2]).index.path
+    with pytest.raises(ValueError, match=f"{unknown} has pictures .*{train.index.path} .*Found: cat, eel; pack both"):
+        LabelledViews(unknown, SIDE, like=train)
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
+def test_an_engine_without_a_thread_is_refused_at_once(labelled, pipeline):
+    with pytest.raises(ValueError, match=f"{pipeline} needs at least 1 thread. Found: 0; set --threads 1"):
+        LabelledViews(labelled, SIDE, pipeline=pipeline, threads=0)

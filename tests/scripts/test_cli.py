@@ -114,7 +114,7 @@ def by_tyro(config):
 
 def as_function(function):
     """A command that is a function: its arguments are parsed, it isn't called."""
-    return tyro.extras.get_parser(function).parse_args
+    return lambda arguments: tyro.cli(functools.wraps(function)(lambda *_, **__: None), args=arguments)
 
 
 TRAIN_NET = "inscon/transfer/detectron2/train_net.py"

@@ -387,7 +387,7 @@ def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
     run_ranks(*two, script="linear.py")
     assert json.loads((tmp_path / "two/result.json").read_text())["pictures"] == {"train": 20, "val": 20}
     done = run(*probe, "--batch-size", "50", script="linear.py", ok=False)
-    assert "batch_size must be at most the 20 pictures of" in done.stderr and "Traceback" not in done.stderr
+    assert "is a probe with another batch_size; set another --out" in done.stderr and "Traceback" not in done.stderr
     Image.new("RGB", (90, 64), (200, 30, 9)).save(tmp_path / "a.jpg")
     maps = ["--pictures", tmp_path / "a.jpg", "--side", "64", "--out", tmp_path / "maps.png"]
     run("--runs", trained, "random", *maps, script="attention_maps.py")

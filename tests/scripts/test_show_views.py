@@ -22,7 +22,7 @@ def sheet_of(specs, mosaics, tmp_path, images=2):
     write_set(tmp_path / "shards", samples)
     feed = Feed(DatasetIndex.open(tmp_path / "shards"), specs, mosaics, batch_size=4, seed=0)
     with open_pipeline(feed, LoaderConfig(pipeline="reference", threads=0), total_steps=1) as loader:
-        return draw(next(iter(loader)), feed.index, images, cells=3)
+        return draw(next(iter(loader)), feed.index, images)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -44,9 +44,9 @@ def test_a_method_without_overlaps_is_drawn_too(tmp_path):
 
 
 def test_a_flipped_views_cells_run_backwards():
-    plain, flipped = (to_image(torch.zeros(3, 90, 90)) for _ in range(2))
-    draw_cells(plain, [0.0, 0.0, 90.0, 90.0], 3, flipped=False)
-    draw_cells(flipped, [0.0, 0.0, 90.0, 90.0], 3, flipped=True)
+    plain, flipped = (to_image(torch.zeros(3, 90, 90), least_side=90) for _ in range(2))
+    draw_cells(plain, [0.0, 0.0, 90.0, 90.0], flipped=False)
+    draw_cells(flipped, [0.0, 0.0, 90.0, 90.0], flipped=True)
     first, third = colors(9)[0], colors(9)[2]
     assert (plain.getpixel((0, 5)), plain.getpixel((60, 5))) == (first, third)
     assert (flipped.getpixel((0, 5)), flipped.getpixel((60, 5))) == (third, first)
