@@ -83,10 +83,10 @@ class FineTuning:
         """
         left = range(self.iteration, self.design.iterations)
         losses, watch = LossMeter(), Stopwatch()
+        log = MetricsLog(self.folder, left.stop, left.start, tensorboard=False)
         with (
             guard.stop_requests() as asked,
             contextlib.closing(batches(self.data, self.design, left.start, workers)) as loaded,
-            MetricsLog(self.folder, left.stop, left.start, tensorboard=False) as log,
         ):
             for iteration, batch in zip(left, watch.waits(loaded)):
                 losses.add(self.step(iteration, batch))
