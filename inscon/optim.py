@@ -53,3 +53,8 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     """The rate at global step `step`, from 0: lr * (1 + cos(pi * progress)) / 2, progress by whole epochs or by steps."""
     done = step // steps_per_epoch if config.schedule == "cosine-epoch" else step / steps_per_epoch
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done / config.epochs, 1.0)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -18,7 +18,7 @@ from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
 from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
 from inscon.methods.method import Method
-from inscon.optim import learning_rate, make_optimizer
+from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
 
@@ -159,8 +159,7 @@ def take_step(training: Training, batch: Batch, steps_per_epoch: int, losses_met
     """One turn of the loop, without waiting for data or looking at what came out; returns the learning rate."""
     config = training.config
     lr = learning_rate(config.optim, training.step, steps_per_epoch)
-    for group in training.optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(training.optimizer, lr)
     training.method.schedule(training.step, config.optim.epochs * steps_per_epoch)
     losses_meter.add(run_step(training, batch))
     training.step += 1

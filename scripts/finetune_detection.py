@@ -29,7 +29,7 @@ try:
     from inscon.transfer.detection import loop
     from inscon.transfer.detection.coco import read_coco
     from inscon.transfer.detection.models import Design, Protocol, build, read_start
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise SystemExit(f"finetune_detection.py needs the package {error.name}: pip install -e '.[transfer]'") from None
 
 
