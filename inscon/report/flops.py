@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inscon.config import Config
 from inscon.nn.backbones import build_backbone
 from pipelines.feed import Feed, MadeUpIndex
-from pipelines.finish import make_batch
+from pipelines.finish import Finish
 
 PRODUCTS = {"cpu": (1536, 1), "cuda": (8192, 16)}
 """Side of the square matrices whose product tells the device's rate, and how many products are timed at once."""
@@ -38,14 +38,14 @@ def step_flops(config: Config) -> StepFlops:
     feed = Feed(MadeUpIndex(), specs, config.method.mosaics(), batch_size=size, seed=0)
     with torch.device("meta"):
         method, backbone = config.method.build(config, size), build_backbone(config.model.backbone)
-        pixels = {spec.name: torch.empty(size * spec.count, 3, spec.side, spec.side) for spec in specs}
-        batch = make_batch(feed.work(0), pixels, feed)
+        views = {spec.name: torch.empty(size, spec.count, spec.side, spec.side, 3) for spec in specs}
+        batch = Finish(feed, torch.device("meta"), torch.float32, host_color=True)(feed.work(0), views)
         with FlopCounterMode(display=False) as step:
             prepared = method.prepare(batch)
             for piece in method.pieces(batch, prepared):
                 piece.losses().total.backward()
         with FlopCounterMode(display=False) as view:
-            backbone(pixels[specs[0].name][:1])
+            backbone(batch.views[specs[0].name].pixels.flatten(0, -4)[:1])
     per_image = step.get_total_flops() / size
     return StepFlops(per_image, per_image / (3 * view.get_total_flops()))
 
