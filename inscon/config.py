@@ -11,18 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from inscon.guard import check_ranges
 from inscon.plan import ColorSpec, OverlapRule, ViewSpec
 
 Changeable = Literal["lr", "momentum", "weight_decay", "epochs", "schedule"]
 """Settings of the optimizer that a resumed run may change where it says so."""
-
-
-def check_least(settings: object, **least: float) -> None:
-    """ValueError, with the value found, for one of these settings below its least value; None is never too small."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and not value >= bound:  # which NaN isn't
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}. Found: {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +43,7 @@ class LoaderConfig:
     """Seconds, at least 1, without a batch after which the pipeline is given up, with the name of the stage that hangs."""
 
     def __post_init__(self):
-        check_least(self, threads=0, prefetch=1, stall_timeout=1)
+        check_ranges(self, threads=0, prefetch=1, stall_timeout=1)
         if self.decode == "mixed" and self.color == "host":
             raise ValueError(
                 "decode=mixed leaves the crops on the GPU, and color=host needs them on the host; set --color device or "
@@ -83,6 +76,7 @@ class ViewConfig(ColorSpec):
             raise ValueError(
                 f"view_size must be a positive multiple of 32, the backbone's stride. Found: {self.view_size}"
             )
+        check_ranges(self, overlap_min_iou=(0, 1), overlap_candidates=1)
         self.spec("view", self.overlap(""))  # which checks the rest
 
     def color(self) -> ColorSpec:
@@ -142,7 +136,7 @@ class OptimConfig:
     """auto: bf16 where the GPU has it, fp16 with a gradient scaler on older ones, fp32 on the CPU."""
 
     def __post_init__(self):
-        check_least(self, batch_size=1, epochs=1, max_steps=1, lr=0, momentum=0, weight_decay=0)
+        check_ranges(self, batch_size=1, epochs=1, max_steps=1, lr=0, momentum=0, weight_decay=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +167,7 @@ class RunConfig:
     """How many of eval_data are taken at most; packing has shuffled them, so the first ones are as good as any."""
 
     def __post_init__(self):
-        check_least(self, log_every=1, checkpoint_every=1, keep_checkpoints=1, eval_every=1, eval_pictures=2, seed=0)
+        check_ranges(self, log_every=1, checkpoint_every=1, keep_checkpoints=1, eval_every=1, eval_pictures=2, seed=0)
 
 
 MethodType = TypeVar("MethodType")

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -244,3 +245,14 @@ def end_with_parent(*_: object) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def check_ranges(settings: object, **ranges: float | tuple[float, float]) -> None:
+    """ValueError, naming the flag, for a setting outside its (least, most), or below its least; None is no value."""
+    for name, allowed in ranges.items():
+        found = getattr(settings, name)
+        least, most = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
+        values = found if isinstance(found, tuple) else (found,)
+        if not values or any(value is not None and not least <= value <= most for value in values):  # which NaN isn't
+            said = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {said}. Found: {found}")

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from inscon.geometry import Overlap, find_overlap, overlaps_enough
+from inscon.guard import check_ranges
 from inscon.sampling import philox
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(6)
@@ -60,16 +61,11 @@ class ColorSpec:
     """A level, 0..255."""
 
     def __post_init__(self):
-        for name in ("jitter_probability", "gray_probability", "blur_probability", "solarize_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0..1. Found: {getattr(self, name)}")
-        for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative. Found: {getattr(self, name)}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue must lie in 0..0.5 turns. Found: {self.hue}")
-        if not 0 <= self.solarize_threshold <= 255:
-            raise ValueError(f"solarize_threshold must be a level in 0..255. Found: {self.solarize_threshold}")
+        share = (0, 1)
+        check_ranges(
+            self, jitter_probability=share, gray_probability=share, blur_probability=share, solarize_probability=share
+        )
+        check_ranges(self, brightness=0, contrast=0, saturation=0, hue=(0, 0.5), solarize_threshold=(0, 255))
         check_range("blur_sigma", self.blur_sigma)
 
 
@@ -90,10 +86,7 @@ class OverlapRule:
     """Pairs of crops drawn at most until one overlaps; 10 candidates all fail for 2e-8 of real images."""
 
     def __post_init__(self):
-        if not 0 <= self.min_iou <= 1:
-            raise ValueError(f"overlap_min_iou must lie in 0..1. Found: {self.min_iou}")
-        if self.candidates < 1:
-            raise ValueError(f"overlap_candidates must be at least 1. Found: {self.candidates}")
+        check_ranges(self, min_iou=(0, 1), candidates=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +101,7 @@ class Grid:
     """Whether the patches of an image come in a random order instead of row by row."""
 
     def __post_init__(self):
-        if not 1 <= self.cells <= 16:
-            raise ValueError(f"a grid's cells must lie in 1..16. Found: {self.cells}")
+        check_ranges(self, cells=(1, 16))
 
 
 @dataclass(frozen=True, kw_only=True)

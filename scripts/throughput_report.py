@@ -34,10 +34,7 @@ def main(arguments: list[str]) -> int:
         return show_comparison(*own.compare, own.tolerance)
     if own.run:
         return show_run(own.run)
-    for name, fewest in FEWEST.items():
-        found, flag = getattr(own, name), "--" + name.replace("_", "-")
-        if found < fewest:
-            raise ValueError(f"{flag} must be at least {fewest}. Found: {found}; set {flag} {fewest} or more")
+    guard.check_ranges(own, **FEWEST)
     # PyTorch and the engines take seconds to import, which no refusal above waits for.
     from inscon import distributed
     from inscon.methods.method import resolve

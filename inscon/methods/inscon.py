@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
+from inscon.guard import check_ranges
 from inscon.methods import moco
 from inscon.methods.method import (
+    LEAST_TEMPERATURE,
     Follower,
     KeyMethod,
     Keys,
@@ -74,11 +76,7 @@ class Settings(moco.Settings):
             raise ValueError(
                 f"heads must be a choice of {' '.join(HEADS)}, each at most once. Found: {' '.join(self.heads)}"
             )
-        for name in ("cell_dim", "cell_grid"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Found: {getattr(self, name)}")
-        if self.cell_temperature <= 0:
-            raise ValueError(f"cell_temperature must be greater than 0. Found: {self.cell_temperature}")
+        check_ranges(self, cell_dim=1, cell_grid=1, cell_temperature=LEAST_TEMPERATURE)
 
     @property
     def cells(self) -> int:

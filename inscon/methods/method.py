@@ -29,6 +29,7 @@ from inscon.nn.norm import KeyShuffle
 from inscon.nn.queue import KeyQueue
 from inscon.plan import Mosaics, ViewSpec
 
+LEAST_TEMPERATURE = 1e-3
 NORM_GROUP = 32
 """Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
 

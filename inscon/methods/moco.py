@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
+from inscon.guard import check_ranges
 from inscon.methods.method import (
+    LEAST_TEMPERATURE,
     Follower,
     KeyMethod,
     Keys,
@@ -41,12 +43,7 @@ class Settings(MethodSettings):
     """m of key = m*key + (1-m)*query."""
 
     def __post_init__(self):
-        if self.embedding_dim < 1:
-            raise ValueError(f"embedding_dim must be at least 1. Found: {self.embedding_dim}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0. Found: {self.temperature}")
-        if not 0 <= self.key_momentum <= 1:
-            raise ValueError(f"key_momentum must lie in 0..1. Found: {self.key_momentum}")
+        check_ranges(self, embedding_dim=1, temperature=LEAST_TEMPERATURE, key_momentum=(0, 1))
 
     def resolved(self, config: Config) -> "Settings":
         size = queue_size("queue_size", self.queue_size, config.optim.batch_size)

@@ -8,7 +8,6 @@ bias 0 and is trained by SGD with momentum 0.9 and no weight decay; the learning
 import functools
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,10 +37,7 @@ class Protocol:
     """Of the layer's start, the order and the crops."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "base_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                standard = getattr(Protocol, name)
-                raise ValueError(f"{name} must be greater than 0. Found: {getattr(self, name)}; MoCo's is {standard:g}")
+        guard.check_ranges(self, epochs=1, batch_size=1, base_lr=1e-9)
 
     def lr_at(self, epoch: int) -> float:
         lr = self.base_lr * self.batch_size / Protocol.batch_size

@@ -16,7 +16,8 @@ from tests.inscon.test_train import BATCH, CPU, PER_EPOCH, batch_of, make_config
 
 def run(tmp_path, total=4, **model):
     config = make_config(tmp_path)
-    config = dataclasses.replace(config, method=dataclasses.replace(config.method, **model))
+    whole = dataclasses.replace(config.model, backbone="resnet18")
+    config = dataclasses.replace(config, model=whole, method=dataclasses.replace(config.method, **model))
     training = train.set_up(config, CPU, "set A")
     train.train(training, (batch_of(step % 3) for step in range(total)), PER_EPOCH, total)
     file = tmp_path / "warnings.jsonl"

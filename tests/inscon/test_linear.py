@@ -155,7 +155,7 @@ def test_a_probe_killed_within_an_epoch_goes_on_from_the_one_before(tmp_path):
 def test_the_learning_rate_fits_the_batch():
     assert Protocol(batch_size=2048).lr_at(0) == 240
     assert [Protocol().lr_at(epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
-    with pytest.raises(ValueError, match="base_lr must be greater than 0. Found: 0.0; MoCo's is 30"):
+    with pytest.raises(ValueError, match="--base-lr must be at least 1e-09"):
         Protocol(base_lr=0.0)
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn_v2, maskrcnn_resnet50_fpn_v2
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from inscon import guard
 from inscon.nn.backbones import TORCHVISION, Backbone, build_backbone, check_side, facts_of
 from inscon.transfer.export import any_backbone, digest
 
@@ -46,10 +47,7 @@ class Protocol:
     """Of the heads, the order, flips, sizes and sampled boxes."""
 
     def __post_init__(self):
-        for name, least in self.LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not (min(value, default=0) if isinstance(value, tuple) else value) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}. Found: {value}")
+        guard.check_ranges(self, **self.LEAST)
 
 
 @dataclass(frozen=True, kw_only=True)
