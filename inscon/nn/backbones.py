@@ -47,12 +47,6 @@ class Backbone(nn.Module):
         # Over rows of a channels-last map, so that the gradient goes back channels last too.
         return maps[self.last].permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
-    def check_stride(self, stride: int, flag: str, name: str) -> None:
-        """ValueError, naming `flag`, unless there is a map of this stride."""
-        if stride not in self.channels:
-            have = ", ".join(map(str, self.channels))
-            raise ValueError(f"{name} has no map of stride {stride} px. Found: {have}; set {flag} to one that it has")
-
 
 class _TorchvisionResNet(Backbone):
     def __init__(self, name: str):
