@@ -28,6 +28,23 @@ _READ_S = 3.0
 """Ctrl-C reaches a rank twice, from the terminal and from torchrun: what follows the sentence sooner is no answer to it."""
 _ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at once and loses the steps since the last checkpoint.\n"
 
+_OF_TRAINING = {
+    "--arch": "--backbone", "--colour": "--color", "--grey-first": "--gray-first", "--no-grey-first": "--no-gray-first",
+    "--grey-probability": "--gray-probability", "--gradient-wire": "--gradient-compression", "--cut": "", "--compile": "",
+    "--no-compile": "", "--shuffle-window": "", "--resume": "",
+}  # fmt: skip
+_OF_PACKING = {"--on-bad": "--bad-limit", "--plan": ""}
+OLD_FLAGS = {
+    "train.py": _OF_TRAINING, "show_views.py": _OF_TRAINING, "throughput_report.py": _OF_TRAINING | {"--pipelines": "--pipeline"},
+    "make_dali.py": _OF_PACKING, "make_ffcv.py": _OF_PACKING,
+    "verify.py": dict.fromkeys(("--pixels", "--all-pixels", "--against", "--workers"), ""),
+    "export.py": {"--checkpoint": "--run", "--check": "", "--pipeline": ""},
+    "knn.py": dict.fromkeys(("--keep", "--temperature", "--no-untrained"), ""),
+    "linear.py": {"--evaluate-every": ""}, "attention_maps.py": {"--stage": ""},
+    "finetune_detection.py": {"--trunk": "--backbone", "--test-size": "", "--stall-timeout": ""},
+}  # fmt: skip
+"""Of each script, flags of before -> as they are called now, or "" where they are gone (docs/changes.md)."""
+
 # Importing torchvision asks for the user's name, and fails where there is none, as in a container by `docker run -u 1234`.
 os.environ.setdefault("USER", str(os.getuid()))
 
@@ -39,6 +56,7 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     only the one that says it fails. INSCON_TRACEBACK=1 shows where it came from instead.
     """
     try:
+        refuse_old_flags(name, sys.argv[1:])
         returned = main()
         status = returned if isinstance(returned, int) else 0
         sys.stdout.flush()
@@ -57,6 +75,16 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
             about = "another rank is gone, look for its own message, and run again"
         status = 1 if say_once(f"{name}: {about}") else 0
     raise SystemExit(status)
+
+
+def refuse_old_flags(script: str, arguments: list[str]) -> None:
+    """ValueError, with what to write, for a flag of before that people may have in scripts of their own."""
+    old = OLD_FLAGS.get(script, {})
+    for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
+        if flag in old:
+            raise ValueError(
+                f"{flag} is called {old[flag]} now" if old[flag] else f"{flag} is gone: leave it out (docs/changes.md)"
+            )
 
 
 def sentence_of(error: BaseException) -> str:

@@ -30,21 +30,9 @@ from pipelines import open_pipeline
 from pipelines.evaluation import LabelledViews
 from pipelines.feed import Feed, open_index
 
-RENAMED = {
-    "--arch": "--backbone", "--colour": "--color", "--grey-first": "--gray-first", "--no-grey-first": "--no-gray-first",
-    "--grey-probability": "--gray-probability", "--gradient-wire": "--gradient-compression",
-}  # fmt: skip
-"""Flags of before -> as they are called now."""
-REMOVED = {"--cut", "--compile", "--no-compile", "--shuffle-window", "--resume"}
-
 
 def parse(arguments: list[str]) -> Config:
     """The recipe named by --recipe, or the defaults of --method, with every flag on top."""
-    for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
-        if flag in RENAMED:
-            raise ValueError(f"{flag} is called {RENAMED[flag]} now")
-        if flag in REMOVED:
-            raise ValueError(f"{flag} is gone: leave it out (docs/changes.md says why)")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=[*RECIPES, *GONE])
     first.add_argument("--method")

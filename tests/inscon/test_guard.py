@@ -254,3 +254,17 @@ import torchvision
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [(script, flag) for script, flags in guard.OLD_FLAGS.items() for flag in flags]
+)
+def test_an_old_flag_is_refused_with_the_new_name(script, flag, monkeypatch, capsys):
+    """And is none of the script's own any more."""
+    folder = ROOT / ("scripts" if (ROOT / "scripts" / script).exists() else "data_prep")
+    new = guard.OLD_FLAGS[script][flag]
+    monkeypatch.setattr(sys, "argv", [script, f"{flag.replace('-', '_').replace('__', '--', 1)}=1"])
+    with pytest.raises(SystemExit, match="1"):
+        guard.run_script(script, lambda: pytest.fail("it went on"))
+    assert f"{script}: {flag} is " + (f"called {new} now" if new else "gone") in capsys.readouterr().err
+    assert (folder / script).exists() and flag not in (folder / script).read_text()
