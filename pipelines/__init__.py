@@ -27,21 +27,10 @@ EXTRAS = {"nvidia": "dali", "numba": "dali"}
 """Package that may be missing -> the extra of this project that installs it."""
 
 
-def check_engine(name: str) -> None:
-    """ValueError for a name that is none of ENGINES'."""
-    if name not in ENGINES:
-        raise ValueError(f'there is no pipeline "{name}"; set --pipeline to one of: {", ".join(ENGINES)}')
-
-
 def open_pipeline(
-    feed: Feed,
-    loader: LoaderConfig,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    start_step: int = 0,
-    total_steps: int,
-) -> Pipeline:
+    feed: Feed, loader: LoaderConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    start_step: int = 0, total_steps: int,
+) -> Pipeline:  # fmt: skip
     """Batches of global steps `start_step` to `total_steps` - 1, which run on over the epochs, ready for the model.
 
     Args:
@@ -53,7 +42,8 @@ def open_pipeline(
     iterating, for a sample that changed after it was packed or cannot be decoded; MemoryError where memory runs out,
     TimeoutError where a stage hangs.
     """
-    check_engine(loader.pipeline)
+    if loader.pipeline not in ENGINES:
+        raise ValueError(f'there is no pipeline "{loader.pipeline}"; set --pipeline to one of: {", ".join(ENGINES)}')
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
     if loader.pipeline in ("dali", "ffcv") and loader.threads is not None and loader.threads < 1:

@@ -78,11 +78,8 @@ def jitter(levels: Float[Tensor, "B S S 3"], plan: ViewPlan) -> Float[Tensor, "B
 
 def _blend(levels: Tensor, operations: np.ndarray, factors: np.ndarray) -> Tensor:
     """base + factor * (levels - base), where base is 0, the mean gray of the view, or the gray of each pixel."""
-    factor = np.ones(len(operations), np.float32)
-    for operation in (BRIGHTNESS, CONTRAST, SATURATION):
-        chosen = operations == operation
-        factor[chosen] = factors[chosen, operation - 1]
-    factor[operations == GRAY] = 0
+    known = {BRIGHTNESS: factors[:, 0], CONTRAST: factors[:, 1], SATURATION: factors[:, 2], GRAY: 0}
+    factor = np.select([operations == operation for operation in known], list(known.values()), 1)
     per_pixel = (operations == SATURATION) | (operations == GRAY)
     weights = np.stack([factor, operations == CONTRAST, per_pixel]).astype(np.float32)
     factor, by_mean, by_pixel = to_device(weights, levels.device).view(3, -1, 1, 1, 1)

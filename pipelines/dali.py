@@ -10,10 +10,8 @@ a batch, and which one is counted from `start_step`, so resuming needs no state.
 """
 
 import copy
-import ctypes
 import dataclasses
 import functools
-import importlib.metadata
 import logging
 import os
 import re
@@ -71,10 +69,6 @@ class Part(NamedTuple):
     memory: np.ndarray
     """What the bytes of the whole batch lie in."""
 
-    @property
-    def last(self) -> bool:
-        return self.first + len(self.inputs[0]) == len(self.work.sample_ids)
-
 
 def decoded(jpegs, decode: str):
     """DALI's node for pictures as RGB; boxes are in px as stored, where DALI would turn a picture by its EXIF tag."""
@@ -87,9 +81,8 @@ def build_graph(
 ) -> Graph:
     """The DALI pipeline, for up to `part` pictures a run.
 
-    decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (shape of the
-    picture, a byte) per sample; the views are where `places` says. "mixed": (JPEG bytes, rows) -> (shape of the picture, and for
-    each row a crop [S S 3] uint8 on GPU `device_id`).
+    decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (shape of the picture, a byte) per sample; the views are where
+    `places` says. "mixed": (JPEG bytes, rows) -> (shape, and for each row a crop [S S 3] uint8 on GPU `device_id`).
     """
     graph = Graph(
         batch_size=part, num_threads=threads, device_id=device_id, prefetch_queue_depth=DEPTH, exec_dynamic=True
@@ -137,14 +130,9 @@ def _render() -> NumbaFunction:
         out[0] = 1
 
     return NumbaFunction(
-        run_fn=render,
-        setup_fn=shape,
-        out_types=[types.UINT8],
-        in_types=[types.UINT8, types.FLOAT, types.INT64],
-        outs_ndim=[1],
-        ins_ndim=[3, 2, 1],
-        device="cpu",
-    )
+        run_fn=render, setup_fn=shape, device="cpu", out_types=[types.UINT8], outs_ndim=[1],
+        in_types=[types.UINT8, types.FLOAT, types.INT64], ins_ndim=[3, 2, 1],
+    )  # fmt: skip
 
 
 class DaliEngine(Engine):
@@ -233,7 +221,7 @@ class DaliEngine(Engine):
             wrong_size(self._feed.index, part.work, part.first, np.asarray(shapes.as_array())[:, :2])
             if part.slot is None:
                 crops.append([torch.from_dlpack(row.as_tensor()) for row in made])
-            if part.last:
+            if part.first + len(part.inputs[0]) == len(part.work.sample_ids):
                 self._memory.append(part.memory)
                 return part.work, part.slot, crops
 
@@ -320,19 +308,6 @@ def _used_beside_torch(device: torch.device) -> int:
 
 
 def check_device(loader: LoaderConfig, device: torch.device) -> None:
-    """ValueError where there is no GPU to decode on, or DALI was built for a newer CUDA than its driver offers: it would fail
-    later with a bare error code."""
-    if device.type == "cpu":
-        if loader.decode == "mixed":
-            raise ValueError("decode=mixed needs a GPU, and the device is cpu; set --decode cpu or auto")
-        return
-    names = importlib.metadata.packages_distributions()["nvidia"]
-    built_for = next(int(m[1]) for n in names if (m := re.fullmatch(r"nvidia-dali-(?:\w+-)?cuda(\d+)0", n)))
-    version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    offered = version.value // 1000
-    if built_for > offered:
-        raise ValueError(
-            f"DALI for CUDA {built_for} is installed and this driver offers CUDA {offered}: pip uninstall "
-            f"nvidia-dali-cuda{built_for}0 && pip install nvidia-dali-cuda{offered}0"
-        )
+    """ValueError where there is no GPU to decode on."""
+    if device.type == "cpu" and loader.decode == "mixed":
+        raise ValueError("decode=mixed needs a GPU, and the device is cpu; set --decode cpu or auto")

@@ -7,7 +7,7 @@ makes pixels of them, and pipelines/finish.py makes those a `Batch`.
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ PLANNED = 256
 """Images that are planned at once, if a batch has fewer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Work(NamedTuple):
     """What one rank has to make for one step."""
 
     step: int
@@ -61,18 +60,9 @@ class Feed:
     """
 
     def __init__(
-        self,
-        index,
-        views: Sequence[ViewSpec],
-        mosaics: Mosaics | None = None,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        substitute: bool = False,
-        memory: int = 0,
-    ):
+        self, index, views: Sequence[ViewSpec], mosaics: Mosaics | None = None, *, batch_size: int, seed: int,
+        rank: int = 0, world_size: int = 1, substitute: bool = False, memory: int = 0,
+    ):  # fmt: skip
         check_views(views, mosaics)
         self.index, self.views, self.mosaics, self.seed = index, tuple(views), mosaics, seed
         self.rank, self.world_size = rank, world_size
@@ -96,10 +86,6 @@ class Feed:
             self._planned = self._plan_from(step)
         return self._planned[step]
 
-    def plan(self, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> BatchPlan:
-        """What is made of some samples in an epoch; `sizes` as in `Work`."""
-        return plan_views(self.seed, epoch, sample_ids, sizes, self.views)
-
     def _plan_from(self, step: int) -> dict[int, Work]:
         """Some steps of an epoch at once: for 256 images that costs a quarter, per image, of what it costs for 32."""
         epoch = self.order.epoch_of(step)
@@ -108,14 +94,11 @@ class Feed:
         ids = self.order.rank_batches(steps, self.rank, self.world_size)
         substituted = [self._stand_in(number, of_step) for number, of_step in zip(steps, ids)]
         sizes = self.index.sizes(ids.ravel())
-        plan = self.plan(epoch, ids.ravel(), sizes)
+        plan = plan_views(self.seed, epoch, ids.ravel(), sizes, self.views)
         planned = {}
-        for place, number in enumerate(steps):
-            own = slice(place * self.batch_size, (place + 1) * self.batch_size)
-            planned[number] = Work(
-                step=number, epoch=epoch, sample_ids=ids[place], sizes=sizes[own], plan=plan[own],
-                substituted=substituted[place],
-            )  # fmt: skip
+        for number, own_ids, count in zip(steps, ids, substituted):
+            own = slice((number - step) * self.batch_size, (number - step + 1) * self.batch_size)
+            planned[number] = Work(number, epoch, own_ids, sizes[own], plan[own], count)
         return planned
 
     def _stand_in(self, step: int, sample_ids: np.ndarray) -> int:
@@ -151,11 +134,8 @@ class Feed:
                 memory = np.empty(ends[-1] * 5 // 4, np.uint8)
             places = zip(work.sample_ids.tolist(), [0, *ends])
             try:
-                return (
-                    work,
-                    [read(self.index, sample_id, memory[start:], pixels) for sample_id, start in places],
-                    memory,
-                )
+                stored = [read(self.index, sample_id, memory[start:], pixels) for sample_id, start in places]
+                return work, stored, memory
             except Refusal as refusal:
                 self.reject(*refusal.args)
 
@@ -174,7 +154,7 @@ class Feed:
 
 
 class MadeUpIndex:
-    """As much of a `DatasetIndex` as order and plan ask for, for batches of noise: as long as ImageNet-1k, of typical sizes."""
+    """What order and plan ask of a `DatasetIndex`, for batches of noise: as long as ImageNet-1k, of typical sizes."""
 
     fingerprint = "synthetic"
     path = "noise"

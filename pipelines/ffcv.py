@@ -65,9 +65,6 @@ CHUNKS = 4
 """Into so many pieces per thread is a batch cut, lest threads wait for the last picture of one."""
 AHEAD = 1
 """Batches in work beside the one that is waited for."""
-KEPT = 1 << 26
-"""Bytes of the largest decoded picture whose memory a thread keeps; FFCV keeps that of the set's largest one, a whole batch
-of it for every batch ahead and every view."""
 FINE, REFUSED, WRONG_SIZE = range(3)
 """Outcomes of a picture."""
 
@@ -186,16 +183,13 @@ class Bench:
 
     def __init__(self):
         self.tools, self.outcome = np.array([_new_decompressor(), 0], np.int64), np.zeros(4, np.int64)
-        self._kept: dict[str, np.ndarray] = {}
+        self._kept = {"stored": np.empty(0, np.uint8), "picture": np.empty(0, np.uint8)}
 
     def room(self, purpose: str, num_bytes: int) -> np.ndarray:
         """So many bytes or more, of any content, until room for the same purpose is asked for again."""
-        memory = self._kept.get(purpose)
-        if memory is None or len(memory) < num_bytes:
-            memory = huge_pages(max(num_bytes * 5 // 4, 1 << 21))
-            if num_bytes <= KEPT:
-                self._kept[purpose] = memory
-        return memory
+        if len(self._kept[purpose]) < num_bytes:
+            self._kept[purpose] = huge_pages(max(num_bytes * 5 // 4, 1 << 21))
+        return self._kept[purpose]
 
     def refused(self) -> str:
         """Why libjpeg-turbo refused what it was given last."""
@@ -250,13 +244,16 @@ class FfcvEngine(Engine):
     def steps(self):
         begun, coming = deque(), self._steps.start
         for step in self._steps:
-            made = False
-            while not made:
+            while True:
                 while len(begun) <= AHEAD and coming < self._steps.stop:
                     begun.append(self._begin(coming))
                     coming += 1
+                doing = f"reading or decoding the samples of step {step}"
                 try:
-                    made = self._wait(begun[0])
+                    with self._clock.at(doing, "wait", waits=True):
+                        for future in begun[0].made:
+                            future.result()
+                    break
                 except Refusal as refusal:
                     self._feed.reject(*refusal.args)
                     for other in begun:  # which were laid out for the bad samples known before
@@ -309,11 +306,3 @@ class FfcvEngine(Engine):
             raise undecodable(index, int(ids[place]), bench.refused(), "FFCV's libjpeg-turbo")
         if outcome == WRONG_SIZE:
             wrong_size(index, begun.work, place, np.array([[height, width]]))
-
-    def _wait(self, begun: InWork) -> bool:
-        """When all of a step is made. Refusal of the first picture of it that cannot be used."""
-        doing = f"reading or decoding the samples of step {begun.work.step}"
-        with self._clock.at(doing, "wait", waits=True):
-            for future in begun.made:
-                future.result()
-        return True

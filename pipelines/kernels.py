@@ -403,25 +403,18 @@ def _box(flat, step, inner, outer, radius, out):
     margin = step * (radius + 1)
     size = flat.shape[0] - 2 * margin
     before, middle, after = flat[:size], flat[margin : margin + size], flat[2 * margin :]
-    if radius < 2:  # what views are blurred with: sigma up to 2
-        left, right = flat[margin - step :][:size], flat[margin + step :][:size]
-        _small_box((before, left, middle, right, after), inner, outer, radius, out[margin : margin + size])
+    if radius < 2:  # what views are blurred with, sigma up to 2: the sum is a pixel, or one of three
+        left, right, made = flat[margin - step :][:size], flat[margin + step :][:size], out[margin : margin + size]
+        mask = u32(0xFFFFFFFF if radius else 0)
+        for j in range(size):
+            whole = u32(u32(middle[j]) + u32(u32(u32(left[j]) + u32(right[j])) & mask))
+            made[j] = _rounded(whole, u32(u32(before[j]) + u32(after[j])), inner, outer)
         return
     for j in range(size):
         whole = u32(0)
         for k in range(step, 2 * margin, step):
             whole += u32(flat[j + k])
         out[margin + j] = _rounded(whole, u32(u32(before[j]) + u32(after[j])), inner, outer)
-
-
-@compiled
-def _small_box(lines, inner, outer, radius, out):
-    """`_box` of radius 0 or 1, where the sum is a pixel, or one of three."""
-    before, left, middle, right, after = lines
-    mask = u32(0xFFFFFFFF if radius else 0)
-    for j in range(out.shape[0]):
-        whole = u32(u32(middle[j]) + u32(u32(u32(left[j]) + u32(right[j])) & mask))
-        out[j] = _rounded(whole, u32(u32(before[j]) + u32(after[j])), inner, outer)
 
 
 @njit(nogil=True, inline="always")

@@ -22,7 +22,6 @@ END_S = 60.0
 """How long `close` waits for the maker to finish what it is at."""
 READY_S = 1e-3
 """What takes no longer than this to hand out was ready."""
-_END = object()
 
 
 class StageClock:
@@ -69,7 +68,7 @@ class StageClock:
         return spent
 
 
-class Pipeline:
+class Pipeline(Iterator[Batch], contextlib.AbstractContextManager):
     """Batches of one rank, once through; a context manager that ends the engine.
 
     Args:
@@ -84,15 +83,9 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        batches: Iterator[Batch],
-        engine,
-        clock: StageClock,
-        *,
-        depth: int | None,
-        device: torch.device,
+        self, batches: Iterator[Batch], engine, clock: StageClock, *, depth: int | None, device: torch.device,
         timeout_s: float,
-    ):
+    ):  # fmt: skip
         self._batches, self._device, self._clock, self._timeout_s = batches, device, clock, timeout_s
         self._engine, self.description, self._closed = engine, engine.description, False
         self._stream = torch.cuda.Stream(device) if depth and device.type == "cuda" else None
@@ -102,9 +95,6 @@ class Pipeline:
         self._asked = self._starved = 0
         # For whoever leaves without closing: DALI must not meet threads that still run when the interpreter ends.
         atexit.register(self.close)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         if self._stop.is_set():
@@ -121,9 +111,9 @@ class Pipeline:
                 f"no batch came for {self._timeout_s:.0f} s; the pipeline hangs at: {self._clock.doing}. Look at the disk or "
                 "network file system, or set a longer --stall-timeout"
             ) from None
-        if item is _END or isinstance(item, BaseException):
+        if isinstance(item, BaseException):
             self._stop.set()
-            raise StopIteration if item is _END else item
+            raise item
         if self._stream is not None:
             # The memory of a batch was taken on the side stream; the allocator must know who reads it.
             for tensor in item.tensors():
@@ -163,9 +153,6 @@ class Pipeline:
         self._batches.close()
         self._engine.end()
 
-    def __enter__(self) -> "Pipeline":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -179,7 +166,7 @@ class Pipeline:
                     if not self._put(batch):
                         return
                     del batch
-            self._put(_END)
+            self._put(StopIteration())
         except (torch.OutOfMemoryError, MemoryError):
             where, first = (self._device, "--decode cpu, ") if self._stream is not None else ("the host", "")
             self._put(MemoryError(

@@ -35,15 +35,9 @@ class Slots:
     """
 
     def __init__(
-        self,
-        views: Sequence[ViewSpec],
-        batch_size: int,
-        *,
-        tiles: str | None,
-        normalized: bool,
-        color: bool,
+        self, views: Sequence[ViewSpec], batch_size: int, *, tiles: str | None, normalized: bool, color: bool,
         pinned: bool = False,
-    ):
+    ):  # fmt: skip
         assert batch_size % 4 == 0 or tiles is None
         self.views, self.batch_size, self.tiles = tuple(views), batch_size, tiles
         self.normalized, self.color, self.pinned = normalized, color, pinned

@@ -1,7 +1,6 @@
 """What only DALI has: its operators for crops, its ways to decode, its flavors. What all engines share is in test_engines.py."""
 
 import dataclasses
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,21 +142,3 @@ def test_the_gpu_is_left_alone_where_it_gains_little(cpu, mixed, chosen, shards,
 def test_mixed_decoding_needs_a_gpu(shards):
     with pytest.raises(ValueError, match="decode=mixed needs a GPU.*--decode cpu"):
         opened("dali", shards, 1, loader={"decode": "mixed"})
-
-
-@pytest.mark.parametrize(
-    ("driver", "flavor", "runs"),
-    [(12040, "cuda120", True), (13010, "cuda120", True), (12000, "cuda110", True), (12080, "cuda130", False)],
-)
-def test_a_driver_runs_what_was_built_for_it_or_before(driver, flavor, runs, shards, monkeypatch):
-    """Else it is told which package to install."""
-
-    def tell(version):
-        version._obj.value = driver
-
-    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(cuDriverGetVersion=tell))
-    names = {"nvidia": ["nvidia-nvimgcodec-cu12", f"nvidia-dali-{flavor}"]}
-    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: names)
-    said = r"CUDA 13 is installed.*driver offers CUDA 12.*pip install nvidia-dali-cuda120"
-    with nullcontext() if runs else pytest.raises(ValueError, match=said):
-        dali.check_device(loader_of("dali", shards), torch.device("cuda"))

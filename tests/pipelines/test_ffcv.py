@@ -241,13 +241,12 @@ def test_there_is_no_decoder_on_the_gpu(shards):
         opened("ffcv", shards, 1, loader={"decode": "mixed"})
 
 
-def test_only_large_pictures_give_their_memory_back():
+def test_a_thread_keeps_its_memory():
     bench = ffcv.Bench()
     small = bench.room("picture", 3_000_000)
     assert len(small) >= 3_000_000 and bench.room("picture", 1_000_000) is small
     assert bench.room("stored", 1_000_000) is not small
-    large = bench.room("picture", ffcv.KEPT + 1)
-    assert len(large) > ffcv.KEPT and bench.room("picture", 3_000_000) is small
+    assert len(bench.room("picture", 30_000_000)) >= 30_000_000
     bench.close()
 
 
