@@ -58,8 +58,7 @@ class Layout:
         """`num_listed`: samples and pictures that were left out; room is kept for the metadata of all."""
         self.page_size = MIN_PAGE_SIZE
         """Of what was placed so far: the smallest that holds the largest sample."""
-        self.data_start = _up(_METADATA_START + num_listed * METADATA_DTYPE.itemsize, MIN_PAGE_SIZE)
-        self.end = self.data_start
+        self.end = _up(_METADATA_START + num_listed * METADATA_DTYPE.itemsize, MIN_PAGE_SIZE)
         """Of what was placed so far: the position of the first free byte."""
 
     def place(self, byte_counts: NDArray[np.unsignedinteger]) -> NDArray[np.uint64]:
@@ -110,19 +109,6 @@ def allocations_of(first_id: int, records: NDArray[np.void]) -> NDArray[np.void]
     return rows
 
 
-def read_header(path: Path) -> NDArray[np.void]:
-    """The HEADER_DTYPE record of a beton. ShardError where it is none, or one of another version of FFCV."""
-    with path.open("rb") as file:
-        head = file.read(HEADER_DTYPE.itemsize)
-    header = np.frombuffer(head.ljust(HEADER_DTYPE.itemsize, b"\0"), HEADER_DTYPE)[0]
-    if header["version"] != FFCV_VERSION:
-        raise ShardError(
-            f"{path} says it is of version {header['version']} of FFCV's format, this program reads {FFCV_VERSION}: rerun "
-            "data_prep/make_ffcv.py."
-        )
-    return header
-
-
 def _up(position: int, page_size: int) -> int:
     return -(-position // page_size) * page_size
 
@@ -140,7 +126,7 @@ class BetonFile:
     """samples.beton while it is written: parts are laid into it in order, as they are reported, while others are still written.
 
     A part is removed when the disk has its samples in the beton, so the disk hardly ever has them twice, and what has a report
-    and no file of its own is in the beton. Opened again after any stop, it goes on where it was. Use it in a `with`.
+    and no file of its own is in the beton. Opened again after any stop, it goes on where it was.
     """
 
     def __init__(self, out: Path, num_parts: int, num_listed: int, report_of: Callable[[int], Any]) -> None:
@@ -158,36 +144,32 @@ class BetonFile:
     def _found(self, num_listed: int) -> tuple[Layout, int]:
         """What the beton has, and how many parts that is. Parts that are nowhere are not reported any more."""
         layout, count = Layout(num_listed), 0
-        while count < self._num_parts and not self._part(count).exists() and (report := self._report_of(count)):
+        while (
+            count < self._num_parts and not part_path(self._out, count).exists() and (report := self._report_of(count))
+        ):
             layout.place(report.records["byte_count"])
             count += 1
         if self._path.stat().st_size < layout.end:
             layout, count = Layout(num_listed), 0
         for part in range(count, self._num_parts):
             report = self._report_of(part)
-            if report and report.files and not self._part(part).exists():
+            if report and report.files and not part_path(self._out, part).exists():
                 report_path(self._out, part).unlink()
         return layout, count
 
-    def _part(self, number: int) -> Path:
-        return part_path(self._out, number)
-
-    def __enter__(self) -> "BetonFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # of a full disk, of which was heard already
             self._file.close()
 
     def lay(self) -> None:
         """Lay the parts that are reported by now and come next."""
         while self._next < self._num_parts and (report := self._report_of(self._next)):
-            self._append(report, self._part(self._next))
+            self._append(report, part_path(self._out, self._next))
             self._next += 1
             if self._next % _PARTS_PER_SYNC == 0 or self._next == self._num_parts:
                 self._sync()
                 for part in range(self._settled, self._next):
-                    self._part(part).unlink(missing_ok=True)
+                    part_path(self._out, part).unlink(missing_ok=True)
                 self._settled = self._next
 
     def _append(self, report: Any, part: Path) -> None:

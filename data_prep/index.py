@@ -68,8 +68,8 @@ BEGIN_ANEW = f"remove the folder {STATE_NAME} in --out and pass --overwrite"
 _PIECE_BYTES = 1 << 22
 _MAX_OPEN_FILES = 1 << 16
 _FORMAT_FILE = re.compile(
-    r"(shard-\d{6,}\.(tar|idx)|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json)"
-    r"(\..*unfinished|\.partial)?"  # until it is whole; .partial before 2026-11
+    r"(shard-\d{6,}\.tar|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json)"
+    r"(\..*unfinished)?"  # until it is whole
 )
 
 
@@ -111,8 +111,6 @@ class Manifest:
     rejected_list: StoredFile
     changed_list: StoredFile
     shards: tuple[StoredFile, ...]
-    dali_indices: tuple[StoredFile, ...] = ()  # sets packed before 2026-11-26 have one per shard
-    changed_names: tuple[str, ...] = ()  # these, too, have some of the names in changed.jsonl
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -125,35 +123,30 @@ class Manifest:
             found = entries["format"], entries["version"]
             if found != (FORMAT, VERSION):
                 raise ValueError("it is in {} {}, not in {} {}".format(*found, FORMAT, VERSION))
-            return cls._from_json(entries)
+            known = {name: entries[name] for name in cls.__slots__ if name in entries}  # older sets have more
+            for name in ("index", "names", "rejected_list", "changed_list"):
+                known[name] = StoredFile(**entries[name])
+            known["class_names"] = tuple(entries["class_names"])
+            return cls(**known | {"shards": tuple(StoredFile(**file) for file in entries["shards"])})
         except (ValueError, LookupError, TypeError) as error:
             raise ShardError(
                 f"{path} is no manifest that this program reads ({error}): copy it again, pack the pictures again, or "
                 "install the version of inscon that wrote it."
             ) from None
 
-    @classmethod
-    def _from_json(cls, entries: dict) -> "Manifest":
-        typed = {
-            "class_names": tuple(entries["class_names"]),
-            **{name: StoredFile(**entries[name]) for name in ("index", "names", "rejected_list", "changed_list")},
-            **{
-                name: tuple(StoredFile(**file) for file in entries[name])
-                for name in ("shards", "dali_indices")
-                if name in entries
-            },
-        }
-        return cls(**(entries | typed))
-
     @property
     def files(self) -> list[StoredFile]:
         """All of the set but the manifest."""
-        return [self.index, self.names, self.rejected_list, self.changed_list, *self.shards, *self.dali_indices]
+        return [self.index, self.names, self.rejected_list, self.changed_list, *self.shards]
 
     @property
     def packer(self) -> str:
         """The command that packs such a set, "data_prep/make_dali.py" or "data_prep/make_ffcv.py"."""
         return f"data_prep/make_{'ffcv' if self.container == 'beton' else 'dali'}.py"
+
+    @property
+    def repair(self) -> str:
+        return f"copy it again or rerun {self.packer}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +173,14 @@ class DatasetIndex:
             folder = folder.parent
         manifest = Manifest.read(folder)
         for stored in (manifest.index, manifest.names, *manifest.shards):
-            _check_byte_count(folder, stored, manifest)
+            path = folder / stored.name
+            if not path.exists():
+                raise ShardError(f"{path} is missing: {manifest.repair}.")
+            found = path.stat().st_size
+            if found != stored.byte_count:
+                fault = "was cut short" if found < stored.byte_count else "was changed after it was packed"
+                said = f"is {found} bytes long where the manifest says {stored.byte_count}; it {fault}"
+                raise ShardError(f"{path} {said}: {manifest.repair}.")
         return cls(folder.absolute(), manifest, _open_records(folder, manifest), {})
 
     def __reduce__(self):
@@ -191,18 +191,13 @@ class DatasetIndex:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In label order; empty where the samples have no labels."""
+        """In label order."""
         return self.manifest.class_names
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any sample, label or order, but not with what the samples lie in."""
         return self.manifest.content[:16]
-
-    @property
-    def packer(self) -> str:
-        """The command that packs such a set, "data_prep/make_dali.py" or "data_prep/make_ffcv.py"."""
-        return self.manifest.packer
 
     def records(self, sample_ids: ArrayLike) -> NDArray[np.void]:
         """RECORD_DTYPE records, [n], of n sample ids. ValueError for an id out of range."""
@@ -219,13 +214,11 @@ class DatasetIndex:
 
     def name(self, sample_id: int) -> str:
         """The path of the picture it was packed from, relative to the packed folder, with forward slashes."""
-        file, length = self._file(self.manifest.names.name), 256
+        file, length = self._file(NAMES_NAME), 256
         start = int(self._records["name_offset"][self._checked_one(sample_id)])
         while b"\n" not in (line := os.pread(file.fileno(), length, start)):
             if len(line) < length:
-                raise ShardError(
-                    f"{self.path / self.manifest.names.name} ends within a name: {_repair(self.manifest)}."
-                )
+                raise ShardError(f"{self.path / NAMES_NAME} ends within a name: {self.manifest.repair}.")
             length *= 4
         return line.partition(b"\n")[0].decode("utf-8", "surrogateescape")
 
@@ -235,10 +228,9 @@ class DatasetIndex:
         """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count].
 
         It lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it.
-        Read, not mapped, so that a shard cut short under a running program is an error and not the end of the process.
         With `pixels`, a sample that is stored as raw pixels will do too: height * width * 3 bytes. Threads may read side by side.
-        ValueError for an id out of range and for too little memory; ShardError, naming sample and shard, where its bytes cannot
-        be read, are not those that were packed, or are pixels where none are wanted.
+        ValueError for an id out of range and for too little memory; ShardError, naming sample and shard, for bytes that cannot
+        be read or have changed, and for pixels where none are wanted.
         """
         record = self._records[self._checked_one(sample_id)]
         if record["encoding"] != JPEG and not pixels:
@@ -252,6 +244,7 @@ class DatasetIndex:
         try:
             file = self._file(self.manifest.shards[record["shard"]].name)  # held, lest another thread close it
             found = np.empty(size, np.uint8) if memory is None else memory[:size]
+            # Not mapped: a shard cut short under a running program is an error and not the end of the process.
             count = os.preadv(file.fileno(), [found], int(record["offset"]))
         except (ShardError, OSError) as error:
             raise self._fault(sample_id, f"cannot be read ({getattr(error, 'strerror', error)})") from None
@@ -262,7 +255,7 @@ class DatasetIndex:
         return found
 
     def _fault(self, sample_id: int, fault: str) -> ShardError:
-        return ShardError(f"{self.describe(sample_id)} {fault}: {_repair(self.manifest)}.")
+        return ShardError(f"{self.describe(sample_id)} {fault}: {self.manifest.repair}.")
 
     def expect(self, sample_ids: ArrayLike) -> None:
         """Tell the system which samples will be read soon, so that a disk can fetch them side by side; Linux listens."""
@@ -328,24 +321,8 @@ def _open_records(folder: Path, manifest: Manifest) -> np.ndarray:
         if last["shard"] >= len(manifest.shards) or last["name_offset"] >= manifest.names.byte_count:
             raise ValueError("it points outside the shards or the names")
     except Exception as error:  # NumPy reads the header as Python, which brings out SyntaxError, TokenError and more
-        raise ShardError(f"{path} is not the index of this set ({error}): {_repair(manifest)}.") from None
+        raise ShardError(f"{path} is not the index of this set ({error}): {manifest.repair}.") from None
     return records
-
-
-def _repair(manifest: Manifest) -> str:
-    return f"copy it again or rerun {manifest.packer}"
-
-
-def _check_byte_count(folder: Path, stored: StoredFile, manifest: Manifest) -> None:
-    """ShardError where a file of the folder is missing or not as long as the manifest says."""
-    path = folder / stored.name
-    if not path.exists():
-        raise ShardError(f"{path} is missing: {_repair(manifest)}.")
-    found = path.stat().st_size
-    if found != stored.byte_count:
-        fault = "was cut short" if found < stored.byte_count else "was changed after it was packed"
-        said = f"is {found} bytes long where the manifest says {stored.byte_count}; it {fault}"
-        raise ShardError(f"{path} {said}: {_repair(manifest)}.")
 
 
 def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lambda byte_count: None) -> StoredFile:
@@ -364,10 +341,11 @@ def _why_no_manifest(folder: Path) -> str:
         return (
             f"{folder} holds a data set whose packing did not end: run the command that packs it once more, it goes on."
         )
-    packer, fault = "make_dali", f"is no packed set, it holds no {MANIFEST_NAME}"
-    if folder.suffix == ".beton":
-        packer, fault = "make_ffcv", "has no index of ours beside it"
-    return f"{folder} {fault}: pack one with python data_prep/{packer}.py --data DIR --out SHARDS."
+    packer = "make_ffcv" if folder.suffix == ".beton" else "make_dali"
+    return (
+        f"{folder} is no packed set, it holds no {MANIFEST_NAME}: pack one with python data_prep/{packer}.py --data DIR "
+        "--out SHARDS."
+    )
 
 
 def format_files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@
 
 Writes OUT/samples.beton and beside it index, names, lists and manifest. `jpg` stores sound JPEGs byte for byte, where
 FFCV's own writer encodes each anew; `raw` stores pixels, about five times as many bytes at ImageNet's sizes, for
-training without decoding; `smart` stores pixels where they take little more room. FFCV need not be installed.
+training without decoding. FFCV need not be installed.
 After a stop of any kind the same command goes on.
 """
 
@@ -30,10 +30,7 @@ class BetonConfig(PackConfig):
     container, writer = "beton", "data_prep/make_ffcv.py"
     shard_mb = 128  # of pictures, that one process takes at a time; it doesn't change a byte of the beton
 
-    write_mode: Literal["jpg", "raw", "smart"] = "jpg"
-    """Store JPEGs, RGB pixels, or of each picture what `smart_threshold` says."""
-    smart_threshold: float = 4.0
-    """With `smart`: pixels are stored where they take at most this many times the JPEG's bytes."""
+    write_mode: Literal["jpg", "raw"] = "jpg"  # Store JPEG files, or RGB pixels.
 
 
 def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:

@@ -33,12 +33,9 @@ if __package__ in (None, ""):  # run as a script: Python then looks beside this 
 from data_prep.pictures import check_ranges
 from inscon import guard
 
-JPEG_QUALITY = 90
 SPLITS = {"train": "annotations.json", "val": "annotations_val.json"}
-DOMINANT_AREA = (0.12, 0.25)
-"""Share of the image's area that the main object covers, before anything lies on it."""
-FURTHER_AREA = (0.02, 0.06)
-"""The same for each of the 1 to 4 further objects."""
+DOMINANT_AREA = (0.12, 0.25)  # share of the image's area that the main object covers, before anything lies on it
+FURTHER_AREA = (0.02, 0.06)  # the same for each of the 1 to 4 further objects
 
 # Shapes and textures are functions of u and v, float arrays of one shape: an object's own axes, turned and scaled with
 # it, in which it lies inside the unit circle.
@@ -74,12 +71,10 @@ MAX_CLASSES = len(SHAPES) * len(TEXTURES)
 class Scene(NamedTuple):
     """A drawn image and what is seen in it."""
 
-    pixels: NDArray[np.uint8]
-    """[H W 3], RGB."""
+    pixels: NDArray[np.uint8]  # [H W 3], RGB
     masks: NDArray[np.bool_]
     """[n H W]: the pixels of each object that are seen. No pixel is in two masks, no mask is empty."""
-    classes: NDArray[np.int64]
-    """[n]: the class of each object, a position in `class_names`."""
+    classes: NDArray[np.int64]  # [n]: the class of each object, a position in `class_names`
 
     @property
     def main_class(self) -> int:
@@ -90,7 +85,7 @@ class Scene(NamedTuple):
 def make_scenes(
     out: Path, *, num_images: int = 512, num_val: int = 128, num_classes: int = 8, size: int = 160, seed: int = 0
 ) -> Path:
-    """Draw scenes of several textured objects, with boxes and masks, into the folder `out`, and return it.
+    """Draw scenes into the folder `out`, and return it.
 
     Args:
         out: Folder for the scenes; must be new or empty.
@@ -117,11 +112,9 @@ def make_scenes(
                 if count:
                     _make_split(out, split, count, num_classes=num_classes, size=size, seed=seed)
     except BaseException:
-        for split, annotations in SPLITS.items():
-            shutil.rmtree(out / split, ignore_errors=True)
-            (out / annotations).unlink(missing_ok=True)
-        if new:
-            out.rmdir()
+        shutil.rmtree(out, ignore_errors=True)
+        if not new:
+            out.mkdir(exist_ok=True)
         raise
     return out
 
@@ -138,7 +131,8 @@ def draw_scene(*, seed: int, split: str, number: int, num_classes: int, size: in
     """Scene `number` of a split: a main object of class number % num_classes, and 1 to 4 further objects."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
     height, width = (int(side) for side in np.rint(size * rng.uniform(0.8, 1.25, 2)))
-    pixels = _background(rng, height, width)
+    coarse = rng.integers(40, 216, size=(*rng.integers(2, 6, 2), 3), dtype=np.uint8)  # smooth colors behind all
+    pixels = np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     classes = np.array([number % num_classes] * (2 + rng.integers(4)))
     other = rng.random(len(classes)) < 0.75
     other[0] = False
@@ -146,7 +140,7 @@ def draw_scene(*, seed: int, split: str, number: int, num_classes: int, size: in
     owner = np.full((height, width), -1)  # which object each pixel shows
     names = class_names(num_classes)
     for i in rng.permutation(len(classes)):  # the later ones lie on top
-        _draw_object(rng, pixels, owner, i, names[classes[i]], DOMINANT_AREA if i == 0 else FURTHER_AREA)
+        _draw_object(rng, pixels, owner, i, names[classes[i]])
     masks = owner == np.arange(len(classes))[:, None, None]
     seen = masks.any(axis=(1, 2))
     return Scene(pixels, masks[seen], classes[seen])
@@ -159,24 +153,12 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     return np.diff(starts, prepend=0, append=pixels.size).tolist()
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Smooth random colors, [height width 3]."""
-    coarse = rng.integers(40, 216, size=(*rng.integers(2, 6, 2), 3), dtype=np.uint8)
-    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _draw_object(
-    rng: np.random.Generator,
-    pixels: NDArray[np.uint8],
-    owner: NDArray[np.int64],
-    number: int,
-    name: str,
-    area_range: tuple[float, float],
-) -> None:
+def _draw_object(rng: np.random.Generator, pixels: np.ndarray, owner: np.ndarray, number: int, name: str) -> None:
     """Draw an object of class `name` on `pixels` and set `owner` to its number there; both are changed in place."""
     shape, texture = name.split("_")
     height, width = owner.shape
-    radius = np.sqrt(rng.uniform(*area_range) * height * width / _unit_area(shape))
+    area = rng.uniform(*(DOMINANT_AREA if number == 0 else FURTHER_AREA)) * height * width
+    radius = np.sqrt(area / _unit_area(shape))
     inset = min(0.8 * radius, 0.45 * min(height, width))  # most of the object lies inside the image
     y, x = rng.uniform(inset, height - inset), rng.uniform(inset, width - inset)
     y0, y1 = max(0, int(y - radius)), min(height, int(y + radius) + 2)
@@ -207,7 +189,7 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
     for number in range(count):
         scene = draw_scene(seed=seed, split=split, number=number, num_classes=num_classes, size=size)
         file_name = f"{names[scene.main_class]}/scene_{number:06d}.jpg"
-        Image.fromarray(scene.pixels).save(out / split / file_name, "JPEG", quality=JPEG_QUALITY)
+        Image.fromarray(scene.pixels).save(out / split / file_name, "JPEG", quality=90)
         height, width = scene.pixels.shape[:2]
         images.append({"id": number, "file_name": file_name, "height": height, "width": width})
         for mask, label in zip(scene.masks, scene.classes, strict=True):

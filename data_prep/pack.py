@@ -11,7 +11,6 @@ Nothing in a packed set depends on which process wrote what, so the number of wo
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -41,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_prep import index as packed
 from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
-from data_prep.pictures import BadPicture, Prepared, Treatment, check_ranges, jpeg_size, prepare_picture
+from data_prep.pictures import BadPicture, Prepared, Treatment, check_ranges, prepare_picture, read_header
 from data_prep.sources import Entry, Source, Unreadable, as_bytes, is_packed, kinds_in_words, list_source, open_listing
 from inscon.guard import end_with_parent, naming, only_process, remove_unfinished, run_script, sentence_of, whole_file
 from inscon.sampling import permute
@@ -55,7 +54,7 @@ _SPAWN = get_context("spawn")  # forking beside threads (rich has one) may hang
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig:
+class PackConfig(Treatment):
     """What both writers ask for."""
 
     container: ClassVar[Literal["tar", "beton"]]
@@ -67,13 +66,7 @@ class PackConfig:
     (ILSVRC2012_img_train.tar), a WebDataset tar or a folder of them, or a packed set."""
     out: Path  # Folder for the packed set; made if need be.
     seed: int | None = None  # Of the one shuffle of all pictures. None: 0, but a packed set keeps its order.
-    short_side: int | None = None
-    """Shrink pictures whose shorter side is longer than this, px. None: store them as they are."""
-    max_resolution: int | None = None  # The same for the longer side.
-    quality: int = 95
-    """JPEG quality, 1 to 100, of what has to be encoded again; sound pictures that need no shrinking are not."""
-    chroma: Literal["444", "420"] = "444"
-    """Color resolution of the same: 420 halves it in either direction, which decodes faster and is less exact."""
+    write_mode: tyro.conf.Suppress[Literal["jpg"]] = "jpg"
     workers: int | None = None
     """Processes that read, check and write; None: as many as there are CPU cores for this process."""
     bad_limit: float = 0.001  # Share of the pictures that may be left out before the run stops; 0: at the first one.
@@ -81,21 +74,14 @@ class PackConfig:
 
     def check(self) -> None:
         """ValueError for settings out of range, and for a source or a target that cannot be one."""
-        positive = (1, math.inf)
-        ranges = {"seed": (0, 2**64 - 1), "workers": positive, "bad_limit": (0, 1), "shard_mb": positive}
-        check_ranges(self, ranges)
-        self.treatment  # noqa: B018
+        ranges = dict.fromkeys(("workers", "shard_mb", "short_side", "max_resolution"), (1, math.inf))
+        check_ranges(self, ranges | {"seed": (0, 2**64 - 1), "bad_limit": (0, 1), "quality": (1, 100)})
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
         if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):
             raise ValueError(
                 f"The shards would lie among the pictures: --out {self.out} is inside --data {self.data}; move it out."
             )
-
-    @functools.cached_property
-    def treatment(self) -> Treatment:
-        """ValueError for settings out of range."""
-        return Treatment(**{f.name: getattr(self, f.name) for f in fields(Treatment) if hasattr(self, f.name)})
 
     @property
     def shard_bytes(self) -> int:
@@ -105,7 +91,8 @@ class PackConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"writer": self.writer, "shard_mb": self.shard_bytes / BYTES_PER_MB, **asdict(self.treatment)}
+        treatment = {setting.name: getattr(self, setting.name) for setting in fields(Treatment)}
+        return {"writer": self.writer, "shard_mb": self.shard_bytes / BYTES_PER_MB, **treatment}
 
 
 class Ranks(NamedTuple):
@@ -147,7 +134,7 @@ def pack(config: PackConfig, *, show_progress: bool = False, ranks: Ranks | None
 def _write_set(job: "Job", console: Console) -> DatasetIndex:
     is_tar = job.config.container == "tar"
     beton = None if is_tar else BetonFile(job.config.out, job.num_shards, len(job.listing), job.report)
-    with beton or contextlib.nullcontext():
+    with contextlib.closing(beton) if beton else contextlib.nullcontext():
         _write_shards(job, console, beton)
         _wait_for_ranks(job, console)
         if beton:
@@ -255,10 +242,8 @@ def _open_job(config: PackConfig, ranks: Ranks, console: Console) -> Job:
     for path in state.iterdir():
         if path.is_file():
             path.unlink()
-    with console.status(f"Listing {config.data}") as status:
-        listing = list_source(
-            config.data, listing_path, on_progress=lambda count: status.update(f"{count:,} pictures listed")
-        )
+    with console.status(f"Listing {config.data}"):
+        listing = list_source(config.data, listing_path)
     (config.out / packed.MANIFEST_NAME).unlink(missing_ok=True)  # first: a folder with a manifest is complete, always
     for old in packed.format_files(config.out):
         old.unlink()
@@ -452,10 +437,11 @@ def _add(job: Job, samples: Samples, entry: Entry, source: bytes | Unreadable) -
 
 def _prepare(source: bytes, job: Job) -> Prepared:
     """A packed set's samples were decoded when that was written, so they are taken as they are."""
-    wanted = job.config.treatment
+    wanted = job.config
     keeps = wanted.write_mode == "jpg" and wanted.short_side is None and wanted.max_resolution is None
     if job.listing.facts.kind == "packed" and keeps:
-        return Prepared(source, packed.JPEG, *jpeg_size(source), ())
+        header = read_header(source)
+        return Prepared(source, packed.JPEG, header.height, header.width, ())
     return prepare_picture(source, wanted)
 
 

@@ -63,18 +63,14 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
 class Treatment:
     """The settings that decide the stored bytes."""
 
-    short_side: int | None = None  # shrink, never enlarge, so that the shorter side is at most this, px
-    max_resolution: int | None = None  # shrink so that the longer side is at most this, px
-    quality: int = 95  # JPEG quality of whatever has to be encoded again, 1 to 100
-    chroma: Literal["444", "420"] = "444"  # color resolution of the same: whole, or half in either direction
-    write_mode: Literal["jpg", "raw", "smart"] = "jpg"
-    """jpg: JPEG files. raw: pixels. smart: pixels where they take at most `smart_threshold` times the JPEG's bytes."""
-    smart_threshold: float = 4.0  # bytes of pixels per byte of JPEG, for smart
-
-    def __post_init__(self):
-        positive, any_share = (1, math.inf), (0, math.inf)
-        ranges = {"short_side": positive, "max_resolution": positive, "quality": (1, 100), "smart_threshold": any_share}
-        check_ranges(self, ranges)
+    short_side: int | None = None
+    """Shrink pictures whose shorter side is longer than this, px. None: store them as they are."""
+    max_resolution: int | None = None  # The same for the longer side.
+    quality: int = 95
+    """JPEG quality, 1 to 100, of what has to be encoded again; sound pictures that need no shrinking are not."""
+    chroma: Literal["444", "420"] = "444"
+    """Color resolution of the same: 420 halves it in either direction, which decodes faster and is less exact."""
+    write_mode: Literal["jpg", "raw"] = "jpg"  # Store JPEG files, or RGB pixels.
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after shrinking, px; each at least 1."""
@@ -84,11 +80,6 @@ class Treatment:
             1.0 if self.max_resolution is None else self.max_resolution / max(height, width),
         )
         return max(1, round(height * scale)), max(1, round(width * scale))
-
-    def prefers_pixels(self, height: int, width: int, jpeg_bytes: int) -> bool:
-        """Whether this picture is stored as pixels, where its JPEG takes `jpeg_bytes`."""
-        fits = 3 * height * width <= self.smart_threshold * jpeg_bytes
-        return self.write_mode == "raw" or (self.write_mode == "smart" and fits)
 
 
 class Prepared(NamedTuple):
@@ -148,7 +139,7 @@ def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
 
 
 def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
-    header = _read_header(source)
+    header = read_header(source)
     height, width = header.height, header.width
     limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, refuses above twice it, and lets the user lift it
     if limit is not None and height * width > 2 * limit:
@@ -160,7 +151,7 @@ def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
     if header.orientation != 1:
         changes.append("EXIF orientation")  # some readers turn it, some do not
     if not changes and target == (height, width):
-        raw = treatment.prefers_pixels(height, width, len(source))
+        raw = treatment.write_mode == "raw"
         # To gray, every coefficient of every component is decoded all the same, and it is there that damage is found;
         # what is saved is the chroma's inverse transform and the colors.
         pixels = _decode_strictly(source, "RGB" if raw else "GRAY")
@@ -204,13 +195,7 @@ def _decode_strictly(jpeg: bytes, color_space: str, least_height: int = 0, least
         raise BadPicture("damaged", str(error)) from None  # 4:1:0 and stranger chroma, too
 
 
-def jpeg_size(jpeg: bytes) -> tuple[int, int]:
-    """Height and width, px, as the header of a sound JPEG says."""
-    header = _read_header(jpeg)
-    return header.height, header.width
-
-
-class _Header(NamedTuple):
+class Header(NamedTuple):
     """What a JPEG's header says of the picture."""
 
     height: int  # as decoded, px; the orientation is not applied
@@ -219,7 +204,8 @@ class _Header(NamedTuple):
     orientation: int  # EXIF's, 1 to 8
 
 
-def _read_header(jpeg: bytes) -> _Header:
+def read_header(jpeg: bytes) -> Header:
+    """BadPicture for one that is damaged, or of a kind that some decoder does not read."""
     frame, exif = None, b""
     for marker, start, end in _segments(jpeg):
         if marker in _FRAMES:
@@ -240,7 +226,7 @@ def _read_header(jpeg: bytes) -> _Header:
         scans = jpeg.count(b"\xff\xda", end, jpeg.find(b"\xff\xd9", end))
         if scans > MAX_SCANS:
             raise BadPicture("too many scans", f"{scans} of them; DALI decodes at most {MAX_SCANS}")
-    return _Header(height, width, jpeg[start + 7 : end : 3], _exif_orientation(exif))
+    return Header(height, width, jpeg[start + 7 : end : 3], _exif_orientation(exif))
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
@@ -318,15 +304,14 @@ def _store_pixels(
     if orientation != 1:
         picture = picture.transpose(Image.Transpose[_TURNS[orientation]])
     width, height = picture.size
-    if treatment.write_mode != "raw":
-        # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4 unless asked, for at quality 90 and above
-        # 4:2:0 takes more bytes for the same error in RGB, and at 75 as many.
-        gray = picture.mode == "L"
-        pixels = np.asarray(picture)[:, :, None] if gray else np.asarray(picture)
-        jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if gray else "RGB", treatment.chroma)
-        if not treatment.prefers_pixels(height, width, len(jpeg)):
-            return Prepared(jpeg, JPEG, height, width, tuple(changes))
-    return Prepared(picture.convert("RGB").tobytes(), RAW, height, width, tuple(changes))
+    if treatment.write_mode == "raw":
+        return Prepared(picture.convert("RGB").tobytes(), RAW, height, width, tuple(changes))
+    # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4 unless asked, for at quality 90 and above
+    # 4:2:0 takes more bytes for the same error in RGB, and at 75 as many.
+    gray = picture.mode == "L"
+    pixels = np.asarray(picture)[:, :, None] if gray else np.asarray(picture)
+    jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if gray else "RGB", treatment.chroma)
+    return Prepared(jpeg, JPEG, height, width, tuple(changes))
 
 
 def _check_sides(height: int, width: int) -> None:

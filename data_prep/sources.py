@@ -31,7 +31,7 @@ import stat
 import tarfile
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -107,10 +107,6 @@ class Unreadable(Exception):
         return str(self).partition(":")[0]
 
 
-class SourceVanished(ValueError):
-    """The source is not there any more, or is another one: no reason to leave out its pictures, but to stop."""
-
-
 class Listing:
     """The pictures of a source, as `list_source` wrote them; may be pickled."""
 
@@ -142,7 +138,7 @@ class Listing:
     def read(self, entry: Entry) -> bytes:
         """The picture's bytes; of a file of its own, what there is now, whatever was listed. For several threads.
 
-        Raises Unreadable where the picture is to be left out, SourceVanished where packing is to stop.
+        Raises Unreadable where the picture is to be left out, ValueError where packing is to stop: the source has gone.
         """
         if entry.fault:
             raise Unreadable(entry.fault)
@@ -232,10 +228,9 @@ FROM found LEFT JOIN labels USING (sample) LEFT JOIN classes ON classes.text = c
 class ListingWriter:
     """Writes a listing, one picture after the other."""
 
-    def __init__(self, path: Path, on_progress: Callable[[int], None]) -> None:
-        """`on_progress` is told how many pictures there are so far."""
+    def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
-        self.path, self.count, self._total_bytes, self._on_progress = path, 0, 0, on_progress
+        self.path, self.count, self._total_bytes = path, 0, 0
         self._ignored, self._database = Counter(), _database(path, "nolock=1")
         self._database.executescript(_TABLES)
 
@@ -259,8 +254,6 @@ class ListingWriter:
         self._database.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         self.count += 1
         self._total_bytes += byte_count
-        if self.count % 1000 == 0:
-            self._on_progress(self.count)
 
     def add_class(self, text: bytes) -> None:
         """One that may have no pictures."""
@@ -326,22 +319,27 @@ def kinds_in_words(ignored: Mapping[str, int], most: int = 8) -> str:
     return ", ".join(shown + ["others"] * (len(ignored) > most))
 
 
-def list_source(
-    data: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    on_progress: Callable[[int], None] = lambda count: None,
-) -> Source:
-    """List every picture of `data` in the file `path`, and open the listing. `on_progress` is told how many there are so far.
+def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> Source:
+    """List every picture of `data` in the file `path`, and open the listing.
 
     Raises ValueError, with the remedy, where `data` is nothing that has pictures or something in it cannot be looked at.
     """
     data, path = Path(data), Path(path)
     if is_packed(data):
         return PackedListing(data)
-    writer = ListingWriter(path, on_progress)
+    writer, name = ListingWriter(path), os.fsencode(data.name)
     try:
-        _how_to_list(data)(data, writer)
+        if data.is_dir():
+            _list_folder(data, writer)
+        elif data.is_file() and data.name.lower().endswith(LIST_EXTENSIONS):
+            _list_lines(data, writer)
+        elif data.is_file() and _TAR_NAME.fullmatch(name):
+            _list_tars([name], os.fsencode(data.parent.absolute()), data, writer)
+        else:
+            known = ", *".join(LIST_EXTENSIONS)
+            raise ValueError(
+                f"{data} is no folder, tar or list of pictures (*{known}) that can be read; give one to --data."
+            )
     except sqlite3.Error as error:
         raise OSError(None, f"{path} cannot be written: {error}") from None
     finally:
@@ -358,28 +356,16 @@ def is_packed(data: Path) -> bool:
         return data.suffix == ".beton"
 
 
-def _how_to_list(data: Path) -> Callable[[Path, ListingWriter], None]:
-    name = os.fsencode(data.name)
-    if data.is_dir():
-        return _list_folder
-    if data.is_file() and data.name.lower().endswith(LIST_EXTENSIONS):
-        return _list_lines
-    if data.is_file() and _TAR_NAME.fullmatch(name):
-        return lambda tar, writer: _list_tars([name], _absolute(tar.parent), tar, writer)
-    raise ValueError(
-        f"{data} is no folder, tar or list of pictures (*{', *'.join(LIST_EXTENSIONS)}) that can be read; give one to --data."
-    )
-
-
 def _list_folder(data: Path, writer: ListingWriter) -> None:
-    root, class_folders, tars, waiting = _absolute(data), [], [], [(b"", None)]
+    root, class_folders, tars, waiting = os.fsencode(data.absolute()), [], [], [(b"", None)]
     while waiting:
         folder, class_text = waiting.pop()
         for entry in _entries(os.path.join(root, folder), writer):
-            name = os.path.join(folder, entry.name)
-            if _is_folder(entry) and folder and entry.is_symlink():  # it may lead back up
+            name, is_link = os.path.join(folder, entry.name), entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # a link to itself is none
+            if is_folder and is_link and folder:  # it may lead back up
                 writer.ignore(entry.name, "linked folder")
-            elif _is_folder(entry):
+            elif is_folder:
                 waiting.append((name, class_text or entry.name))
                 class_folders += [] if folder else [name]
             elif _is_picture(entry.name):
@@ -414,13 +400,6 @@ def _entries(folder: bytes, writer: ListingWriter) -> Iterator[os.DirEntry]:
         raise _cannot_list(as_text(folder), error) from None
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def _is_picture(name: bytes) -> bool:
     return name.lower().endswith(_PICTURE_SUFFIXES)
 
@@ -439,7 +418,7 @@ def _look_at(path: bytes) -> dict[str, Any]:
 
 
 def _list_lines(data: Path, writer: ListingWriter) -> None:
-    root = _absolute(data.parent)
+    root = os.fsencode(data.parent.absolute())
     with data.open("rb") as file:
         for number, line in enumerate(file, 1):
             # Windows editors begin files with these three bytes.
@@ -560,8 +539,8 @@ def _open_regular(path: bytes) -> io.FileIO:
     return io.FileIO(descriptor)
 
 
-def _vanished(path: bytes, reason: str) -> SourceVanished:
-    return SourceVanished(
+def _vanished(path: bytes, reason: str) -> ValueError:
+    return ValueError(
         f"{as_text(path)} was there when the pictures were listed and cannot be read now ({reason}): mount or restore the "
         f"source and run the same command again, or {BEGIN_ANEW} to list anew."
     )
@@ -569,7 +548,3 @@ def _vanished(path: bytes, reason: str) -> SourceVanished:
 
 def _cannot_list(path: Path | str, error: OSError) -> ValueError:
     return ValueError(f"{path} cannot be listed ({error.strerror}): make it readable, mount it or move it away.")
-
-
-def _absolute(path: Path) -> bytes:
-    return os.fsencode(path.absolute())

@@ -3,33 +3,27 @@
     python data_prep/verify.py ~/shards/train
 
 Every file is compared with its checksum in the manifest, so any byte that changed is found. Of a file with another checksum
-every sample is compared with its own, in the index. manifest.json has no checksum: what it says of class names, seed and
-settings is believed.
+every sample is compared with its own, in the index. manifest.json has no checksum: what it says is believed.
 
 Exit status 0: nothing differs. 1: something does, one line each; or there is no packed set that can be opened.
 """
 
 import functools
-import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import tyro
-import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep import index as packed
-from data_prep.index import INDEX_NAME, MANIFEST_NAME, DatasetIndex, ShardError, StoredFile
+from data_prep.index import INDEX_NAME, MANIFEST_NAME, DatasetIndex, ShardError, StoredFile, format_files, stored_file
 from inscon.guard import run_script
 
 _LISTED_PER_FILE = 20
-_AT_A_TIME = 1 << 16
 
 
 def verify(path: tyro.conf.Positional[Path], *, show_progress: tyro.conf.Suppress[bool] = False) -> list[str]:
@@ -41,43 +35,20 @@ def verify(path: tyro.conf.Positional[Path], *, show_progress: tyro.conf.Suppres
     Raises ShardError where it cannot be opened.
     """
     index = DatasetIndex.open(path)
-    found = [*_check_manifest(index), *_capped(_check_records(index), INDEX_NAME)]
-    # Where the index is wrong, its samples cannot be told.
-    return [*found, *_check_files(index, not found, show_progress)]
-
-
-def _capped(found: Iterator[str], where: str) -> list[str]:
-    """The first 20, and one that counts the others."""
-    listed = list(itertools.islice(found, _LISTED_PER_FILE))
-    rest = sum(1 for _ in found)
-    return listed + ([f"... and {rest:,} more in {where}"] if rest else [])
-
-
-def _check_manifest(index: DatasetIndex) -> Iterator[str]:
-    manifest = index.manifest
-    counts = manifest.num_samples, sum(shard.sample_count for shard in manifest.shards), manifest.names.sample_count
-    if len(set(counts)) > 1:
-        said = "{} in all, {} in the shards, {} names".format(*counts)
-        yield f"{MANIFEST_NAME} contradicts itself in the number of samples ({said})."
-    known = {MANIFEST_NAME, *(stored.name for stored in manifest.files)}
-    for path in packed.format_files(index.path):
-        if path.name not in known:
-            yield f"{path.name} is not of this set, by {MANIFEST_NAME}: remove it."
-
-
-def _check_files(index: DatasetIndex, is_usable: bool, show_progress: bool) -> Iterator[str]:
-    """Each file's checksum; of a shard with another one also its samples, if the index `is_usable`."""
-    files = index.manifest.files
+    files, faults = index.manifest.files, {}
+    strange = {path.name for path in format_files(index.path)} - {MANIFEST_NAME, *(stored.name for stored in files)}
+    found = [f"{name} is not of this set, by {MANIFEST_NAME}: remove it." for name in sorted(strange)]
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         task = progress.add_task("", total=sum(stored.byte_count for stored in files))
         for stored in files:
-            fault = _fault_of(index, stored, lambda byte_count: progress.advance(task, byte_count))
+            faults[stored.name] = fault = _fault_of(index, stored, functools.partial(progress.advance, task))
             samples = []
-            if fault and is_usable and stored in index.manifest.shards:
-                samples = _capped(_damaged_samples(index, stored), stored.name)
+            if fault and not faults[INDEX_NAME] and stored in index.manifest.shards:  # else its samples cannot be told
+                samples = _damaged_samples(index, stored)
                 fault += "" if samples else ", but its samples are whole"
-            yield from [f"{stored.name} {fault}: copy it again or rerun {index.packer}.", *samples] if fault else []
+            found += [f"{stored.name} {fault}: {index.manifest.repair}.", *samples] if fault else []
+    return found
 
 
 def _fault_of(index: DatasetIndex, stored: StoredFile, tell: Callable[[int], None]) -> str:
@@ -85,33 +56,23 @@ def _fault_of(index: DatasetIndex, stored: StoredFile, tell: Callable[[int], Non
     if not path.is_file():  # a pipe would be waited for
         return "is missing, or no file"
     try:
-        checksum = packed.stored_file(path, 0, tell).checksum
+        checksum = stored_file(path, 0, tell).checksum
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     said = f"has the checksum {checksum} where {MANIFEST_NAME} says {stored.checksum}"
     return "" if checksum == stored.checksum else said
 
 
-def _damaged_samples(index: DatasetIndex, shard: StoredFile) -> Iterator[str]:
-    shards = index.manifest.shards
+def _damaged_samples(index: DatasetIndex, shard: StoredFile) -> list[str]:
+    """The first 20 of a shard, and a sentence that counts the others."""
+    shards, listed, rest = index.manifest.shards, [], 0
     first = sum(before.sample_count for before in shards[: shards.index(shard)])
     for sample_id in range(first, min(first + shard.sample_count, len(index))):
         try:
             index.read(sample_id, pixels=True)
         except ShardError as error:
-            yield str(error)
-
-
-def _check_records(index: DatasetIndex) -> Iterator[str]:
-    """That the index says nothing that cannot be, and is the manifest's."""
-    content = xxhash.xxh3_128()
-    for first in range(0, len(index), _AT_A_TIME):
-        records = index.records(np.arange(first, min(first + _AT_A_TIME, len(index))))
-        content.update(packed.content_of(records))
-        for sample_id in (first + np.flatnonzero(records["shard"] >= len(index.manifest.shards))).tolist():
-            yield f"{INDEX_NAME} says what cannot be of sample {sample_id}: copy it again or rerun {index.packer}."
-    if content.hexdigest() != index.manifest.content:
-        yield f"{INDEX_NAME} is not the one that {MANIFEST_NAME} is of: copy both again or rerun {index.packer}."
+            listed, rest = [*listed, str(error)][:_LISTED_PER_FILE], rest + (len(listed) == _LISTED_PER_FILE)
+    return listed + [f"... and {rest:,} more in {shard.name}"] * (rest > 0)
 
 
 def main() -> int:

@@ -222,7 +222,7 @@ def read(index: DatasetIndex, sample_id: int, memory: np.ndarray | None = None, 
 def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> Refusal:
     """Of a picture whose bytes are as they were packed and which `decoder` cannot decode."""
     return Refusal(sample_id, ShardError(
-        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun {index.packer}, which leaves such "
+        f"{index.describe(sample_id)} cannot be decoded by {decoder} ({reason}): rerun {index.manifest.packer}, which leaves such "
         "pictures out"
     ))  # fmt: skip
 
@@ -238,7 +238,7 @@ def wrong_size(index: DatasetIndex, work: Work, first: int, decoded: np.ndarray)
         sample_id = int(work.sample_ids[first + wrong])
         raise Refusal(sample_id, ShardError(
             f"{index.describe(sample_id)} decodes to {height}x{width} px (height x width) where the index says "
-            f"{stored_height}x{stored_width}: copy the shards again or rerun {index.packer}"
+            f"{stored_height}x{stored_width}: copy the shards again or rerun {index.manifest.packer}"
         ))  # fmt: skip
 
 

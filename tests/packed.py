@@ -54,8 +54,9 @@ def write_set(
         index = join(folder, len(shards), facts, None)
     else:
         listed = len(samples) + len(left_out)
-        with BetonFile(folder, len(shards), listed, lambda part: Report.load(report_path(folder, part))) as beton:
-            beton.lay()
-            index = join(folder, len(shards), facts, beton)
+        beton = BetonFile(folder, len(shards), listed, lambda part: Report.load(report_path(folder, part)))
+        beton.lay()
+        index = join(folder, len(shards), facts, beton)
+        beton.close()
     shutil.rmtree(folder / STATE_NAME)
     return index

@@ -59,7 +59,7 @@ def test_the_checksums_and_counts_in_the_manifest_are_those_of_the_files(tmp_pat
     index, _ = write_samples(tmp_path / "shards")
     manifest = index.manifest
     lists = (manifest.rejected_list, manifest.changed_list)
-    for stored in (manifest.index, manifest.names, *lists, *manifest.shards, *manifest.dali_indices):
+    for stored in (manifest.index, manifest.names, *lists, *manifest.shards):
         content = (tmp_path / "shards" / stored.name).read_bytes()
         assert stored.byte_count == len(content)
         assert stored.checksum == xxhash.xxh3_128_hexdigest(content)
@@ -232,7 +232,7 @@ def test_a_manifest_that_is_none(tmp_path):
     assert_refused(tmp_path / "shards", f"{manifest} is no manifest that this program reads", "copy it again")
     manifest.write_text("[]")
     assert_refused(tmp_path / "shards", "is no manifest that this program reads")
-    for field in entries.keys() - {"format", "version", "ignored", "dali_indices", "changed_names"}:  # not in every set
+    for field in entries.keys() - {"format", "version", "ignored"}:  # which is not in every set
         manifest.write_text(json.dumps({name: value for name, value in entries.items() if name != field}))
         assert_refused(tmp_path / "shards", "is no manifest that this program reads", field)
 
@@ -279,8 +279,8 @@ def test_a_beton_is_opened_like_shards_and_by_its_own_name(tmp_path):
 def test_a_foreign_beton(tmp_path):
     (tmp_path / "theirs.beton").write_bytes(b"whatever")
     command = "python data_prep/make_ffcv.py --data DIR --out SHARDS"
-    assert_refused(tmp_path / "theirs.beton", "theirs.beton has no index of ours beside it", command)
-    assert_refused(tmp_path / "none.beton", "none.beton has no index of ours beside it", command)
+    assert_refused(tmp_path / "theirs.beton", "theirs.beton is no packed set", command)
+    assert_refused(tmp_path / "none.beton", "none.beton is no packed set", command)
 
 
 def test_raw_pixels_are_no_jpeg(tmp_path):
@@ -319,7 +319,7 @@ def test_messages_name_the_command_that_packs_such_a_set(tmp_path):
     for container, command in (("tar", "make_dali.py"), ("beton", "make_ffcv.py")):
         folder = tmp_path / container
         index = write_set(folder, [Sample(b"abc")] * 3, container=container)
-        assert index.packer == f"data_prep/{command}"
+        assert index.manifest.packer == f"data_prep/{command}"
         os.truncate(folder / index.manifest.shards[0].name, 1)
         with pytest.raises(ShardError, match=rf"cut short: copy it again or rerun data_prep/{command}"):
             DatasetIndex.open(folder)

@@ -22,7 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from data_prep import pack as pack_module
-from data_prep.beton import read_header
+from data_prep.beton import HEADER_DTYPE
 from data_prep.index import NO_LABEL, DatasetIndex, ShardError
 from data_prep.make_dali import pack_folder
 from data_prep.make_ffcv import pack_beton
@@ -130,7 +130,7 @@ def test_the_order_is_one_shuffle_of_all_classes(tmp_path):
 def test_the_manifest_says_nothing_of_the_run(data, undisturbed):
     manifest = json.loads(undisturbed["tar"]["manifest.json"])
     assert manifest["settings"].keys() == {
-        "writer", "shard_mb", "short_side", "max_resolution", "quality", "chroma", "write_mode", "smart_threshold",
+        "writer", "shard_mb", "short_side", "max_resolution", "quality", "chroma", "write_mode",
     }  # fmt: skip
     assert str(data) not in undisturbed["tar"]["manifest.json"].decode()
 
@@ -535,7 +535,7 @@ def test_both_writers_say_the_same(packed_hostile):
         assert (tar.path / name).read_bytes() == (beton.path / name).read_bytes()
     assert tar.manifest.changed == beton.manifest.changed and tar.manifest.rejected == beton.manifest.rejected
     assert beton.records(range(len(beton)))["byte_count"].max() > 1 << 23  # so the page has grown
-    assert read_header(beton.path / "samples.beton")["page_size"] == 1 << 24
+    assert np.fromfile(beton.path / "samples.beton", HEADER_DTYPE, 1)["page_size"] == 1 << 24
 
 
 # ------------------------------------------------------------------------------------- other people's programs
@@ -577,14 +577,13 @@ def test_ffcvs_own_loader_reads_jpegs_and_raw_pixels(packed_hostile, tmp_path):
     data = write_files(
         tmp_path / "data", {f"{i}.jpg": jpeg_of(48, 48, seed=i, quality=20 + 79 * (i % 2)) for i in range(6)}
     )
-    assert set(pack_beton(data, tmp_path / "raw", write_mode="raw").records(range(6))["encoding"]) == {1}
-    smart = pack_beton(data, tmp_path / "smart", write_mode="smart", smart_threshold=7.5)
+    raw = pack_beton(data, tmp_path / "raw", write_mode="raw")
     index = packed_hostile["beton"]
     arguments = [
         index.path / "samples.beton",
         tmp_path / "jpg.npz",
-        smart.path / "samples.beton",
-        tmp_path / "smart.npz",
+        raw.path / "samples.beton",
+        tmp_path / "raw.npz",
     ]
     done = subprocess.run(
         [sys.executable, "-c", READ_WITH_FFCV, *arguments], capture_output=True, text=True, check=False
@@ -600,15 +599,12 @@ def test_ffcvs_own_loader_reads_jpegs_and_raw_pixels(packed_hostile, tmp_path):
             left, top = (image.width - side) // 2, (image.height - side) // 2
             expected = image.crop((left, top, left + side, top + side)).resize((48, 48), Image.Resampling.BOX)
             assert np.abs(read["images"][i].astype(int) - np.asarray(expected)).mean() < 8, index.name(i)
-    encodings, read = smart.records(range(6))["encoding"], np.load(tmp_path / "smart.npz")
-    assert set(encodings) == {0, 1}
+    read = np.load(tmp_path / "raw.npz")
+    assert set(raw.records(range(6))["encoding"]) == {1}
     for i in range(6):
-        expected = np.asarray(Image.open(data / smart.name(i)))
-        if encodings[i]:
-            assert np.array_equal(smart.read(i, pixels=True).reshape(48, 48, 3), expected)
-            assert np.array_equal(read["images"][i], expected)
-        else:
-            assert np.abs(read["images"][i].astype(int) - expected).mean() < 3
+        expected = np.asarray(Image.open(data / raw.name(i)))
+        assert np.array_equal(raw.read(i, pixels=True).reshape(48, 48, 3), expected)
+        assert np.array_equal(read["images"][i], expected)
 
 
 @pytest.mark.parametrize("byte_count", [0, 511, 512, 99_999_999, 8**11 - 1])

@@ -164,19 +164,6 @@ def test_real_pictures_are_kept_and_decode_as_pillow_does():
         np.testing.assert_array_equal(pixels_of(prepare_picture(source, RAW_MODE)), rgb(source), str(path))
 
 
-def test_smart_takes_pixels_up_to_the_threshold():
-    source = SOUND["4:4:4"]
-    ratio = 3 * 70 * 93 / len(source)
-    for threshold, encoding in ((ratio * 0.999, JPEG), (ratio * 1.001, RAW)):
-        treatment = Treatment(write_mode="smart", smart_threshold=threshold)
-        assert prepare_picture(source, treatment).encoding == encoding
-    shrunk = prepare_picture(source, Treatment(short_side=35))
-    ratio = 3 * 35 * shrunk.width / len(shrunk.content)
-    for threshold, encoding in ((ratio * 0.999, JPEG), (ratio * 1.001, RAW)):
-        treatment = Treatment(short_side=35, write_mode="smart", smart_threshold=threshold)
-        assert prepare_picture(source, treatment).encoding == encoding
-
-
 # ---------------------------------------------------------------------------------------------------- damage
 
 
@@ -275,7 +262,7 @@ def test_a_hostile_file_is_refused_or_stored_sound(file_format):
     picture = scene().convert("CMYK") if file_format == "CMYK" else scene()
     options = {"exif": exif_of(6)} if file_format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
     source = encoded(picture, file_format.replace("CMYK", "JPEG"), **options)
-    treatments = Treatment(), RAW_MODE, Treatment(short_side=20), Treatment(max_resolution=40, write_mode="smart")
+    treatments = Treatment(), RAW_MODE, Treatment(short_side=20), Treatment(max_resolution=40)
     refused = 0
     for number, mutant in enumerate(mutants(source, 400, seed=4)):
         try:
