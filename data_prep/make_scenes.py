@@ -13,7 +13,6 @@ Image k of a split depends on the seed, the split and k alone, not on how many a
 """
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,7 +29,6 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.pictures import check_ranges
 from inscon import guard
 
 SPLITS = {"train": "annotations.json", "val": "annotations_val.json"}
@@ -100,8 +98,7 @@ def make_scenes(
     """
     out = Path(out)
     settings = SimpleNamespace(num_images=num_images, num_val=num_val, num_classes=num_classes, size=size, seed=seed)
-    ranges = {"num_images": (1, math.inf), "num_val": (0, math.inf), "num_classes": (2, MAX_CLASSES)}
-    check_ranges(settings, ranges | {"size": (32, math.inf), "seed": (0, math.inf)})
+    guard.check_ranges(settings, num_images=1, num_val=0, num_classes=(2, MAX_CLASSES), size=32, seed=0)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists and is not an empty folder; remove it or give another --out.")
     new = not out.exists()

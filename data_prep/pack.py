@@ -40,9 +40,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_prep import index as packed
 from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
-from data_prep.pictures import BadPicture, Prepared, Treatment, check_ranges, prepare_picture, read_header
+from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture, read_header
 from data_prep.sources import Entry, Source, Unreadable, as_bytes, is_packed, kinds_in_words, list_source, open_listing
-from inscon.guard import end_with_parent, naming, only_process, remove_unfinished, run_script, sentence_of, whole_file
+from inscon.guard import (
+    check_ranges,
+    end_with_parent,
+    naming,
+    only_process,
+    remove_unfinished,
+    run_script,
+    sentence_of,
+    whole_file,
+)
 from inscon.sampling import permute
 
 BYTES_PER_MB = 1_000_000
@@ -74,8 +83,8 @@ class PackConfig(Treatment):
 
     def check(self) -> None:
         """ValueError for settings out of range, and for a source or a target that cannot be one."""
-        ranges = dict.fromkeys(("workers", "shard_mb", "short_side", "max_resolution"), (1, math.inf))
-        check_ranges(self, ranges | {"seed": (0, 2**64 - 1), "bad_limit": (0, 1), "quality": (1, 100)})
+        check_ranges(self, workers=1, shard_mb=1, short_side=1, max_resolution=1)
+        check_ranges(self, seed=(0, 2**64 - 1), bad_limit=(0, 1), quality=(1, 100))
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
         if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):

@@ -13,7 +13,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -48,15 +48,6 @@ _TURNS |= {8: "ROTATE_90"}
 # Pillow warns of large pictures and of odd metadata, once per place and in the middle of a progress bar. What matters
 # is in `changes` or rejected.jsonl. For the whole process, as warnings.catch_warnings is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """ValueError, naming the flag, for the first setting that is outside its (least, most); None is no value."""
-    for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= most:
-            allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}. Found: {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
