@@ -42,16 +42,7 @@ from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
 from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture, read_header
 from data_prep.sources import Entry, Source, Unreadable, as_bytes, is_packed, kinds_in_words, list_source, open_listing
-from inscon.guard import (
-    check_ranges,
-    end_with_parent,
-    naming,
-    only_process,
-    remove_unfinished,
-    run_script,
-    sentence_of,
-    whole_file,
-)
+from inscon import guard
 from inscon.sampling import permute
 
 BYTES_PER_MB = 1_000_000
@@ -83,8 +74,8 @@ class PackConfig(Treatment):
 
     def check(self) -> None:
         """ValueError for settings out of range, and for a source or a target that cannot be one."""
-        check_ranges(self, workers=1, shard_mb=1, short_side=1, max_resolution=1)
-        check_ranges(self, seed=(0, 2**64 - 1), bad_limit=(0, 1), quality=(1, 100))
+        guard.check_ranges(self, workers=1, shard_mb=1, short_side=1, max_resolution=1)
+        guard.check_ranges(self, seed=(0, 2**64 - 1), bad_limit=(0, 1), quality=(1, 100))
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
         if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):
@@ -122,12 +113,12 @@ def pack(config: PackConfig, *, show_progress: bool = False, ranks: Ranks | None
     if ranks.rank != 0:
         job = _job_of_rank_0(config, ranks, console)
         if job is not None:
-            with only_process(state / f"rank-{ranks.rank}", "--out"):
+            with guard.only_process(state / f"rank-{ranks.rank}", "--out"):
                 _write_shards(job, console)
         return None
     made_folder = not config.out.exists()
     try:
-        with only_process(state / "rank-0", "--out"):
+        with guard.only_process(state / "rank-0", "--out"):
             try:
                 index = _write_set(_open_job(config, ranks, console), console)
                 (state / _JOB_NAME).unlink()  # first: without it there is nothing to go on with
@@ -148,7 +139,7 @@ def _write_set(job: "Job", console: Console) -> DatasetIndex:
         _wait_for_ranks(job, console)
         if beton:
             beton.lay()
-        remove_unfinished(job.config.out)  # what killed processes left
+        guard.remove_unfinished(job.config.out)  # what killed processes left
         bad, example = 0, None  # of all ranks together
         for report in map(job.report, range(job.num_shards)):
             bad, example = bad + len(report.rejected), report if report.rejected else example
@@ -256,7 +247,7 @@ def _open_job(config: PackConfig, ranks: Ranks, console: Console) -> Job:
     (config.out / packed.MANIFEST_NAME).unlink(missing_ok=True)  # first: a folder with a manifest is complete, always
     for old in packed.format_files(config.out):
         old.unlink()
-    with whole_file(state / _JOB_NAME) as file:
+    with guard.whole_file(state / _JOB_NAME) as file:
         file.write(json.dumps(wanted, indent=1).encode())
     return Job(config, listing, ranks)
 
@@ -329,7 +320,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         facts = {"files": [asdict(file) for file in self.files], "rejected": self.rejected, "changed": self.changed}
-        with whole_file(path) as file:
+        with guard.whole_file(path) as file:
             file.write(json.dumps(facts | {"rows": len(self.rows)}).encode() + b"\n" + self.rows + self.names)
 
     @classmethod
@@ -404,7 +395,7 @@ def _write_shard(job: Job, stopped: Any, shard: int) -> tuple[int, Report, Path]
     path = job.path(shard)
     unfinished = path.with_name(f"{path.name}.rank-{job.ranks.rank}-{os.getpid()}.unfinished")
     try:
-        with naming(path), unfinished.open("wb") as file:
+        with guard.naming(path), unfinished.open("wb") as file:
             samples = Samples(file, shard if job.config.container == "tar" else None)
             for entry, source in _read_ahead(job, job.entries(shard)):
                 _add(job, samples, entry, source)
@@ -420,7 +411,7 @@ def _write_shard(job: Job, stopped: Any, shard: int) -> tuple[int, Report, Path]
 
 def _commit(job: Job, beton: BetonFile | None, shard: int, report: Report, unfinished: Path) -> None:
     """Give a shard its name, once it is on the disk, and report it."""
-    with naming(job.path(shard)):
+    with guard.naming(job.path(shard)):
         if job.config.container == "tar":  # a part of a beton is compared with its checksum when it is laid into it
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
@@ -527,7 +518,7 @@ def _write_shards(job: Job, console: Console, beton: BetonFile | None = None) ->
 def _remove_unfinished(job: Job) -> None:
     """What stopped processes of this rank left."""
     for folder in (job.config.out, job.state):
-        remove_unfinished(folder, f"*.rank-{job.ranks.rank}-*")
+        guard.remove_unfinished(folder, f"*.rank-{job.ranks.rank}-*")
 
 
 def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Report, Path]]:
@@ -553,7 +544,7 @@ def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Rep
 def _begin_worker(job: Job, stopped: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
-    end_with_parent()
+    guard.end_with_parent()
     _worker = job, stopped
 
 
@@ -575,7 +566,7 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
     kinds, changes, num_changed, names_end = Counter(), Counter(), 0, 0
     listed = [out / name for name in (packed.INDEX_NAME, packed.NAMES_NAME, packed.REJECTED_NAME, packed.CHANGED_NAME)]
     with contextlib.ExitStack() as stack:
-        index, names, rejected, changed = (stack.enter_context(whole_file(path)) for path in listed)
+        index, names, rejected, changed = (stack.enter_context(guard.whole_file(path)) for path in listed)
         header = {"descr": np.lib.format.dtype_to_descr(RECORD_DTYPE), "fortran_order": False, "shape": (num_samples,)}
         np.lib.format.write_array_header_1_0(index, header)
         for report in reports():
@@ -608,7 +599,7 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
         shards=tuple(shards) if beton is None else (beton.commit(),),
         **facts,
     )
-    with whole_file(out / packed.MANIFEST_NAME) as file:
+    with guard.whole_file(out / packed.MANIFEST_NAME) as file:
         file.write(json.dumps(asdict(manifest), indent=1).encode() + b"\n")
     return DatasetIndex.open(out)
 
@@ -619,7 +610,7 @@ def _json_lines(entries: Iterable[dict]) -> bytes:
 
 def run(script: str, config_type: type[PackConfig]) -> None:
     """A writer's command: pack and sum up."""
-    run_script(script, lambda: _command(tyro.cli(config_type)))
+    guard.run_script(script, lambda: _command(tyro.cli(config_type)))
 
 
 def _command(config: PackConfig) -> None:
@@ -629,7 +620,7 @@ def _command(config: PackConfig) -> None:
         index = pack(config, show_progress=True)
     except OSError as error:
         raise ValueError(
-            f"Packing {config.data} into {config.out} stopped ({sentence_of(error)}): see to that and run the same command "
+            f"Packing {config.data} into {config.out} stopped ({guard.sentence_of(error)}): see to that and run the same command "
             "again, it goes on where it stopped."
         ) from None
     except KeyboardInterrupt:

@@ -276,13 +276,9 @@ def _exif_orientation(content: bytes) -> int:
 
 
 def _store_pixels(
-    picture: Image.Image,
-    part: tuple[float, float, float, float],
-    target: tuple[int, int],
-    orientation: int,
-    changes: list[str],
-    treatment: Treatment,
-) -> Prepared:
+    picture: Image.Image, part: tuple[float, float, float, float], target: tuple[int, int], orientation: int,
+    changes: list[str], treatment: Treatment,
+) -> Prepared:  # fmt: skip
     """`picture`, RGB or gray: its `part` (left, top, right, bottom) resized to `target`, turned and encoded.
 
     `target` is height and width before turning.

@@ -235,16 +235,9 @@ class ListingWriter:
         self._database.executescript(_TABLES)
 
     def add(
-        self,
-        name: bytes,
-        class_text: bytes | None = None,
-        *,
-        container: int | None = None,
-        offset: int = 0,
-        byte_count: int,
-        fault: str = "",
-        sample: bytes | None = None,
-    ) -> None:
+        self, name: bytes, class_text: bytes | None = None, *, container: int | None = None, offset: int = 0,
+        byte_count: int, fault: str = "", sample: bytes | None = None,
+    ) -> None:  # fmt: skip
         """Add a picture of a class, or none; `sample` is whose label goes before."""
         if b"\n" in name:
             fault = LINE_BREAK
@@ -498,15 +491,11 @@ def _list_members(tar: _Tar, folders: set[bytes], writer: ListingWriter) -> None
         elif file_name.lower().endswith(b".cls") and member.isreg():
             writer.add_label(sample, opened.extractfile(member).read(_MAX_CLS_BYTES).strip())
         elif _is_picture(file_name):
+            fault = "" if member.isreg() else f"{UNREADABLE}: {NOT_REGULAR}"
             writer.add(
-                tar.prefix + name,
-                tar.folder or path.partition(b"/")[0] or None,
-                container=tar.container,
-                offset=tar.offset + member.offset_data,
-                byte_count=member.size,
-                fault="" if member.isreg() else f"{UNREADABLE}: {NOT_REGULAR}",
-                sample=sample,
-            )
+                tar.prefix + name, tar.folder or path.partition(b"/")[0] or None, container=tar.container,
+                offset=tar.offset + member.offset_data, byte_count=member.size, fault=fault, sample=sample,
+            )  # fmt: skip
         else:
             writer.ignore(name)
 

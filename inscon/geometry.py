@@ -84,14 +84,8 @@ def overlaps_enough(first_crop, second_crop, sizes: tuple[int, int], min_side: f
 
 
 def find_overlap(
-    first_crop,
-    first_flipped,
-    second_crop,
-    second_flipped,
-    sizes: tuple[int, int],
-    min_side: float = 32.0,
-    min_iou: float = 0.0,
-) -> Overlap:
+    first_crop, first_flipped, second_crop, second_flipped, sizes: tuple[int, int], min_side: float = 32.0, min_iou: float = 0.0
+) -> Overlap:  # fmt: skip
     """The region shared by two crops of each image, in px of both views, and whether it is big enough to be used.
 
     Args:

@@ -114,9 +114,6 @@ def say_once(sentence: str) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------------ outputs
-
-
 def check_output_file(path: Path, flag: str = "--out") -> None:
     """ValueError, naming `flag`, unless a file can be written at `path`. Makes its folder, leaves an older file as it is."""
     if Path(path).is_dir():
@@ -177,9 +174,6 @@ def remove_unfinished(folder: Path, pattern: str = "*") -> None:
     """Take away what killed processes left of `whole_file`; the caller holds the folder's lock."""
     for path in Path(folder).glob(f"{pattern}.unfinished"):
         path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager

@@ -112,13 +112,9 @@ class MetricsLog:
 
 
 def window(
-    losses: LossMeter,
-    watch: Stopwatch,
-    images_per_step: int,
-    lr: float,
-    loader: dict[str, float] | None = None,
+    losses: LossMeter, watch: Stopwatch, images_per_step: int, lr: float, loader: dict[str, float] | None = None,
     full_rate: float | None = None,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s.
 
     `full_rate` is the rate at which the devices would do nothing but matrix products: MFU is the share of it.

@@ -295,18 +295,8 @@ def plan_center(sizes: np.ndarray, view_size: int) -> ViewPlan:
     sizes = np.asarray(sizes, np.int64)
     side = np.maximum(np.rint(sizes.min(1) * view_size / (view_size * 256 // 224)), 1).astype(np.int64)
     y, x = ((sizes - side[:, None]) // 2).T
-    n = len(sizes)
-    return ViewPlan(
-        size=view_size,
-        side=view_size,
-        crop_box=np.stack([x, y, x + side, y + side], 1).astype(np.float32),
-        flipped=np.zeros(n, bool),
-        offset=np.zeros((n, 2), np.float32),
-        color_ops=np.full((n, 5), NOTHING, np.uint8),
-        factors=np.tile(np.array([1, 1, 1, 0], np.float32), (n, 1)),
-        blur_sigma=np.zeros(n, np.float32),
-        solarize=np.full(n, NEVER, np.float32),
-    )
+    boxes, n = np.stack([x, y, x + side, y + side], 1).astype(np.float32), len(sizes)
+    return _view_plan(np.zeros((n, 3, 4)), boxes, np.zeros(n, bool), ViewSpec(name="", size=view_size, color=NO_COLOR))
 
 
 def _flips(coins: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:

@@ -38,12 +38,9 @@ class EpochOrder:
         """The epoch, from 0, that global step `step` belongs to."""
         return step // self.steps_per_epoch
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """[batch_size] int64 sample ids of global step `step`, counted over all epochs, the same for every world size."""
-        return self.rank_batches(range(step, step + 1), 0, 1)[0]
-
     def rank_batches(self, steps: range, rank: int, world_size: int) -> np.ndarray:
-        """[steps, batch_size / world_size] int64: a rank's contiguous slices of the global batches of steps of one epoch."""
+        """[steps, batch_size / world_size] int64 sample ids: a rank's contiguous slices of the global batches of steps, counted over
+        all epochs, of one epoch."""
         share, remainder = divmod(self.batch_size, world_size)
         if remainder:
             raise ValueError(f"batch_size must be a multiple of the {world_size} ranks. Found: {self.batch_size}")
@@ -67,7 +64,10 @@ class EpochOrder:
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a pseudo-random permutation of 0..n-1, chosen by (seed, epoch), sends `positions` [any], int64."""
-    keys = _round_keys(seed, epoch)
+    # From the plan's generator, at a counter that no view uses: its purpose word is all ones.
+    full = np.full(_ROUNDS, 0xFFFFFFFF)
+    high, low, _, _ = philox(seed, (np.arange(_ROUNDS), full, np.full(_ROUNDS, epoch), full))
+    keys = (high << np.uint64(32)) | low
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
     result = np.array(positions, np.int64)
@@ -76,13 +76,6 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
         result[walking] = _feistel(result[walking].astype(np.uint64), a, b, keys).astype(np.int64)
         walking = result >= n
     return result
-
-
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    """[rounds] uint64, from the plan's generator at a counter no view uses (its purpose word is all ones)."""
-    full = np.full(_ROUNDS, 0xFFFFFFFF)
-    w0, w1, _, _ = philox(seed, (np.arange(_ROUNDS), full, np.full(_ROUNDS, epoch), full))
-    return (w0 << np.uint64(32)) | w1
 
 
 def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:

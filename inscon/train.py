@@ -96,13 +96,10 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
 
 
 def train(
-    training: Training,
-    loader: Iterable[Batch],
-    steps_per_epoch: int,
-    total_steps: int,
+    training: Training, loader: Iterable[Batch], steps_per_epoch: int, total_steps: int,
     telemetry: Callable[[], dict[str, float]] | None = None,
     monitor: Callable[[Callable[[], bool]], dict[str, float]] | None = None,
-) -> bool:
+) -> bool:  # fmt: skip
     """Run steps `training.step` .. `total_steps - 1`; `loader` must start with the batch of the first of them.
 
     What `telemetry` returns, figures of the loader since its last call, goes into the metrics. So do those of `monitor`, which

@@ -65,13 +65,8 @@ def estimate_statistics(config: ExportConfig) -> dict[str, torch.Tensor]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen = facts["config"]["views"]
     views = LabelledViews(
-        config.data,
-        seen["view_size"],
-        config.batch_size,
-        device=device,
-        scale=tuple(seen["scale"]),
-        labels_needed=False,
-    )
+        config.data, seen["view_size"], config.batch_size, device=device, scale=tuple(seen["scale"]), labels_needed=False
+    )  # fmt: skip
     backbone = backbone.to(device=device, memory_format=torch.channels_last)
     with views.random_crops(0, config.norm_batches) as batches:
         return export.estimate_statistics(backbone, batches)

@@ -14,21 +14,10 @@ from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
 from inscon.methods import moco
-from inscon.methods.method import (
-    LEAST_TEMPERATURE,
-    Follower,
-    KeyMethod,
-    Keys,
-    Losses,
-    Piece,
-    full_precision,
-    queue_size,
-    slow_copy,
-    unit,
-)
+from inscon.methods.method import Follower, KeyMethod, Keys, Losses, Piece, queue_size, slow_copy
 from inscon.nn.backbones import Backbone, facts_of
 from inscon.nn.heads import instance_head, map_head
-from inscon.nn.loss import group_terms, row_logits, separate_terms
+from inscon.nn.loss import group_terms, row_logits, separate_terms, unit
 from inscon.nn.norm import frozen_statistics
 from inscon.nn.pooling import precise_roi_pool
 from inscon.plan import Mosaics, ViewSpec
@@ -76,7 +65,7 @@ class Settings(moco.Settings):
             raise ValueError(
                 f"heads must be a choice of {' '.join(HEADS)}, each at most once. Found: {' '.join(self.heads)}"
             )
-        check_ranges(self, cell_dim=1, cell_grid=1, cell_temperature=LEAST_TEMPERATURE)
+        check_ranges(self, cell_dim=1, cell_grid=1, cell_temperature=1e-3)
 
     @property
     def cells(self) -> int:
@@ -214,24 +203,22 @@ class InsCon(KeyMethod):
     def _single_views(self, batch: Batch, keys: dict[str, Tensor]) -> Losses:
         s, view, overlap = self.settings, batch.views["query"], batch.overlaps["query", "key"]
         query, losses, top1 = self.query_encoder(view.pixels, overlap.first_box, view.flipped), {}, {}
-        with full_precision(view.pixels.device):
-            if "single" in query:
-                logits = row_logits(query["single"], keys["single"], self.queues["single"].keys, s.temperature)
-                losses["single"], top1["single"] = separate_terms(logits).mean(), logits.top1
-            if "cell" in query:
-                cells = query["cell"].flatten(0, 1), keys["cell"].flatten(0, 1)
-                logits = row_logits(*cells, self.queues["cell"].keys, s.cell_temperature)
-                # Over all images, also those without an overlap, so that ranks agree.
-                losses["cell"] = (group_terms(logits, s.cells, s.aggregate) * overlap.weight).mean()
-                top1["cell"] = logits.top1
+        if "single" in query:
+            logits = row_logits(query["single"], keys["single"], self.queues["single"].keys, s.temperature)
+            losses["single"], top1["single"] = separate_terms(logits).mean(), logits.top1
+        if "cell" in query:
+            cells = query["cell"].flatten(0, 1), keys["cell"].flatten(0, 1)
+            logits = row_logits(*cells, self.queues["cell"].keys, s.cell_temperature)
+            # Over all images, also those without an overlap, so that ranks agree.
+            losses["cell"] = (group_terms(logits, s.cells, s.aggregate) * overlap.weight).mean()
+            top1["cell"] = logits.top1
         return _sum(losses, top1)
 
     def _mosaics(self, batch: Batch, keys: dict[str, Tensor]) -> Losses:
         s, query = self.settings, self.query_encoder.forward_mosaic(batch.mosaic)
-        with full_precision(query.device):
-            positives = keys["single"][self.tile_order.flatten()]
-            logits = row_logits(query.flatten(0, 1), positives, self.queues["single"].keys, s.temperature)
-            return _sum({"multi": group_terms(logits, 4, s.aggregate).mean()}, {"multi": logits.top1})
+        positives = keys["single"][self.tile_order.flatten()]
+        logits = row_logits(query.flatten(0, 1), positives, self.queues["single"].keys, s.temperature)
+        return _sum({"multi": group_terms(logits, 4, s.aggregate).mean()}, {"multi": logits.top1})
 
 
 def _sum(losses: dict[str, Tensor], top1: dict[str, Tensor]) -> Losses:

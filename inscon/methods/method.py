@@ -11,7 +11,6 @@ One step, in order:
     method.after_update()                                  # slow copies move
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from inscon.nn.norm import KeyShuffle
 from inscon.nn.queue import KeyQueue
 from inscon.plan import Mosaics, ViewSpec
 
-LEAST_TEMPERATURE = 1e-3
 NORM_GROUP = 32
 """Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
 
@@ -250,16 +248,11 @@ def resolve(config: Config, world_size: int) -> Config:
     split_size = _split_size(model.split_size, per_rank) if norm == "split" else None
     config = dataclasses.replace(config, model=dataclasses.replace(model, norm=norm, split_size=split_size))
     config = dataclasses.replace(config, method=config.method.resolved(config))
-    for side in _sides(config):
-        check_side(model.backbone, side)
-    return config
-
-
-def _sides(config: Config) -> list[int]:
-    """Of what the backbone will see, px."""
     mosaics, specs = config.method.mosaics(), config.method.view_specs(config.views)
     canvases = {2 * spec.side for spec in specs if mosaics and mosaics.tile == "full" and spec.name == mosaics.view}
-    return sorted({spec.side for spec in specs} | canvases)
+    for side in sorted({spec.side for spec in specs} | canvases):
+        check_side(model.backbone, side)
+    return config
 
 
 def _split_size(asked: int | None, per_rank: int) -> int:
@@ -275,13 +268,3 @@ def _split_size(asked: int | None, per_rank: int) -> int:
             "images per rank, a multiple of 4"
         )
     return asked
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of unit length, in float32 at least."""
-    return nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-
-
-def full_precision(device: torch.device):
-    """While inside, products are not autocast: losses and similarities need their digits."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

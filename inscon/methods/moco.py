@@ -8,22 +8,10 @@ from torch import Tensor, nn
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
-from inscon.methods.method import (
-    LEAST_TEMPERATURE,
-    Follower,
-    KeyMethod,
-    Keys,
-    Losses,
-    MethodSettings,
-    Piece,
-    full_precision,
-    queue_size,
-    slow_copy,
-    unit,
-)
+from inscon.methods.method import Follower, KeyMethod, Keys, Losses, MethodSettings, Piece, queue_size, slow_copy
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head
-from inscon.nn.loss import row_logits, separate_terms
+from inscon.nn.loss import row_logits, separate_terms, unit
 from inscon.plan import ViewSpec
 
 
@@ -43,7 +31,7 @@ class Settings(MethodSettings):
     """m of key = m*key + (1-m)*query."""
 
     def __post_init__(self):
-        check_ranges(self, embedding_dim=1, temperature=LEAST_TEMPERATURE, key_momentum=(0, 1))
+        check_ranges(self, embedding_dim=1, temperature=1e-3, key_momentum=(0, 1))
 
     def resolved(self, config: Config) -> "Settings":
         size = queue_size("queue_size", self.queue_size, config.optim.batch_size)
@@ -85,12 +73,9 @@ class MoCo(KeyMethod):
 
     def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
         def losses() -> Losses:
-            query = self.query_encoder(batch.views["query"].pixels)["single"]
-            with full_precision(query.device):
-                logits = row_logits(
-                    query, prepared.own["single"], self.queues["single"].keys, self.settings.temperature
-                )
-                loss = separate_terms(logits).mean()
+            query, keys = self.query_encoder(batch.views["query"].pixels)["single"], prepared.own["single"]
+            logits = row_logits(query, keys, self.queues["single"].keys, self.settings.temperature)
+            loss = separate_terms(logits).mean()
             return Losses(total=loss, logged={"loss_single": loss.detach(), "top1_single": logits.top1})
 
         return [Piece("query", losses)]

@@ -4,6 +4,7 @@ Readings 4 and 5 of METHOD: every logit is divided by the temperature, and sever
 separate terms or one sum inside the logarithm, as printed.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,11 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26, "meta": 2**40}
 """Logits held at once, by device: 16 MB in float32, about what a CPU's cache holds; 256 MB on a GPU."""
 KEPT_LOGITS = {"cpu": 2**22, "cuda": 2**25, "meta": 0}
 """Up to so many are kept for the backward pass; more are computed again there, a chunk at a time."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32 at least."""
+    return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +42,11 @@ class RowLogits:
 def row_logits(
     queries: Float[Tensor, "N D"], positives: Float[Tensor, "N D"], negatives: Float[Tensor, "K D"], temperature: float
 ) -> RowLogits:
-    """Similarities over temperature, reduced per query. No gradient reaches positives or negatives."""
-    positive = (queries * positives.detach()).sum(-1) / temperature
-    lse, hardest = _Negatives.apply(queries, negatives.detach(), temperature)
+    """Similarities over temperature, reduced per query, never in half precision. No gradient reaches positives or negatives."""
+    meta = queries.device.type == "meta"  # which has no autocast
+    with contextlib.nullcontext() if meta else torch.autocast(queries.device.type, enabled=False):
+        positive = (queries * positives.detach()).sum(-1) / temperature
+        lse, hardest = _Negatives.apply(queries, negatives.detach(), temperature)
     return RowLogits(positive=positive, negative_lse=lse, hardest_negative=hardest)
 
 
@@ -95,18 +103,14 @@ def separate_terms(logits: RowLogits) -> Float[Tensor, "N"]:
     return torch.logaddexp(logits.positive, logits.negative_lse) - logits.positive
 
 
-def joint_term(logits: RowLogits, positives_each: int) -> Float[Tensor, "N"]:
-    """Equations 2 and 3 as printed, for rows in groups of `positives_each`: positives, and negatives, summed inside the log."""
-    positive = logits.positive.unflatten(0, (-1, positives_each)).logsumexp(-1)
-    negative = logits.negative_lse.unflatten(0, (-1, positives_each)).logsumexp(-1)
-    return torch.logaddexp(positive, negative) - positive
-
-
 def group_terms(logits: RowLogits, positives_each: int, aggregate: str) -> Float[Tensor, "N"]:
     """InfoNCE of rows in groups of `positives_each` (tiles of a mosaic, cells of an overlap), one value for each group.
 
-    `aggregate="mean"`: the mean of separate terms; "literal": one sum inside the log per group (METHOD 4).
+    `aggregate="mean"`: the mean of separate terms; "literal": equations 2 and 3 as printed, positives, and
+    negatives, summed inside the log (METHOD 4).
     """
-    if aggregate == "literal":
-        return joint_term(logits, positives_each)
-    return separate_terms(logits).unflatten(0, (-1, positives_each)).mean(-1)
+    grouped = (-1, positives_each)
+    if aggregate == "mean":
+        return separate_terms(logits).unflatten(0, grouped).mean(-1)
+    positive, negative = (lse.unflatten(0, grouped).logsumexp(-1) for lse in (logits.positive, logits.negative_lse))
+    return torch.logaddexp(positive, negative) - positive

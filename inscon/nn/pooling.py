@@ -12,13 +12,9 @@ from torch import Tensor
 
 
 def precise_roi_pool(
-    features: Float[Tensor, "B F h w"],
-    boxes: Float[Tensor, "B 4"],
-    output_size: int,
-    spatial_scale: float,
-    offset: float = 0.0,
-    border: str = "zero",
-) -> Float[Tensor, "B F G G"]:
+    features: Float[Tensor, "B F h w"], boxes: Float[Tensor, "B 4"], output_size: int, spatial_scale: float,
+    offset: float = 0.0, border: str = "zero",
+) -> Float[Tensor, "B F G G"]:  # fmt: skip
     """Pool one box of each map into `output_size` x `output_size` cells.
 
     Args:

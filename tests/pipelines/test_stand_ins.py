@@ -31,7 +31,9 @@ def slow(order: EpochOrder, step: int, bad: set[int]) -> list[int]:
     one of its own column, searched from half an epoch further down on, and from the top again."""
     epoch, row = divmod(step, order.steps_per_epoch)
     first = epoch * order.steps_per_epoch
-    table = [order.global_batch(first + r).tolist() for r in range(order.steps_per_epoch)]
+    table = [
+        order.rank_batches(range(first + r, first + r + 1), 0, 1)[0].tolist() for r in range(order.steps_per_epoch)
+    ]
     half = max(len(table) // 2, 1)
     shown = []
     for column, sample in enumerate(table[row]):
@@ -66,7 +68,7 @@ def feed_over(count: int, bad=(), **settings) -> Feed:
 def in_epoch(count: int, *places: tuple[int, int], batch_size: int = 4) -> set[int]:
     """Samples by (row, column) of the first epoch's table."""
     order = EpochOrder(count, batch_size, 0)
-    return {int(order.global_batch(row)[column]) for row, column in places}
+    return {int(order.rank_batches(range(row, row + 1), 0, 1)[0][column]) for row, column in places}
 
 
 BAD = {
@@ -92,7 +94,7 @@ def test_the_rule_is_the_obvious_one(case):
     for step in [*range(min(spe, 12)), spe + 1]:
         shown, work = slow(order, step, bad), knowing.work(step)
         assert work.sample_ids.tolist() == shown and len(set(shown)) == batch_size and not bad & set(shown)
-        assert work.substituted == len(bad & set(order.global_batch(step).tolist()))
+        assert work.substituted == len(bad & set(order.rank_batches(range(step, step + 1), 0, 1)[0].tolist()))
         wanted = plan_views(knowing.seed, work.epoch, np.array(shown), knowing.index.sizes(shown), knowing.views)
         np.testing.assert_array_equal(work.plan.views["key"].crop_box, wanted.views["key"].crop_box)
         np.testing.assert_array_equal(np.concatenate([feed.work(step).sample_ids for feed in halves]), shown)
@@ -161,7 +163,9 @@ def test_engines_choose_alike_name_each_once_and_count(name, damaged, by_pil, ca
     assert ids_of(made) == [slow(order, step, set(MET)) for step in range(8)]
     for one, other in zip(made, by_pil, strict=True):
         assert_same(one, other, by_pil=True)
-    assert figures["loader_substituted"] == sum(len(set(MET) & set(order.global_batch(s).tolist())) for s in range(8))
+    assert figures["loader_substituted"] == sum(
+        len(set(MET) & set(order.rank_batches(range(s, s + 1), 0, 1)[0].tolist())) for s in range(8)
+    )
     for sample, fault in MET.items():
         [said] = [m for r in caplog.records if f"sample {sample} (" in (m := r.getMessage())]
         assert fault in said and said.endswith("Another sample stands in for it.") and "\n" not in said

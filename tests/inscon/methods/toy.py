@@ -8,9 +8,10 @@ from torch import nn
 
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
-from inscon.methods.method import Losses, Method, MethodSettings, Piece, unit
+from inscon.methods.method import Losses, Method, MethodSettings, Piece
 from inscon.nn.backbones import build_backbone
 from inscon.nn.heads import instance_head
+from inscon.nn.loss import unit
 from inscon.plan import ViewSpec
 
 
