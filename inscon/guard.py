@@ -276,5 +276,5 @@ def check_ranges(settings: object, **ranges: float | tuple[float, float]) -> Non
         least, most = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
         values = found if isinstance(found, tuple) else (found,)
         if not values or any(value is not None and not least <= value <= most for value in values):  # which NaN isn't
-            said = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            said = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise ValueError(f"--{name.replace('_', '-')} must be {said}. Found: {found}")

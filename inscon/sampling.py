@@ -39,7 +39,7 @@ class EpochOrder:
         return step // self.steps_per_epoch
 
     def rank_batches(self, steps: range, rank: int, world_size: int) -> np.ndarray:
-        """[steps, batch_size / world_size] int64 sample ids: a rank's contiguous slices of the global batches of steps of one epoch."""
+        """[steps, batch_size / world_size] sample ids: a rank's contiguous slices of the global batches of steps of one epoch."""
         share, remainder = divmod(self.batch_size, world_size)
         if remainder:
             raise ValueError(f"batch_size must be a multiple of the {world_size} ranks. Found: {self.batch_size}")

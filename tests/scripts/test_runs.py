@@ -266,7 +266,7 @@ def damage(shards, tmp_path, how):
 @pytest.mark.parametrize(("how", "message"), [
     (lambda d: (d / "shard-000000.tar").unlink(), "shard-000000.tar"),
     (lambda d: os.truncate(d / "shard-000000.tar", 3000), "shard-000000.tar is 3000 bytes"),
-    (lambda d: edit(d / "manifest.json", '"version": 2', '"version": 7'), "format version 7"),
+    (lambda d: edit(d / "manifest.json", '"version": 2', '"version": 7'), "it is in inscon-shards 7, not in inscon-shards 2"),
     (lambda d: [p.unlink() for p in d.iterdir()], "make_dali.py"),
 ])  # fmt: skip
 def test_damaged_shards_get_one_sentence(shards, tmp_path, how, message):
