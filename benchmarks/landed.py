@@ -9,6 +9,8 @@ their own tree on sys.path, that waits while the other one works; who begins alt
 latter of the whole process tree. A ratio is the other tree's cost over this one's, so above 1 this tree is better. Given are its
 median over the rounds, and the order statistics that hold the median with 95 % or more (of 9 rounds, the second and the eighth).
 
+Sets are packed by the older tree, which may not read what the newer one packs.
+
 --quick takes views of 64 px and mosaics of 128, and fewer images: to try the benchmark, not to report figures.
 """
 
