@@ -1,16 +1,18 @@
 """Measuring where it happens, writing where it is read: data wait, images/s, losses; to the screen, JSONL and TensorBoard."""
 
+import contextlib
 import datetime
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from inscon import distributed, guard
-from inscon.clock import WAIT, part
+from inscon.clock import WAIT, now, part, seconds
 
 
 class Stopwatch:
@@ -42,6 +44,57 @@ class Stopwatch:
         elapsed, steps, wait_s = time.perf_counter() - self._start, max(self._steps, 1), self._wait_s
         self.restart()
         return {"step_s": elapsed / steps, "data_wait_percent": 100 * wait_s / elapsed}
+
+
+class Pace:
+    """How long steps take one by one, to notice a machine that is shared. Pauses between steps, and waits for data, are left out.
+
+    On a GPU the times are the device's, by events in its stream; they are read when it has been waited for anyway.
+    """
+
+    FIRST, ENOUGH, KEPT = 10, 40, 200
+    """Steps: left out at the start, where everything happens for the first time; needed for a verdict; that it is about."""
+    LITTLE_WAIT = 5.0
+    """Percent of the time that steps may wait for data at most: where they wait longer, the loader is what varies."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._steps, self._said = device, 0, False
+        self._marks, self._took_s = deque(maxlen=self.KEPT), deque(maxlen=self.KEPT)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        start = now(self._device)
+        yield
+        self._steps += 1
+        if self._steps > self.FIRST and not self._said:
+            self._marks.append((start, now(self._device)))
+
+    def look(self, data_wait_percent: float) -> list[str]:
+        """The sentence about a shared machine, once; to be called after a wait for the device, with the worst rank's data wait
+        since the last look."""
+        if data_wait_percent <= self.LITTLE_WAIT:
+            self._took_s.extend(seconds(*mark) for mark in self._marks)
+        self._marks.clear()
+        sentence = unsteady(self._took_s) if len(self._took_s) >= self.ENOUGH and not self._said else None
+        self._said = self._said or sentence is not None
+        return [sentence] if sentence else []
+
+
+SEVERAL = 3.0
+"""How many times as long as the fastest tenth of steps the slowest one takes, at least, where a machine is shared."""
+
+
+def unsteady(took_s: Sequence[float]) -> str | None:
+    """What to say of steps that took so long, or None where they took about equally long. A few slow ones are always met."""
+    ordered = sorted(took_s)
+    fast, slow = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+    if slow < SEVERAL * fast:
+        return None
+    return (
+        f"this machine seems to be shared: of {len(ordered)} steps that hardly waited for data, the slowest tenth took "
+        f"{slow:.3g} s and more, {slow / fast:.1f} times the {fast:.3g} s of the fastest tenth, so the speeds logged here are not "
+        "the machine's own; end what else runs on it, or ask for cores and GPUs of your own"
+    )
 
 
 class LossMeter:

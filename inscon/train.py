@@ -16,7 +16,7 @@ from inscon.config import Config
 from inscon.gradients import FlatGradients
 from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
-from inscon.meters import LossMeter, MetricsLog, Stopwatch, window
+from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, window
 from inscon.methods.method import Method
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, choose_precision
@@ -114,14 +114,15 @@ def train(
             file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     rate = distributed.total({"rate": matrix_rate(training.device, training.precision.pixel_dtype)})["rate"]
     full_rate = rate / step_flops(config).per_image  # source images/s of bare matrix products: where MFU is 100 %
-    losses_meter, watch = LossMeter(), Stopwatch()
+    losses_meter, watch, pace = LossMeter(), Stopwatch(), Pace(training.device)
     health = Health(training.method, training.step, config.model.norm)
     log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tensorboard)
     with guard.stop_requests() as stop:
         log.say(describe(training))
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step
-            lr = take_step(training, batch, steps_per_epoch, losses_meter)
+            with pace.step():
+                lr = take_step(training, batch, steps_per_epoch, losses_meter)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
             evaluating = monitor and not stopping and (training.step % config.run.eval_every == 0 or finished)
@@ -137,7 +138,7 @@ def train(
                     stopping = distributed.any_rank(stop.requested)
                     seen |= {} if stopping else evaluation
                 log.write(training.step, found | seen)
-                for sentence in warnings:
+                for sentence in warnings + pace.look(found["data_wait_percent"]):
                     log.warn(training.step, sentence)
                 watch.restart()  # looking and evaluating belong to no window
             stop.final = stopping or finished

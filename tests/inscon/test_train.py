@@ -5,13 +5,14 @@ import json
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
 
 from inscon import checkpoint, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from inscon.meters import LossMeter, MetricsLog, Stopwatch
+from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, unsteady
 from inscon.methods import inscon
 from inscon.methods.method import resolve
 from tests.inscon.methods.steps import make_batch
@@ -439,6 +440,73 @@ def test_meters_read_means_and_start_anew(monkeypatch):
     waits = watch.waits([1, 2])
     next(waits), next(waits)  # 1..2 and 5..5
     assert watch.read() == {"step_s": 5.0, "data_wait_percent": 10.0}  # at 10
+
+
+ALONE = [0.4 + 0.01 * (i % 7) for i in range(60)]
+
+
+@pytest.mark.parametrize(("took_s", "times"), [
+    (ALONE, None),
+    ([*ALONE, 9.0, 8.0, 7.0], None),  # a few slow ones
+    ([*ALONE[:40], *[1.0] * 20], None),  # a laptop that became warm
+    ([*ALONE[:40], *[2.0] * 20], "4.9 times the 0.41 s"),
+    ([0.4, 0.4, 1.4] * 20, "3.5 times"),
+    ([3.0] * 54 + [0.5] * 10, "6.0 times"),  # alone for a moment
+])  # fmt: skip
+def test_steps_that_vary_severalfold_are_of_a_shared_machine(took_s, times):
+    sentence = unsteady(took_s)
+    if times is None:
+        assert sentence is None
+    else:
+        assert times in sentence and f"of {len(took_s)} steps" in sentence and "end what else runs on it" in sentence
+
+
+def watched(monkeypatch, took_s, waits=(0.0,), every=20):
+    """What a Pace says of steps that take so long, looked at every so many steps with these data waits, in percent."""
+    clock = iter([at for start, s in enumerate(took_s) for at in (100.0 * start, 100.0 * start + s)])
+    monkeypatch.setattr("inscon.meters.now", lambda device: next(clock))
+    pace, said = Pace(CPU), []
+    for number in range(1, len(took_s) + 1):
+        with pace.step():
+            pass
+        if number <= Pace.FIRST:
+            next(clock)
+        if number % every == 0:
+            said += [(number, sentence) for sentence in pace.look(waits[min(number // every - 1, len(waits) - 1)])]
+    return said
+
+
+def test_a_shared_machine_is_named_once_and_no_other(monkeypatch):
+    uneven = [0.4, 2.0] * 60
+    assert [number for number, _ in watched(monkeypatch, uneven)] == [60]  # 40 steps after the first ten
+    assert watched(monkeypatch, uneven, waits=(30.0,)) == []  # the loader's doing
+    assert [number for number, _ in watched(monkeypatch, uneven, waits=(30.0, 30.0, 0.0))] == [80]
+    assert watched(monkeypatch, [5.0] * 10 + [0.4] * 110) == []  # the first steps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_is_the_devices_time_that_varies():
+    """The host hands out all steps equally fast."""
+    pace = Pace(torch.device("cuda"))
+    for number in range(60):
+        with pace.step():
+            torch.cuda._sleep(30_000_000 if number % 3 == 0 else 1_000_000)
+    torch.cuda.synchronize()
+    assert ["of 50 steps" in sentence for sentence in pace.look(0.0)] == [True]
+
+
+def test_the_trainer_names_a_shared_machine(tmp_path, monkeypatch, capsys):
+    def step(training, batch):
+        time.sleep(0.06 if training.step % 3 == 0 else 0.002)
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(train, "run_step", step)
+    config = changed(make_config(tmp_path), "run", log_every=55, checkpoint_every=1000)
+    training, batch = train.set_up(config, CPU, "set A"), batch_of(0)
+    train.train(training, (batch for _ in range(55)), PER_EPOCH, 55)
+    assert "warning at step 55: this machine seems to be shared: of 45 steps" in capsys.readouterr().out
+    assert "seems to be shared" in (tmp_path / "warnings.jsonl").read_text()
 
 
 def test_tensorboard_gets_every_value_and_the_screen_a_line(tmp_path, capsys):

@@ -385,7 +385,9 @@ def test_a_slow_disk_is_named(data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_healthy_run_is_bound_by_its_processor(data, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    report = planted.measure(small_run(data, pipeline="dali", batch_size=64, backbone="resnet18"), tmp_path, kind="CPU-bound")
+    report = planted.measure(
+        small_run(data, pipeline="dali", batch_size=64, backbone="resnet18"), tmp_path, kind="CPU-bound"
+    )
     assert report["verdict"]["kind"] == "CPU-bound", report["verdict"]
     assert sum(report["shares"].values()) == pytest.approx(100, abs=2)
     rates = report["ceilings"]
