@@ -233,12 +233,15 @@ class DatasetIndex:
         be read or have changed, and for pixels where none are wanted.
         """
         record = self._records[self._checked_one(sample_id)]
-        if record["encoding"] != JPEG and not pixels:
+        size, height, width = (int(record[name]) for name in ("byte_count", "height", "width"))
+        raw = record["encoding"] == RAW
+        if raw and not pixels:
             raise ShardError(
                 f"{self.describe(sample_id)} is stored as raw pixels: read this set with --pipeline ffcv, or pack it with "
                 "--write-mode jpg."
             )
-        size = int(record["byte_count"])
+        if raw and size != 3 * height * width:
+            raise self._fault(sample_id, f"is no picture ({size} bytes are not {height}x{width} px of 3 bytes)")
         if memory is not None and len(memory) < size:
             raise ValueError(f"memory must hold the {size} bytes of sample {sample_id}. Found: {len(memory)}.")
         try:

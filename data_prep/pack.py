@@ -48,7 +48,7 @@ from inscon.sampling import permute
 BYTES_PER_MB = 1_000_000
 _JOB_NAME, _LISTING_NAME = "job.json", "listing.sqlite"
 _PACKING_ORDER = 2**32 - 1  # an epoch number that no training reaches: packing shuffles unlike any epoch
-_READ_AHEAD_BYTES, _READ_AHEAD, _READ_THREADS = 16_000_000, 64, 4
+_READ_AHEAD_BYTES, _READ_AHEAD, _HANDFUL, _READ_THREADS = 16_000_000, 8, 8, 4
 _LEAST_LOOKED_AT = 1000  # pictures, before bad ones among them stop a run
 _SPAWN = get_context("spawn")  # forking beside threads (rich has one) may hang
 
@@ -445,25 +445,24 @@ def _prepare(source: bytes, job: Job) -> Prepared:
     return prepare_picture(source, wanted)
 
 
-def _read_ahead(job: Job, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | Unreadable]]:
+def _read_ahead(job: Job, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bytes | Unreadable]]:
     """Entries with their bytes, in order; disks and networks like several requests at a time."""
 
-    def read(entry: Entry) -> bytes | Unreadable:
+    def read(entry: Entry) -> tuple[Entry, bytes | Unreadable]:
         try:
-            return job.listing.read(entry)
+            return entry, job.listing.read(entry)
         except Unreadable as fault:
-            return fault
+            return entry, fault
 
-    ahead, ahead_bytes = deque(), 0
+    ahead, more = deque(), True
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for entry in itertools.chain(entries, [None]):
-            if entry is not None:
-                ahead.append((entry, pool.submit(read, entry)))
-                ahead_bytes += entry.byte_count
-            while ahead and (entry is None or ahead_bytes > _READ_AHEAD_BYTES or len(ahead) > _READ_AHEAD):
-                first, reading = ahead.popleft()
-                ahead_bytes -= first.byte_count
-                yield first, reading.result()
+        while more or ahead:
+            if more := list(itertools.islice(entries, _HANDFUL)):  # to hand over one costs as much as to read one
+                ahead.append((sum(entry.byte_count for entry in more), pool.submit(list, map(read, more))))
+            while ahead and (
+                not more or sum(size for size, _ in ahead) > _READ_AHEAD_BYTES or len(ahead) > _READ_AHEAD
+            ):
+                yield from ahead.popleft()[1].result()
 
 
 def _check_bad(job: Job, bad: int, looked_at: int, report: Report) -> None:

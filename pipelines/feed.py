@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.index import RAW, DatasetIndex, ShardError
+from data_prep.index import DatasetIndex, ShardError
 from inscon.config import LoaderConfig
 from inscon.plan import BatchPlan, Mosaics, ViewSpec, check_views, plan_views
 from inscon.sampling import EpochOrder
@@ -206,17 +206,11 @@ class Refusal(Exception):
 
 
 def read(index: DatasetIndex, sample_id: int, memory: np.ndarray | None = None, pixels: bool = True) -> np.ndarray:
-    """`index.read`, raw pixels being as many as the picture's size says. Refusal where it does not go well."""
+    """`index.read`; Refusal where it does not go well."""
     try:
-        stored = index.read(sample_id, memory, pixels=pixels)
+        return index.read(sample_id, memory, pixels=pixels)
     except ShardError as error:
         raise Refusal(sample_id, error) from None
-    [record] = index.records([sample_id])
-    height, width = int(record["height"]), int(record["width"])
-    if record["encoding"] == RAW and len(stored) != 3 * height * width:
-        reason = f"{len(stored)} bytes are not {height}x{width} px of 3 bytes"
-        raise undecodable(index, sample_id, reason, "NumPy")
-    return stored
 
 
 def undecodable(index: DatasetIndex, sample_id: int, reason: str, decoder: str) -> Refusal:
