@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 LACKING = (
     "nvidia.dali",
@@ -33,6 +35,7 @@ def collect(lacking, *options):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_where_packages_are_missing():
     done = collect(LACKING, "-m", "gpu")
     assert done.returncode == 0, done.stdout[-3000:]
@@ -41,6 +44,7 @@ def test_gpu_tests_are_collected_where_packages_are_missing():
         assert f"{name} is not installed" in done.stdout
 
 
+@pytest.mark.slow
 def test_elsewhere_a_missing_package_is_an_error():
     done = collect(["scipy"], "tests/inscon/test_plan.py")
     assert done.returncode == 2 and "scipy" in done.stdout

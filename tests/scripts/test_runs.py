@@ -157,6 +157,7 @@ def test_a_killed_run_resumes_bit_for_bit(data_of, tmp_path, pipeline):
     assert "is finished: step 9 of 9" in run(*base, "--run-dir", tmp_path / "killed").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
 def test_a_killed_run_with_bad_samples_resumes_bit_for_bit(data_of, tmp_path, pipeline, caplog):
     """One sample is damaged behind the run's back. Who stands in for it needs no memory, so it is the same one after a resume."""
@@ -186,6 +187,7 @@ def flip_a_bit(folder):
         file.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "ranks"), [("dali", 2), ("ffcv", 2), ("reference", 0)])
 def test_signals_in_numbers_stop_all_ranks_with_a_checkpoint(data_of, tmp_path, pipeline, ranks):
     """To every process and again, as Slurm and systemd send them; torchrun, which one more signal kills, sends its own too."""
@@ -204,6 +206,7 @@ def test_signals_in_numbers_stop_all_ranks_with_a_checkpoint(data_of, tmp_path, 
     assert not ranks or ("batch 8 on 2 x cpu" in out and "norm shuffle" in out)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_one_process_s(shards, tmp_path):
     """The second one is told who has it, and disturbs nothing; the probe's folder likewise."""
     arguments = [*SMALL, "--pipeline", "synthetic", "--run-dir", tmp_path]

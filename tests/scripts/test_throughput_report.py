@@ -343,6 +343,7 @@ def test_a_trace_names_the_parts(tmp_path):
     assert names.count(BACKWARD) == names.count(OPTIMIZER) == names.count(forward("views")) == 2
 
 
+@pytest.mark.slow
 def test_a_slow_loader_is_named(data, tmp_path, monkeypatch, capsys):
     decode = reference.decode
 
