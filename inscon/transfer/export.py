@@ -5,6 +5,7 @@ own and wants a pickle of NumPy arrays. timm's networks are written for timm. Wh
 attribute `inscon` of the dictionary (.pth), an entry (.pkl).
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import pickle
@@ -12,7 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_type_hints
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ import xxhash
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from inscon import checkpoint, guard
+from inscon import checkpoint, guard, methods
+from inscon.config import Config, from_dict
 from inscon.nn.backbones import TORCHVISION, Backbone, build_backbone
-from inscon.transfer.backbone import backbone_tensors, load_contents, untrained_backbone
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """How the names of BatchNorm's buffers end."""
@@ -57,11 +58,11 @@ def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm
     """
     out = Path(out)
     check_name(form, out)
-    contents, file = load_contents(run)
+    tensors, contents, file = read_run(run)
     backbone = contents["config"]["model"]["backbone"]
     if form != "timm" and backbone not in TORCHVISION:
         raise ExportError(f"{form} has no {backbone}, which is a network of timm's; set --format timm")
-    tensors = backbone_tensors(contents) | (statistics or {})
+    tensors |= statistics or {}
     facts = {
         "format": form,
         "inscon": importlib.metadata.version("inscon"),
@@ -121,8 +122,7 @@ def any_backbone(source: Path, untrained: bool = False) -> tuple[Backbone, dict]
     """
     file = Path(source)
     if file.is_dir() or file.suffix == ".pt":
-        held, file = load_contents(file)
-        tensors = backbone_tensors(held)
+        tensors, held, file = read_run(file)
     else:
         tensors, held = read(file)
     facts = {"what": str(file), "step": held["step"], "config": held["config"]}
@@ -131,6 +131,40 @@ def any_backbone(source: Path, untrained: bool = False) -> tuple[Backbone, dict]
     backbone = build_backbone(facts["config"]["model"]["backbone"])
     backbone.network.load_state_dict(tensors)
     return backbone.eval(), facts
+
+
+def untrained_backbone(config: dict) -> Backbone:
+    """The backbone as the run with this configuration, of `Config.to_dict`, started it; in eval mode."""
+    config = rebuild(config)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="none", split_size=None))
+    torch.manual_seed(config.run.seed)
+    return config.method.build(config, config.optim.batch_size).backbone.eval()
+
+
+def rebuild(values: dict) -> Config:
+    """The configuration that `Config.to_dict` made these values of."""
+    method = dict(values["method"])
+    kinds = get_type_hints(Config) | {"method": methods.settings_of(method.pop("name"))}
+    return Config(**{group: from_dict(kinds[group], held) for group, held in (values | {"method": method}).items()})
+
+
+def read_run(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
+    """Of a checkpoint, `path` or the newest of a run folder: the tensors of the backbone, what a method trains for others and never
+    its slow copy, by its library's names; all that it holds; its file. Raises CheckpointError."""
+    path = Path(path)
+    file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
+    contents = checkpoint.load(file)
+    if "config" not in contents:
+        raise checkpoint.CheckpointError(
+            f"{file} is a detector of scripts/finetune_detection.py, no pre-training; give the run folder of a scripts/train.py"
+        )
+    prefix = contents["backbone"] + "."
+    tensors = {
+        name.removeprefix(prefix): value.cpu().contiguous()
+        for name, value in contents["model"].items()
+        if name.startswith(prefix) and torch.is_tensor(value)
+    }
+    return tensors, contents, file
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -16,7 +16,6 @@ from inscon.methods import inscon, moco
 from inscon.methods.method import resolve
 from inscon.nn.backbones import build_backbone
 from inscon.transfer import export
-from inscon.transfer.backbone import backbone_tensors
 from scripts import export as export_script
 
 BACKBONES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
@@ -68,8 +67,7 @@ def jpeg():
 
 
 def tensors_of(run):
-    contents = checkpoint.load(checkpoint.latest(run))
-    return backbone_tensors(contents), contents
+    return export.read_run(run)[:2]
 
 
 def load(file):

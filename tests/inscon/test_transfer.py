@@ -12,8 +12,7 @@ from data_prep.make_dali import pack_folder
 from inscon import checkpoint
 from inscon.nn.backbones import build_backbone
 from inscon.transfer import knn
-from inscon.transfer.backbone import rebuild
-from inscon.transfer.export import any_backbone
+from inscon.transfer.export import any_backbone, rebuild
 from scripts import knn as knn_script
 from scripts import linear as linear_script
 from tests.inscon.test_export import BACKBONES, make_run
