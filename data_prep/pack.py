@@ -23,7 +23,7 @@ import tarfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
@@ -79,9 +79,7 @@ class PackConfig(Treatment):
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
         if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):
-            raise ValueError(
-                f"The shards would lie among the pictures: --out {self.out} is inside --data {self.data}; move it out."
-            )
+            raise ValueError(f"--out {self.out} is inside --data {self.data}, among the pictures; move it out.")
 
     @property
     def shard_bytes(self) -> int:
@@ -427,7 +425,7 @@ def _add(job: Job, samples: Samples, entry: Entry, source: bytes | Unreadable) -
         if isinstance(source, Unreadable):
             raise source
         content, encoding, height, width, changes = _prepare(source, job)
-    except (BadPicture, Unreadable) as bad:
+    except BadPicture as bad:
         samples.reject(entry.name, bad.kind, str(bad))
         return
     samples.add(content, height=height, width=width, label=entry.label, encoding=encoding, name=entry.name)
@@ -583,8 +581,8 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
             kinds.update(entry["kind"] for entry in report.rejected)
             changes.update(change for entry in report.changed for change in entry["changes"])
             num_changed += len(report.changed)
-            rejected.write(_json_lines(report.rejected))
-            changed.write(_json_lines(report.changed))
+            for file, entries in ((rejected, report.rejected), (changed, report.changed)):
+                file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
     counts = num_samples, num_samples, kinds.total(), num_changed
     stored = [packed.stored_file(path, count) for path, count in zip(listed, counts, strict=True)]
     manifest = Manifest(
@@ -601,10 +599,6 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
     with guard.whole_file(out / packed.MANIFEST_NAME) as file:
         file.write(json.dumps(asdict(manifest), indent=1).encode() + b"\n")
     return DatasetIndex.open(out)
-
-
-def _json_lines(entries: Iterable[dict]) -> bytes:
-    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
 def run(script: str, config_type: type[PackConfig]) -> None:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.index import BEGIN_ANEW, FORMAT, MANIFEST_NAME, NO_LABEL, STATE_NAME, DatasetIndex, format_files
+from data_prep.pictures import BadPicture
 
 PICTURE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
@@ -60,9 +61,8 @@ def as_bytes(name: str) -> bytes:
 
 _PICTURE_SUFFIXES = tuple(map(as_bytes, PICTURE_EXTENSIONS))
 # The path ends at the last extension that a separator or the line's end follows, so blanks and commas may be in it.
-_LINE = re.compile(
-    rb"(.*(?:" + b"|".join(map(re.escape, _PICTURE_SUFFIXES)) + rb"))(?:[\t, ]+(.*))?", re.DOTALL | re.IGNORECASE
-)
+_SUFFIX = b"|".join(map(re.escape, _PICTURE_SUFFIXES))
+_LINE = re.compile(rb"(.*(?:%b))(?:[\t, ]+(.*))?" % _SUFFIX, re.DOTALL | re.IGNORECASE)
 _MAX_CLASSES = 1_000_000  # their names are in memory
 _MAX_CLS_BYTES = 1000
 _TAR_NAME = re.compile(rb".*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)", re.DOTALL | re.IGNORECASE)
@@ -98,13 +98,8 @@ class Facts(NamedTuple):
     container_bytes: Sequence[int] = ()  # how long each of them was when it was listed
 
 
-class Unreadable(Exception):
-    """A picture that cannot be read and is left out. The message is the whole reason, "unreadable: Permission denied"."""
-
-    @property
-    def kind(self) -> str:
-        """What to count it as: the reason without its details."""
-        return str(self).partition(":")[0]
+class Unreadable(BadPicture):
+    """A picture that cannot be read. The message is the whole reason, "unreadable: Permission denied"."""
 
 
 class Listing:
@@ -141,7 +136,7 @@ class Listing:
         Raises Unreadable where the picture is to be left out, ValueError where packing is to stop: the source has gone.
         """
         if entry.fault:
-            raise Unreadable(entry.fault)
+            raise Unreadable(*entry.fault.split(": ", 1))
         within = entry.container is not None
         path = os.path.join(self._root, as_bytes(self.facts.containers[entry.container] if within else entry.name))
         try:
@@ -154,7 +149,7 @@ class Listing:
         except OSError as error:
             reason = _vanished(path, error.strerror)
             if error.errno in _OF_ONE_PICTURE:
-                reason = Unreadable(f"{UNREADABLE}: {error.strerror}")
+                reason = Unreadable(UNREADABLE, error.strerror)
             raise reason from None
         if len(content) < entry.byte_count:
             raise _vanished(path, f"it ends at byte {entry.offset + len(content)}, within {entry.name}")
@@ -472,9 +467,8 @@ def _list_members(tar: _Tar, folders: set[bytes], writer: ListingWriter) -> None
     """List a tar's pictures and labels; its folders, and the tars in it, are added to `folders`."""
     for opened, member in _members(tar.file, tar.path):
         # Without a leading "./" or "/".
-        parts = [
-            part for part in as_bytes(member.name.partition("\0")[0]).split(b"/") if part not in (b"", b".", b"..")
-        ]
+        steps = as_bytes(member.name.partition("\0")[0]).split(b"/")
+        parts = [step for step in steps if step not in (b"", b".", b"..")]
         name, (path, _, file_name) = b"/".join(parts), b"/".join(parts).rpartition(b"/")
         # As WebDataset has it: members of one sample are called alike up to the first dot.
         sample = b"%d/%b%b/%b" % (tar.container, tar.prefix, path, file_name.partition(b".")[0])
@@ -514,8 +508,7 @@ def _members(file: BinaryIO, path: str) -> Iterator[tuple[tarfile.TarFile, tarfi
             raise tarfile.TarError(f"no header and no end can be read at byte {tar.offset}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is no tar, damaged, cut short or compressed ({error}): decompress it, copy it again, or pack it anew with "
-            "tar."
+            f"{path} is no tar, damaged, cut short or compressed ({error}): decompress it, copy it or pack it anew."
         ) from None
 
 

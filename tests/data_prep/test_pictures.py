@@ -468,7 +468,8 @@ def test_whoever_reads_a_picture_sees_what_packing_sees(orientation, tmp_path):
     np.testing.assert_array_equal(np.asarray(seen), expected)
     for content in (encoded(gray_16(scene()), "PNG"), encoded(scene(mode="CMYK")), *OTHERS.values()):
         content = content if isinstance(content, bytes) else content[0]
-        seen = read_picture(content)
+        (tmp_path / "other").write_bytes(content)
+        seen = read_picture(tmp_path / "other")
         assert seen.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(seen), pixels_of(prepare_picture(content, RAW_MODE)))
 
@@ -488,8 +489,6 @@ def test_a_picture_that_cannot_be_read_is_named(content, reason, tmp_path):
     path = tmp_path / "a.jpg"
     if content is not None:
         path.write_bytes(content)
-        with pytest.raises(BadPicture, match="^" + reason):
-            read_picture(content)
     with pytest.raises(BadPicture, match=f"^{re.escape(str(path))}: {reason}") as caught:
         read_picture(path)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
