@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import tyro
 
@@ -36,8 +36,6 @@ except ModuleNotFoundError as error:
 @dataclass(frozen=True, kw_only=True)
 class DetectionConfig(Protocol):
     """Fine-tuning for detection."""
-
-    LEAST: ClassVar = Protocol.LEAST | {"checkpoint_every": 1, "log_every": 1, "workers": 1}
 
     val_json: Path
     """Annotations to be judged by, in COCO's format."""
@@ -65,6 +63,10 @@ class DetectionConfig(Protocol):
     """Of the convolutions; boxes, losses and weights are float32."""
     workers: int = 4
     """Threads that read pictures ahead."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        guard.check_ranges(self, checkpoint_every=1, log_every=1, workers=1)
 
 
 def main(config: DetectionConfig) -> None:

@@ -6,6 +6,8 @@
 The same command goes on from the last whole epoch. The learning rate is that for 256 images and is rescaled to the batch.
 """
 
+import functools
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,6 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import json
 
 import torch
 
@@ -43,6 +43,7 @@ def main(config: LinearConfig) -> None:
 
 
 def probe(config: LinearConfig, device: torch.device) -> None:
+    say = functools.partial(print, flush=True) if distributed.rank() == 0 else lambda text: None
     backbone, facts, precision, sets = open_frozen(config, device, config.untrained, config.seed)
     run = Probe(backbone, config, sets, config.out, device, precision.autocast_dtype)
     lr, num_classes = config.lr_at(0), run.layer.out_features
@@ -51,7 +52,6 @@ def probe(config: LinearConfig, device: torch.device) -> None:
         f"Linear probe of {facts['what']}: {num_classes} classes, {config.epochs} epochs, batch {config.batch_size}, lr {lr:g}"
         f"{rescaled}, {precision.name}, from epoch {run.epoch}"
     )
-
     for figures in run.train():
         say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     found = run.evaluate()
@@ -65,12 +65,6 @@ def probe(config: LinearConfig, device: torch.device) -> None:
         with guard.whole_file(config.out / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode() + b"\n")
     say(f"linear probe: {100 * found['top1']:.1f} % of {val} pictures; backbone unchanged.")
-
-
-def say(text: str) -> None:
-    """Rank 0 alone."""
-    if distributed.rank() == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

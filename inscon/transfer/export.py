@@ -99,8 +99,7 @@ def estimate_statistics(backbone: Backbone, batches: Iterable) -> dict[str, Tens
     statistics = {name: value.cpu().clone() for name, value in held.items() if name.endswith(STATISTICS)}
     if not statistics or not all(n for name, n in statistics.items() if name.endswith(STATISTICS[2])):
         raise ValueError(
-            "BatchNorm's statistics need at least 1 batch, and a backbone with BatchNorm; set --norm-batches 1 or more, or leave "
-            "it out"
+            "BatchNorm statistics need at least 1 batch and a backbone with BatchNorm; set --norm-batches 1 or more or leave it out"
         )
     return statistics
 

@@ -67,11 +67,9 @@ class FineTuning:
         path = checkpoint.latest(self.folder)
         if path is not None:
             held = _read(path, self.device)
-            different = [name for name, value in asdict(design).items() if held["design"][name] != value]
-            if different:
-                raise ValueError(
-                    f"{path} has another {' and '.join(different)}; set another --out, or the old settings"
-                )
+            other = [name for name, value in asdict(design).items() if held["design"][name] != value]
+            if other:
+                raise ValueError(f"{path} has another {' and '.join(other)}; set another --out, or the old settings")
             for name, part in self._parts.items():
                 part.load_state_dict(held[name])
             self.iteration = held["step"]
@@ -84,10 +82,8 @@ class FineTuning:
         left = range(self.iteration, self.design.iterations)
         losses, watch = LossMeter(), Stopwatch()
         log = MetricsLog(self.folder, left.stop, left.start, tensorboard=False)
-        with (
-            guard.stop_requests() as asked,
-            contextlib.closing(batches(self.data, self.design, left.start, workers)) as loaded,
-        ):
+        loaded = batches(self.data, self.design, left.start, workers)
+        with guard.stop_requests() as asked, contextlib.closing(loaded):
             for iteration, batch in zip(left, watch.waits(loaded)):
                 losses.add(self.step(iteration, batch))
                 done = self.iteration = iteration + 1

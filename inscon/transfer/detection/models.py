@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torchvision
@@ -25,8 +24,6 @@ STRIDES = (4, 8, 16, 32)
 class Protocol:
     """What a fine-tuning depends on, beside detector, weights and data."""
 
-    LEAST: ClassVar = {"iterations": 1, "batch_size": 1, "base_lr": 1e-9, "min_size": 32, "max_size": 32, "rois": 4}
-
     iterations: int = 90_000
     """The learning rate falls to a tenth at 2/3 and at 8/9 of them. 90000 on COCO is the 1x schedule."""
     batch_size: int = 16
@@ -47,7 +44,7 @@ class Protocol:
     """Of the heads, the order, flips, sizes and sampled boxes."""
 
     def __post_init__(self):
-        guard.check_ranges(self, **self.LEAST)
+        guard.check_ranges(self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4)
 
 
 @dataclass(frozen=True, kw_only=True)

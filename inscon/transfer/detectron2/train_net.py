@@ -27,9 +27,7 @@ from inscon.transfer.detectron2 import check
 
 def main(arguments: list[str] | None = None) -> None:
     if not find_spec("detectron2"):
-        raise check.SettingsError(
-            "detectron2 is not installed; compile it as docs/reproduce.md says, or fine-tune with mmdet"
-        )
+        raise check.SettingsError("detectron2 is not installed; compile it as docs/reproduce.md says, or use mmdet")
     from detectron2.engine import default_argument_parser, launch
 
     args = default_argument_parser(epilog=__doc__).parse_args(arguments)
