@@ -143,19 +143,17 @@ class BetonFile:
 
     def _found(self, num_listed: int) -> tuple[Layout, int]:
         """What the beton has, and how many parts that is. Parts that are nowhere are not reported any more."""
-        layout, count = Layout(num_listed), 0
-        while (
-            count < self._num_parts and not part_path(self._out, count).exists() and (report := self._report_of(count))
-        ):
+        layout, end = Layout(num_listed), 0
+        while end < self._num_parts and not part_path(self._out, end).exists() and (report := self._report_of(end)):
             layout.place(report.records["byte_count"])
-            count += 1
+            end += 1
         if self._path.stat().st_size < layout.end:
-            layout, count = Layout(num_listed), 0
-        for part in range(count, self._num_parts):
+            layout, end = Layout(num_listed), 0
+        for part in range(end, self._num_parts):
             report = self._report_of(part)
             if report and report.files and not part_path(self._out, part).exists():
                 report_path(self._out, part).unlink()
-        return layout, count
+        return layout, end
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a full disk, of which was heard already

@@ -89,8 +89,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What manifest.json says about the folder. It depends on the pictures and the settings alone: no dates, no
-    paths, no machine."""
+    """What manifest.json says about the folder, by the pictures and the settings alone: no dates, no paths, no machine."""
 
     format: str
     version: int
@@ -341,9 +340,7 @@ def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lam
 
 def _why_no_manifest(folder: Path) -> str:
     if (folder / STATE_NAME).is_dir():
-        return (
-            f"{folder} holds a data set whose packing did not end: run the command that packs it once more, it goes on."
-        )
+        return f"{folder} holds a set whose packing did not end: run the command that packs it once more, it goes on."
     packer = "make_ffcv" if folder.suffix == ".beton" else "make_dali"
     return (
         f"{folder} is no packed set, it holds no {MANIFEST_NAME}: pack one with python data_prep/{packer}.py --data DIR "

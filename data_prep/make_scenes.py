@@ -209,9 +209,5 @@ def _annotation(mask: NDArray[np.bool_]) -> dict:
     }
 
 
-def main() -> None:
-    print(f"Drew scenes into {tyro.cli(make_scenes)}.")
-
-
 if __name__ == "__main__":
-    guard.run_script("make_scenes.py", main)
+    guard.run_script("make_scenes.py", lambda: print(f"Drew scenes into {tyro.cli(make_scenes)}."))

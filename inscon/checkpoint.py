@@ -84,10 +84,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
 
 def _without(path: Path) -> str:
     """What to do about a checkpoint that is of no use."""
-    before = max(
-        (other.name for other in Path(path).parent.glob("step-*.pt") if other.name < Path(path).name), default=None
-    )
-    return f"delete it to go on from the one before, {before}" if before else "delete it to begin again"
+    before = max((other for other in Path(path).parent.glob("step-*.pt") if other < Path(path)), default=None)
+    return f"delete it to go on from the one before, {before.name}" if before else "delete it to begin again"
 
 
 def check_continues(contents: dict, path: Path, config: dict, data: str) -> list[str]:

@@ -82,9 +82,8 @@ def refuse_old_flags(script: str, arguments: list[str]) -> None:
     old = OLD_FLAGS.get(script, {})
     for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
         if flag in old:
-            raise ValueError(
-                f"{flag} is called {old[flag]} now" if old[flag] else f"{flag} is gone: leave it out (docs/changes.md)"
-            )
+            now = f"called {old[flag]} now" if old[flag] else "gone: leave it out (docs/changes.md)"
+            raise ValueError(f"{flag} is {now}")
 
 
 def sentence_of(error: BaseException) -> str:
@@ -162,9 +161,8 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        hidden = (
-            error.__context__ if type(error) is RuntimeError else error
-        )  # torch.save says "unexpected pos" of a full disk
+        # Of a full disk torch.save says "unexpected pos".
+        hidden = error.__context__ if type(error) is RuntimeError else error
         if not isinstance(hidden, OSError) or hidden.errno is None:
             raise
         raise type(hidden)(hidden.errno, hidden.strerror, str(path)) from None
