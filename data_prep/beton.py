@@ -29,13 +29,8 @@ MIN_PAGE_SIZE = 1 << 23
 MAX_PAGE_SIZE = 1 << 30
 """Bytes; FFCV's process cache reads a page in one call, and Linux reads less than 2 GiB at a time."""
 
-HEADER_DTYPE = np.dtype(
-    [
-        *(("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4")),
-        *(("num_samples", "<u8"), ("alloc_table_ptr", "<u8")),
-    ],
-    align=True,
-)
+_HEADER = {"version": "<u2", "num_fields": "<u2", "page_size": "<u4", "num_samples": "<u8", "alloc_table_ptr": "<u8"}
+HEADER_DTYPE = np.dtype(list(_HEADER.items()), align=True)
 FIELD_DTYPE = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 IMAGE_DTYPE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 METADATA_DTYPE = np.dtype([("f0", IMAGE_DTYPE), ("f1", "<i8")], align=True)

@@ -341,11 +341,8 @@ def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lam
 def _why_no_manifest(folder: Path) -> str:
     if (folder / STATE_NAME).is_dir():
         return f"{folder} holds a set whose packing did not end: run the command that packs it once more, it goes on."
-    packer = "make_ffcv" if folder.suffix == ".beton" else "make_dali"
-    return (
-        f"{folder} is no packed set, it holds no {MANIFEST_NAME}: pack one with python data_prep/{packer}.py --data DIR "
-        "--out SHARDS."
-    )
+    kind = "ffcv" if folder.suffix == ".beton" else "dali"
+    return f"{folder} is no packed set, it holds no {MANIFEST_NAME}: run python data_prep/make_{kind}.py --data DIR --out SHARDS."
 
 
 def format_files(folder: Path) -> list[Path]:

@@ -199,8 +199,7 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
 
 def _annotation(mask: NDArray[np.bool_]) -> dict:
     """Box (x y width height, continuous pixel edges), area (px) and RLE of a mask [H W] that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x0, y0, x1, y1 = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+    x0, y0, x1, y1 = map(float, Image.fromarray(mask).getbbox())
     return {
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": int(mask.sum()),

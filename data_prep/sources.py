@@ -147,10 +147,9 @@ class Listing:
                 with _open_regular(path) as file:
                     return file.read()
         except OSError as error:
-            reason = _vanished(path, error.strerror)
             if error.errno in _OF_ONE_PICTURE:
-                reason = Unreadable(UNREADABLE, error.strerror)
-            raise reason from None
+                raise Unreadable(UNREADABLE, error.strerror) from None
+            raise _vanished(path, error.strerror) from None
         if len(content) < entry.byte_count:
             raise _vanished(path, f"it ends at byte {entry.offset + len(content)}, within {entry.name}")
         return content
