@@ -93,27 +93,23 @@ def check_continues(contents: dict, path: Path, config: dict, data: str) -> list
 
     Returns what `run.change_on_resume` lets change, "lr 0.03 -> 0.01" for each setting.
     """
-    differences = {
+    changed = {
         (group, name): (before, now.get(name))
         for group, now in config.items()
         for name, before in contents.get("config", {}).get(group, {}).items()
         if before != now.get(name) and group != "loader" and name not in _ELASTIC and (group != "run" or name == "seed")
     }
     asked = {("optim", name) for name in config["run"].get("change_on_resume", ())}
-    said = [
-        f"{group}.{name} was {before!r} and is {now!r}"
-        for (group, name), (before, now) in differences.items()
-        if (group, name) not in asked
-    ]
+    said = [f"{'.'.join(key)} was {old!r} and is {new!r}" for key, (old, new) in changed.items() if key not in asked]
     same_data = contents.get("data") == data
     if not same_data:
         said.append(f"the data set was {contents.get('data')} and is {data}")
     if said:
-        helps = same_data and {("optim", name) for name in get_args(Changeable)} >= set(differences)
-        flags = " ".join(sorted(name for _, name in differences))
+        helps = same_data and {("optim", name) for name in get_args(Changeable)} >= set(changed)
+        flags = " ".join(sorted(name for _, name in changed))
         raise CheckpointError(
             f"{path} belongs to another configuration: {'; '.join(said)}. Start with the old settings and data, "
             + (f"go on with the new ones by --change-on-resume {flags}, " if helps else "")
             + "or set another --run-dir"
         )
-    return [f"{name} {before} -> {now}" for (_, name), (before, now) in differences.items()]
+    return [f"{name} {old} -> {new}" for (_, name), (old, new) in changed.items()]

@@ -142,8 +142,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and, if `durable`, on the disk. Left by an error, nothing stays of it.
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole and on the disk. Left by an error, nothing stays of it.
 
     What is under construction has a name of its own, so two processes never write one file. OSError has the file's name.
     """
@@ -155,8 +155,7 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
-            if durable:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
