@@ -27,8 +27,7 @@ class DaliConfig(PackConfig):
 
     container, writer = "tar", "data_prep/make_dali.py"
 
-    shard_mb: int = 256
-    """Megabytes (of 1,000,000 bytes) of source pictures per shard, on average."""
+    shard_mb: int = 256  # Megabytes (of 1,000,000 bytes) of source pictures per shard, on average.
 
 
 def pack_folder(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings) -> DatasetIndex:

@@ -37,10 +37,8 @@ class AttentionConfig:
 
     runs: tuple[str, ...]
     """Run folders, checkpoints or exported files, one column each; "random" for the first one's network before training."""
-    pictures: tuple[Path, ...]
-    """Image files, one row each."""
-    out: Path = Path("attention.png")
-    """The PNG."""
+    pictures: tuple[Path, ...]  # Image files, one row each.
+    out: Path = Path("attention.png")  # The PNG.
     side: int = 448
     """Shorter side that the network sees, px, at least 64; both sides are rounded to multiples of 32."""
 

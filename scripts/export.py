@@ -29,18 +29,14 @@ from pipelines.evaluation import LabelledViews
 class ExportConfig:
     """A file for another library."""
 
-    run: Path
-    """A run folder, whose newest checkpoint is taken, or a checkpoint file."""
+    run: Path  # A run folder, whose newest checkpoint is taken, or a checkpoint file.
     format: Literal["torchvision", "timm", "mmdet", "detectron2"] = "torchvision"
     """Whose names and file format; a network of timm's is written for timm alone."""
-    out: Path
-    """The file: .pkl for detectron2, .pth for the others."""
+    out: Path  # The file: .pkl for detectron2, .pth for the others.
     norm_batches: int = 0
     """Estimate BatchNorm's statistics anew over so many batches of training crops of --data; 0: those of the run."""
-    data: Path | None = None
-    """Packed set for --norm-batches."""
-    batch_size: int = 64
-    """Of --norm-batches."""
+    data: Path | None = None  # Packed set for --norm-batches.
+    batch_size: int = 64  # Of --norm-batches.
 
 
 def main(config: ExportConfig) -> dict:

@@ -29,16 +29,11 @@ class FrozenConfig:
 
     checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--run",))]
     """A run folder (its newest checkpoint), a checkpoint, or a file of scripts/export.py. torchrun takes --run for its own."""
-    train: Path
-    """Labelled shards to learn from."""
-    val: Path
-    """Labelled shards to be tested on."""
-    view_size: int | None = None
-    """Side of the crops, px. None: as the run was trained."""
-    pipeline: Engine = "auto"
-    """Engine that reads the shards."""
-    threads: int | None = None
-    """Of the loader, per rank. None: its share of the cores."""
+    train: Path  # Labelled shards to learn from.
+    val: Path  # Labelled shards to be tested on.
+    view_size: int | None = None  # Side of the crops, px. None: as the run was trained.
+    pipeline: Engine = "auto"  # Engine that reads the shards.
+    threads: int | None = None  # Of the loader, per rank. None: its share of the cores.
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the backbone; what is learned on top of it is float32."""
 
@@ -47,10 +42,8 @@ class FrozenConfig:
 class KnnConfig(FrozenConfig):
     """Frozen evaluation by nearest neighbors."""
 
-    k: int = 200
-    """Neighbors that vote; at most the pictures of --train."""
-    batch_size: int = 64
-    """Pictures at once."""
+    k: int = 200  # Neighbors that vote; at most the pictures of --train.
+    batch_size: int = 64  # Pictures at once.
 
 
 def open_frozen(

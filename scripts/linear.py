@@ -27,10 +27,8 @@ from scripts.knn import FrozenConfig, open_frozen
 class LinearConfig(Protocol, FrozenConfig):
     """A linear probe."""
 
-    out: Path = Path("probe")
-    """Receives result.json, metrics.jsonl and probe.pt."""
-    untrained: bool = False
-    """The network before training instead."""
+    out: Path = Path("probe")  # Receives result.json, metrics.jsonl and probe.pt.
+    untrained: bool = False  # The network before training instead.
 
 
 def main(config: LinearConfig) -> None:

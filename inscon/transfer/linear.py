@@ -27,14 +27,11 @@ from pipelines.evaluation import LabelledViews
 class Protocol:
     """What a probe's number depends on, beside backbone and data."""
 
-    epochs: int = 100
-    """The learning rate falls to a tenth at 60 % and 80 % of them."""
-    batch_size: int = 256
-    """Over all ranks."""
+    epochs: int = 100  # The learning rate falls to a tenth at 60 % and 80 % of them.
+    batch_size: int = 256  # Over all ranks.
     base_lr: float = 30.0
     """For 256 images; what is used is this times batch_size / 256, or the protocol would be another one."""
-    seed: int = 0
-    """Of the layer's start, the order and the crops."""
+    seed: int = 0  # Of the layer's start, the order and the crops.
 
     def __post_init__(self):
         guard.check_ranges(self, epochs=1, batch_size=1, base_lr=1e-9)

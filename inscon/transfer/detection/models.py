@@ -26,22 +26,16 @@ class Protocol:
 
     iterations: int = 90_000
     """The learning rate falls to a tenth at 2/3 and at 8/9 of them. 90000 on COCO is the 1x schedule."""
-    batch_size: int = 16
-    """Images per iteration."""
-    base_lr: float = 0.02
-    """For 16 images; what is used is this times batch_size / 16."""
-    warmup: int = 1000
-    """Iterations of linear warm-up, at most a tenth of all."""
+    batch_size: int = 16  # Images per iteration.
+    base_lr: float = 0.02  # For 16 images; what is used is this times batch_size / 16.
+    warmup: int = 1000  # Iterations of linear warm-up, at most a tenth of all.
     min_size: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     """Short sides in training, px; one is drawn for every image. The last one is that of evaluation."""
-    max_size: int = 1333
-    """Longest side, px."""
+    max_size: int = 1333  # Longest side, px.
     rois: int = 512
     """Boxes an image to learn from is sampled for; fewer make trials on a CPU bearable."""
-    proposals: int = 1000
-    """Of an image that is judged; fewer as well."""
-    seed: int = 0
-    """Of the heads, the order, flips, sizes and sampled boxes."""
+    proposals: int = 1000  # Of an image that is judged; fewer as well.
+    seed: int = 0  # Of the heads, the order, flips, sizes and sampled boxes.
 
     def __post_init__(self):
         guard.check_ranges(self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4)
@@ -53,8 +47,7 @@ class Design(Protocol):
 
     arch: str
     backbone: str
-    weights: str
-    """What the backbone began as."""
+    weights: str  # What the backbone began as.
     categories: dict[int, str]
     train_data: str  # checksum of its json
 
