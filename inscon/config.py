@@ -35,7 +35,8 @@ class LoaderConfig:
     """Where DALI decodes JPEGs. auto: on a GPU whichever of cpu and mixed (nvJPEG, and the GPU's JPEG engine where it has one)
     a short measurement at the start finds faster; cpu without a GPU."""
     color: Literal["auto", "host", "device"] = "auto"
-    """Where color, blur and normalization happen. auto: on the training device. host: finished views travel to a GPU."""
+    """Where color, blur and normalization happen. auto: on the training device, or with RandAugment on the host.
+    host: finished views travel to a GPU."""
     on_bad_sample: Literal["fail", "substitute"] = "fail"
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one that the same epoch shows half an epoch away."""

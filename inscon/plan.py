@@ -1,15 +1,15 @@
 """Every random choice of a run, as a pure function of (seed, epoch, sample id): plan first, execute later.
 
 A method names its views as `ViewSpec`s; `plan_views` draws, for any set of samples, where each view is cropped, mirrored,
-jittered, made gray, blurred and solarized. The numbers come from a counter-based generator (`inscon.sampling.philox`), keyed by
-the seed and counted by (sample id, epoch, view, purpose). So there is no state: the same numbers on every machine, in any
-order, for every way to split a batch, and a run resumes from two integers.
+jittered, made gray, blurred, changed by RandAugment and solarized. The numbers come from a counter-based generator
+(`inscon.sampling.philox`), keyed by the seed and counted by (sample id, epoch, view, purpose). So there is no state: the same
+numbers on every machine, in any order, for every way to split a batch, and a run resumes from two integers.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,22 @@ from inscon.sampling import philox
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(6)
 """Codes of the color operations in `ViewPlan.color_ops`."""
-ROW = 20
+AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, SHARPNESS = range(6, 13)
+ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(13, 18)
+"""Codes of what RandAugment does beside brightness, contrast and saturation: to levels, and from ROTATE on to places."""
+RANDAUGMENT = {
+    AUTO_CONTRAST: (0, 0), EQUALIZE: (0, 0), INVERT: (0, 0), ROTATE: (0, 30), POSTERIZE: (0, 4), SOLARIZE: (0, 256),
+    SOLARIZE_ADD: (0, 110), SATURATION: (0.1, 1.9), CONTRAST: (0.1, 1.9), BRIGHTNESS: (0.1, 1.9), SHARPNESS: (0.1, 1.9),
+    SHEAR_X: (0, 0.3), SHEAR_Y: (0, 0.3), TRANSLATE_X: (0, 0.45), TRANSLATE_Y: (0, 0.45),
+}  # fmt: skip
+"""Its operations -> their strengths (`ViewPlan.strengths`, but shifts in sides of the view) at magnitudes 0 and 10, as timm's."""
+EXECUTED = 0.5
+"""How often an operation that RandAugment has drawn is executed, as by timm's "rand" policies."""
+FILL = (124, 116, 104)
+"""Levels where a moved view has nothing to show: ImageNet's mean."""
+LATE = 4
+"""Places in `ViewPlan.late_ops`: three for RandAugment, one for gray."""
+ROW = 27
 """Floats per row in `ViewPlan.rows`."""
 NEVER = 256
 """A solarize threshold that no level reaches."""
@@ -59,6 +74,13 @@ class ColorSpec:
     """How often levels from `solarize_threshold` on are inverted, last of all."""
     solarize_threshold: int = 128
     """A level, 0..255."""
+    randaugment: int = 0
+    """RandAugment's operations after the blur, 0..3; gray then comes last of all. They may turn and shift what a view shows, which
+    no box tells. 2 is InfoMin's "rand-m10-n2-mstd0.5" of timm, with PIL's bilinear filter where timm draws that or the bicubic."""
+    magnitude: float = 10.0
+    """Their mean strength, 0..10. As with timm, posterize and solarize are mildest at 10, and each is executed every other time."""
+    magnitude_std: float = 0.5
+    """Standard deviation of the strength, which is clipped to 0..10."""
 
     def __post_init__(self):
         share = (0, 1)
@@ -66,6 +88,7 @@ class ColorSpec:
             self, jitter_probability=share, gray_probability=share, blur_probability=share, solarize_probability=share
         )
         check_ranges(self, brightness=0, contrast=0, saturation=0, hue=(0, 0.5), solarize_threshold=(0, 255))
+        check_ranges(self, randaugment=(0, LATE - 1), magnitude=(0, 10), magnitude_std=0)
         check_range("blur_sigma", self.blur_sigma)
 
 
@@ -190,6 +213,10 @@ class ViewPlan:
     """[B 4] float32: factors of brightness, contrast, saturation (1 = unchanged) and the shift of hue in turns."""
     blur_sigma: np.ndarray
     """[B] float32: standard deviation of the Gaussian, px of the view; 0 = no blur."""
+    late_ops: np.ndarray
+    """[B 4] uint8: as `color_ops`, of RandAugment, and where that is asked for also gray."""
+    strengths: np.ndarray
+    """[B 4] float32, of each of these: degrees, px, px per px, a factor, bits that are kept, a threshold or levels added."""
     solarize: np.ndarray
     """[B] float32: levels from this on are inverted; NEVER = none."""
 
@@ -210,12 +237,13 @@ class ViewPlan:
         return ViewPlan(size=self.size, side=self.side, **arrays)
 
     def rows(self) -> np.ndarray:
-        """[B 1 20] float32, or [B P 20] of a jigsaw, for compiled executors: crop_box 0:4, flipped 4, color_ops 5:10, factors
-        10:14, blur_sigma 14, solarize 15, size 16, offset 17:19, 0."""
-        rows = np.zeros((*self.flipped.shape, ROW), np.float32)
+        """[B 1 ROW] float32, or [B P ROW] of a jigsaw, for compiled executors: crop_box 0:4, flipped 4, color_ops 5:10, factors
+        10:14, blur_sigma 14, solarize 15, size 16, offset 17:19, late_ops 19:23, strengths 23:27."""
+        rows = np.empty((*self.flipped.shape, ROW), np.float32)
         rows[..., 0:4], rows[..., 4], rows[..., 5:10] = self.crop_box, self.flipped, self.color_ops
         rows[..., 10:14], rows[..., 14], rows[..., 15] = self.factors, self.blur_sigma, self.solarize
         rows[..., 16], rows[..., 17:19] = self.size, self.offset
+        rows[..., 19:23], rows[..., 23:27] = self.late_ops, self.strengths
         return rows if rows.ndim == 3 else rows[:, None]
 
 
@@ -247,6 +275,10 @@ def check_views(specs: Sequence[ViewSpec], mosaics: Mosaics | None = None) -> No
         referred |= {spec.overlap.view} if spec.overlap else set()
         for name in referred - set(earlier):
             raise ValueError(f"the view {spec.name} refers to {name}, which must come before it. Found: {earlier}")
+        if spec.overlap and any(o.color.randaugment for o in specs if o.name in (spec.name, spec.overlap.view)):
+            raise ValueError(
+                f"{spec.name} shall overlap {spec.overlap.view}, and RandAugment moves what views show; set --randaugment 0"
+            )
     if mosaics is not None and mosaics.view not in [spec.name for spec in specs if spec.grid is None]:
         raise ValueError(f"mosaics are laid of one of the views, not of patches. Found: {mosaics.view}")
 
@@ -279,6 +311,7 @@ def plan_views(
     overlaps, views = {}, {}
     for number, spec in enumerate(specs):
         plan = _view_plan(numbers[:, number], boxes[number], flipped[number], spec)
+        plan = _randaugmented(draw, number, plan, spec) if spec.color.randaugment else plan
         views[spec.name] = plan if spec.grid is None else _patches(draw, number, plan, spec)
         if spec.overlap is not None:
             first = _partner(specs, spec)
@@ -409,8 +442,30 @@ def _view_plan(u: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, spec: View
         color_ops=np.concatenate(ops, 1).astype(np.uint8),
         factors=np.where(jittered[:, None], low + factor_u * (high - low), centers).astype(np.float32),
         blur_sigma=np.where(coin[:, 3] < color.blur_probability, sigma, 0.0).astype(np.float32),
+        late_ops=np.zeros((len(boxes), LATE), np.uint8),
+        strengths=np.zeros((len(boxes), LATE), np.float32),
         solarize=np.where(rest[:, 2] < color.solarize_probability, color.solarize_threshold, NEVER).astype(np.float32),
     )
+
+
+def _randaugmented(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
+    """With RandAugment's operations, drawn with repetition, and with gray behind them unless it comes first."""
+    color, codes = spec.color, np.array(list(RANDAUGMENT), np.uint8)
+    u = draw.uniforms(_stream(view, _RANDAUGMENT, 0, np.arange(color.randaugment)))
+    which = np.minimum((u[..., 0] * len(codes)).astype(np.int64), len(codes) - 1)
+    ops, (low, high) = codes[which], np.array(list(RANDAUGMENT.values()))[which].T.swapaxes(1, 2)
+    normal = np.sqrt(-2 * np.log(u[..., 2])) * np.cos(2 * np.pi * u[..., 3])  # Box and Muller, 1958
+    strength = low + (high - low) * np.clip((color.magnitude + color.magnitude_std * normal) / 10, 0, 1)
+    strength = np.where(np.isin(ops, (POSTERIZE, SOLARIZE, SOLARIZE_ADD)), np.floor(strength), strength)
+    strength = np.maximum(strength, ops == POSTERIZE)  # PIL wants to keep a bit at least
+    strength = np.where(ops >= TRANSLATE_X, strength * spec.side, strength)
+    strength = np.where((ops >= ROTATE) & (u[..., 1] < EXECUTED / 2), -strength, strength)
+    executed, color_ops, late_ops = u[..., 1] < EXECUTED, plan.color_ops.copy(), plan.late_ops.copy()
+    late_ops[:, : color.randaugment], strengths = np.where(executed, ops, NOTHING), plan.strengths.copy()
+    strengths[:, : color.randaugment] = np.where(executed, strength, 0)
+    if not color.gray_first:
+        late_ops[:, -1], color_ops[:, -1] = color_ops[:, -1], NOTHING
+    return replace(plan, color_ops=color_ops, late_ops=late_ops, strengths=strengths)
 
 
 def _patches(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
@@ -427,7 +482,7 @@ def _patches(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> ViewPl
     return ViewPlan(size=plan.size, side=plan.side, **(repeated | {"offset": offset.astype(np.float32)}))
 
 
-_CROP, _COLOR, _PATCH = 1, 2, 3
+_CROP, _COLOR, _PATCH, _RANDAUGMENT = 1, 2, 3, 4
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), np.uint8)
 
 

@@ -38,7 +38,7 @@ class Work(NamedTuple):
     """How many of the samples stand in for bad ones."""
 
     def rows(self) -> np.ndarray:
-        """[B R 20] float32: `ViewPlan.rows` of all views of each sample, one after the other."""
+        """[B R ROW] float32: `ViewPlan.rows` of all views of each sample, one after the other."""
         return np.concatenate([plan.rows() for plan in self.plan.views.values()], 1)
 
 
@@ -243,8 +243,15 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def color_on_host(loader: LoaderConfig, device: torch.device) -> bool:
-    """Whether views leave the host finished, or as crops that `pipelines.color` finishes on `device`."""
+def color_on_host(loader: LoaderConfig, device: torch.device, views: Sequence[ViewSpec]) -> bool:
+    """Whether views leave the host finished, as with RandAugment, or as crops that `pipelines.color` finishes on `device`."""
+    if any(spec.color.randaugment for spec in views):
+        if loader.color == "device" or loader.decode == "mixed":
+            raise ValueError(
+                f"RandAugment works on the host. Found: color {loader.color}, decode {loader.decode}; set --color host "
+                "and --decode cpu"
+            )
+        return True
     return loader.color == "host" or (loader.color == "auto" and device.type == "cpu")
 
 

@@ -118,7 +118,7 @@ class BatchMemory(MemoryManager):
 class ViewDecoder(SimpleRGBImageDecoder):
     """FFCV operation: each picture decoded once, and all its views and mosaic tiles made of it while it is in the cache.
 
-    Memory, as FFCV hands it to operations: rows [B R 20] float32 (`Work.rows`), places [B 3+3R] int64 (`pipelines.slots`),
+    Memory, as FFCV hands it to operations: rows [B R ROW] float32 (`Work.rows`), places [B 3+3R] int64 (`pipelines.slots`),
     tools [2] int64 (decompressor, memory for one decoded picture) and outcome [4] int64, which is also the result: how it
     went, and, of the picture that it did not go well with and where it stopped, place in the batch, height and width found.
     """

@@ -1,7 +1,7 @@
 """The compiled tail for CPUs: a decoded picture and rows of the plan in, finished views out.
 
 One call makes all views of a picture, one after the other, while its pixels are in the cache: crop, antialiased bilinear
-resize, flip, color, blur. Every step repeats PIL's own arithmetic (fixed point for resize and blur, truncated float32
+resize, flip, color, blur, RandAugment. Every step repeats PIL's own arithmetic (fixed point for resize and blur, truncated float32
 blends, 8-bit HSV), so a view equals torchvision's PIL transforms bit for bit; docs/parity.md has the figures. The
 functions release the GIL and keep no state, so any number of threads may run them; DALI calls them from its own threads.
 
@@ -13,29 +13,20 @@ for zero unless `error_model="numpy"`, and the check keeps a loop from being vec
 import functools
 import inspect
 import math
-import os
-import tempfile
 
 import numpy as np
-from numba import carray, cfunc, config, njit
+from numba import carray, cfunc, njit
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, ROW, SATURATION
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, LATE, NEVER, NOTHING, ROTATE, ROW, SATURATION, SHARPNESS
 from pipelines import color
 from pipelines.color import BLUR_BITS, BLUR_PASSES, normalization
+from pipelines.compiled import compiled, f32, i32, u8, u32
+from pipelines.randaugment import change_levels, move, smoothed
 from pipelines.vectors import RESIZE_BITS, ROWS, fence, load_block, pointer_to, stream, weigh_block
 
 RED, GREEN, BLUE = (int(weight) for weight in color.LUMA)
 SUBTRACT, MULTIPLY = normalization(1)
-f32, i32, u32, u8 = np.float32, np.int32, np.uint32, np.uint8
-
-compiled = njit(nogil=True, cache=True, error_model="numpy")
-weights_of = inspect.unwrap(color.box_weights)  # from what checks types around it
-try:
-    box_weights = compiled(weights_of)
-except RuntimeError:  # neither beside this file nor in the home folder, as in a container run by another user
-    # A new folder each time: what lies in it is executed, so it must be nobody else's. Workers look into the environment.
-    config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="inscon-numba-")
-    box_weights = compiled(weights_of)
+box_weights = compiled(inspect.unwrap(color.box_weights))  # from what checks types around it
 
 
 @compiled
@@ -44,7 +35,7 @@ def render_view(image, row, out, color):
 
     Args:
         image: [H W 3] uint8 RGB, C-contiguous.
-        row: [20] float32, of `ViewPlan.rows`; its box is clamped into the picture, so a wrong one cannot read past it.
+        row: [ROW] float32, of `ViewPlan.rows`; its box is clamped into the picture, so a wrong one cannot read past it.
         out: [S S 3] uint8, C-contiguous, overwritten; S is a multiple of 8.
         color: bool; False stops after the flip, for when color and blur happen on the device.
     """
@@ -53,6 +44,7 @@ def render_view(image, row, out, color):
         color_view(out, row)
         if row[14] > 0:
             blur(out, row[14])
+        augment_view(out, row)
         if row[15] < NEVER:
             solarize(out, row[15])
 
@@ -69,7 +61,7 @@ def _render_at(image, height, width, rows, count, places):
 
     Args, addresses:
         image: of [height width 3] uint8.
-        rows: of [count 20] float32.
+        rows: of [count ROW] float32.
         places: of [3 + 3 count] int64, a row of `pipelines.slots.Slot.places`: 1 for color; 1 if levels become normalized float32
             (sides are then multiples of 16, and addresses are of 64), 0 if they stay uint8; bytes from a row of the mosaic's
             canvas to the next; then for each row of the plan its side S, the address of its `[S S 3]` block and that of its
@@ -249,20 +241,41 @@ def _weigh(line, weight, sums):
 
 
 @compiled
+def augment_view(view, row):
+    """Apply RandAugment's operations, and gray behind them, `row[19:23]` with the strengths `row[23:27]`, in place."""
+    for slot in range(19, 19 + LATE):
+        operation, strength = int(row[slot]), row[slot + LATE]
+        if operation == SHARPNESS:
+            blend_views(smoothed(view), view, strength)
+        elif operation >= ROTATE:
+            move(view, operation, strength)
+        elif operation > GRAY:
+            change_levels(view, operation, strength)
+        elif operation != NOTHING:
+            change_colors(view, operation, strength)
+
+
+@compiled
 def color_view(view, row):
     """Apply the color operations `row[5:10]` with the factors `row[10:14]` to `view [S S 3]` uint8, in place."""
     for slot in range(5, 10):
         operation = int(row[slot])
-        if operation == BRIGHTNESS:
-            blend_with(view, 0, row[10])
-        elif operation == CONTRAST:
-            blend_with(view, mean_gray(view), row[11])
-        elif operation == SATURATION:
-            saturate(view, row[12])
-        elif operation == HUE:
-            shift_hue(view, row[13])
-        elif operation == GRAY:
-            saturate(view, f32(0.0))
+        change_colors(view, operation, row[9 + operation])  # gray, the last one, needs no factor
+
+
+@compiled
+def change_colors(view, operation, strength):
+    """Apply one of the color operations, or none, to `view [S S 3]` uint8, in place."""
+    if operation == BRIGHTNESS:
+        blend_with(view, 0, strength)
+    elif operation == CONTRAST:
+        blend_with(view, mean_gray(view), strength)
+    elif operation == SATURATION:
+        saturate(view, strength)
+    elif operation == HUE:
+        shift_hue(view, strength)
+    elif operation == GRAY:
+        saturate(view, f32(0.0))
 
 
 @compiled
@@ -281,6 +294,14 @@ def blend_with(view, level, factor):
     base = f32(level)
     for i in range(flat.shape[0]):
         flat[i] = _blend(base, f32(flat[i]), factor)
+
+
+@compiled
+def blend_views(base, view, factor):
+    """As `blend_with`, each level with that of `base [S S 3]`."""
+    levels, flat = base.reshape(-1), view.reshape(-1)
+    for i in range(flat.shape[0]):
+        flat[i] = _blend(f32(levels[i]), f32(flat[i]), factor)
 
 
 @njit(nogil=True, inline="always")

@@ -11,27 +11,48 @@ import time
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.index import RAW, DatasetIndex
+from inscon import plan as codes
 from inscon.config import LoaderConfig
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, NOTHING, SATURATION, ViewPlan
+from inscon.plan import BRIGHTNESS, CONTRAST, FILL, GRAY, HUE, NEVER, NOTHING, SATURATION, ViewPlan
 from inscon.workers import alive, shared, worker_init
 from pipelines.feed import Engine, Feed, Refusal, Work, read, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
 from pipelines.prefetch import StageClock
 
-COLOR = {
+MOVED = {"resample": Image.Resampling.BILINEAR, "fillcolor": FILL}
+
+
+def affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """What lies at (x, y) comes from (a x + b y + c, d x + e y + f), `matrix`."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, **MOVED)
+
+
+OPERATIONS = {
     NOTHING: lambda image, factor: image,
     BRIGHTNESS: F.adjust_brightness,
     CONTRAST: F.adjust_contrast,
     SATURATION: F.adjust_saturation,
     HUE: F.adjust_hue,
     GRAY: lambda image, factor: F.to_grayscale(image, num_output_channels=3),
+    codes.AUTO_CONTRAST: lambda image, _: ImageOps.autocontrast(image),
+    codes.EQUALIZE: lambda image, _: ImageOps.equalize(image),
+    codes.INVERT: lambda image, _: ImageOps.invert(image),
+    codes.POSTERIZE: lambda image, bits: ImageOps.posterize(image, int(bits)),
+    codes.SOLARIZE: lambda image, threshold: ImageOps.solarize(image, int(threshold)),
+    codes.SOLARIZE_ADD: lambda image, more: image.point(3 * [i + int(more) if i < 128 else i for i in range(256)]),
+    codes.SHARPNESS: lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
+    codes.ROTATE: lambda image, degrees: image.rotate(degrees, **MOVED),
+    codes.SHEAR_X: lambda image, slope: affine(image, 1, slope, 0, 0, 1, 0),
+    codes.SHEAR_Y: lambda image, slope: affine(image, 1, 0, 0, slope, 1, 0),
+    codes.TRANSLATE_X: lambda image, px: affine(image, 1, 0, px, 0, 1, 0),
+    codes.TRANSLATE_Y: lambda image, px: affine(image, 1, 0, 0, 0, 1, px),
 }
-"""Code of an operation -> function of a PIL image and a factor."""
+"""Code of an operation -> function of a PIL image and a factor, or strength."""
 
 
 def render_view(image: Image.Image, plan: ViewPlan, i: int, color: bool = True) -> Image.Image:
@@ -50,9 +71,11 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, color: bool = True) 
         return view
     for operation in plan.color_ops[i]:
         factor = float(plan.factors[i, operation - 1]) if BRIGHTNESS <= operation <= HUE else 0.0
-        view = COLOR[int(operation)](view, factor)
+        view = OPERATIONS[int(operation)](view, factor)
     if plan.blur_sigma[i] > 0:
         view = view.filter(ImageFilter.GaussianBlur(radius=float(plan.blur_sigma[i])))
+    for operation, strength in zip(plan.late_ops[i], plan.strengths[i], strict=True):
+        view = OPERATIONS[int(operation)](view, float(strength))
     return F.solarize(view, int(plan.solarize[i])) if plan.solarize[i] < NEVER else view
 
 

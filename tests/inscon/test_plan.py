@@ -329,15 +329,17 @@ def test_patches_have_their_crops_box_and_colors():
 
 @pytest.mark.parametrize("grid", [None, Grid(cells=2, patch=96)])
 def test_rows_hold_every_field(grid):
-    view = plan([ViewSpec(name="view", grid=grid, color=ColorSpec(solarize_probability=0.5))]).views["view"]
+    view = plan([ViewSpec(name="view", grid=grid, color=ColorSpec(solarize_probability=0.5, randaugment=2))]).views[
+        "view"
+    ]
     rows, flat = view.rows(), view.flat()
-    assert rows.shape == (len(SIZES), 1 if grid is None else 4, 20) and rows.dtype == np.float32
-    size, zero = np.full((len(flat), 1), 224), np.zeros((len(flat), 1))
+    assert rows.shape == (len(SIZES), 1 if grid is None else 4, 27) and rows.dtype == np.float32
+    size = np.full((len(flat), 1), 224)
     expected = [
         flat.crop_box, flat.flipped[:, None], flat.color_ops, flat.factors, flat.blur_sigma[:, None], flat.solarize[:, None],
-        size, flat.offset, zero,
+        size, flat.offset, flat.late_ops, flat.strengths,
     ]  # fmt: skip
-    np.testing.assert_array_equal(rows.reshape(-1, 20), np.concatenate(expected, 1).astype(np.float32))
+    np.testing.assert_array_equal(rows.reshape(-1, 27), np.concatenate(expected, 1).astype(np.float32))
 
 
 def test_the_center_is_imagenets_evaluation():
@@ -371,7 +373,7 @@ def test_sizes_are_checked():
         plan_views(0, 0, np.arange(2), np.zeros((2, 2)), pair())
 
 
-A, B = ViewSpec(name="a"), ViewSpec(name="b")
+A, B, MOVED = ViewSpec(name="a"), ViewSpec(name="b"), ColorSpec(randaugment=1)
 
 
 @pytest.mark.parametrize(("views", "mosaics", "message"), [
@@ -381,6 +383,8 @@ A, B = ViewSpec(name="a"), ViewSpec(name="b")
     ([A, ViewSpec(name="b", overlap=OverlapRule(view="c"))], None, "the view b refers to c, which must come before it"),
     ([A, B], Mosaics(view="query"), "mosaics are laid of one of the views.* Found: query"),
     ([A, ViewSpec(name="b", size=240, grid=Grid())], Mosaics(view="b"), "mosaics are laid of .* not of patches. Found: b"),
+    ([A, ViewSpec(name="b", color=MOVED, overlap=OverlapRule(view="a"))], None, "b shall overlap a, and RandAugment moves"),
+    ([ViewSpec(name="a", color=MOVED), ViewSpec(name="b", overlap=OverlapRule(view="a"))], None, "set --randaugment 0"),
     ([ViewSpec(name=str(n)) for n in range(17)], None, "at most 16 views. Found: 17"),
 ])  # fmt: skip
 def test_views_that_do_not_go_together_are_refused(views, mosaics, message):
@@ -410,6 +414,9 @@ def test_a_view_that_cannot_be_made_is_refused(settings, message):
     (lambda: Grid(cells=17), "--cells must be from 1 to 16. Found: 17"),
     (lambda: ColorSpec(solarize_probability=2), "--solarize-probability must be from 0 to 1. Found: 2"),
     (lambda: ColorSpec(solarize_threshold=300), "from 0 to 255. Found: 300"),
+    (lambda: ColorSpec(randaugment=4), "--randaugment must be from 0 to 3. Found: 4"),
+    (lambda: ColorSpec(magnitude=11), "from 0 to 10. Found: 11"),
+    (lambda: ColorSpec(magnitude_std=-1), "at least 0. Found: -1"),
     (lambda: ColorSpec(blur_sigma=(0.0, 2.0)), "blur_sigma must be a range.* Found: 0.0 2.0"),
     (lambda: OverlapRule(view="a", candidates=0), "at least 1. Found: 0"),
     (lambda: OverlapRule(view="a", min_iou=1.5), "from 0 to 1. Found: 1.5"),

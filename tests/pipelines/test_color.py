@@ -9,7 +9,19 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch.overrides import TorchFunctionMode
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, SATURATION, ColorSpec, ViewPlan, ViewSpec, plan_views
+from inscon.plan import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    LATE,
+    NEVER,
+    SATURATION,
+    ColorSpec,
+    ViewPlan,
+    ViewSpec,
+    plan_views,
+)
 from pipelines import color, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -44,6 +56,8 @@ def plan_of(ops, factors, sigma=0.0, solarize=NEVER) -> ViewPlan:
         color_ops=rows,
         factors=np.broadcast_to(np.array(factors, np.float32), (n, 4)),
         blur_sigma=np.broadcast_to(np.float32(sigma), (n,)),
+        late_ops=np.zeros((n, LATE), np.uint8),
+        strengths=np.zeros((n, LATE), np.float32),
         solarize=np.broadcast_to(np.float32(solarize), (n,)).copy(),
     )
 

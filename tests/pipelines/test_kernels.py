@@ -17,6 +17,7 @@ from inscon.plan import (
     CONTRAST,
     GRAY,
     HUE,
+    LATE,
     NEVER,
     ROW,
     SATURATION,
@@ -56,6 +57,8 @@ def plan_of(
         color_ops=np.tile(np.array([*ops, *[0] * (5 - len(ops))], np.uint8), (n, 1)),
         factors=np.tile(np.array(factors, np.float32), (n, 1)),
         blur_sigma=np.full(n, sigma, np.float32),
+        late_ops=np.zeros((n, LATE), np.uint8),
+        strengths=np.zeros((n, LATE), np.float32),
         solarize=np.full(n, solarize, np.float32),
     )
 
@@ -225,7 +228,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_row_layout_is_the_plans():
-    assert ROW == 20
+    assert ROW == 27 and LATE == 4
 
 
 def test_compiled_code_is_kept_elsewhere_where_nothing_can_be_written(tmp_path):
