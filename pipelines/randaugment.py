@@ -31,23 +31,24 @@ def change_levels(view, operation, strength):
         elif operation == codes.EQUALIZE:
             _equalize(counts[channel], table[channel])
         else:
-            for level in range(256):
-                table[channel, level] = _changed(level, operation, int(strength))
+            _change(operation, int(strength), table[channel])
     for i in range(0, flat.shape[0], 3):
         for channel in range(3):
             flat[i + channel] = table[channel, flat[i + channel]]
 
 
 @compiled
-def _changed(level, operation, strength):
-    if operation == codes.INVERT:
-        return 255 - level
-    if operation == codes.POSTERIZE:
-        return level >> (8 - strength) << (8 - strength)
-    if operation == codes.SOLARIZE:
-        return level if level < strength else 255 - level
-    assert operation == codes.SOLARIZE_ADD
-    return min(level + strength, 255) if level < 128 else level
+def _change(operation, strength, table):
+    for level in range(256):
+        if operation == codes.INVERT:
+            table[level] = 255 - level
+        elif operation == codes.POSTERIZE:
+            table[level] = level >> (8 - strength) << (8 - strength)
+        elif operation == codes.SOLARIZE:
+            table[level] = level if level < strength else 255 - level
+        else:
+            assert operation == codes.SOLARIZE_ADD
+            table[level] = min(level + strength, 255) if level < 128 else level
 
 
 @compiled
@@ -75,14 +76,9 @@ def matrix(operation, strength, side):
     """Where what a view of `side` px shows at (x, y) comes from, (a x + b y + c, d x + e y + f), as PIL works it out: turned by
     degrees, sheared by px per px, or shifted by px."""
     s = float(strength)
-    if operation == codes.SHEAR_X:
-        return 1.0, s, 0.0, 0.0, 1.0, 0.0
-    if operation == codes.SHEAR_Y:
-        return 1.0, 0.0, 0.0, s, 1.0, 0.0
-    if operation == codes.TRANSLATE_X:
-        return 1.0, 0.0, s, 0.0, 1.0, 0.0
-    if operation == codes.TRANSLATE_Y:
-        return 1.0, 0.0, 0.0, 0.0, 1.0, s
+    if operation != codes.ROTATE:
+        b, c = s * (operation == codes.SHEAR_X), s * (operation == codes.TRANSLATE_X)
+        return 1.0, b, c, s * (operation == codes.SHEAR_Y), 1.0, s * (operation == codes.TRANSLATE_Y)
     middle, angle = side / 2, -math.radians(s % 360.0)
     cosine, sine = _rounded(math.cos(angle)), _rounded(math.sin(angle))
     across, down = cosine * -middle + sine * -middle + middle, -sine * -middle + cosine * -middle + middle
