@@ -11,12 +11,24 @@ os.environ.setdefault(
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # Triton's kernels run on a CPU, slowly; it is read when Triton is imported
+
 from jaxtyping import install_import_hook
 
 pytest.register_assert_rewrite("tests.inscon.test_train")  # whose helpers other tests import
 
-MODULES = ("batch", "geometry", "methods", "nn", "transfer")
-CHECKED = [*(f"inscon.{name}" for name in MODULES), "pipelines.color", "pipelines.feed"]
+NN = [
+    f"nn.{name}" for name in ("backbones", "heads", "loss", "norm", "pooling", "queue")
+]  # Triton reads its kernels' source
+CHECKED = [
+    *(f"inscon.{name}" for name in ("batch", "geometry", "methods", *NN, "transfer")),
+    "pipelines.color",
+    "pipelines.feed",
+]
 """Where tensors are passed. Settings are left out: what they refuse themselves is tested with wrong types."""
 
 if find_spec("beartype"):  # comes with the dev extra

@@ -28,10 +28,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features)
         self.num_groups = num_groups
 
+    @property
+    def momentum_of_group(self) -> float:
+        return 1 - (1 - self.momentum) ** (1 / self.num_groups)
+
     def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
         if not self.training or self.num_groups == 1:
             return super().forward(x)
-        momentum = 1 - (1 - self.momentum) ** (1 / self.num_groups)
+        momentum = self.momentum_of_group
         running = (self.running_mean, self.running_var)
         if x.shape[0] % self.num_groups:
             raise ValueError(

@@ -1,0 +1,373 @@
+"""BatchNorm of groups of images, with the addition of a residual and the ReLU after it, in few passes over memory (Triton).
+
+A step of a ResNet is bound by memory: plain kernels read and write each map for the statistics, the normalization, the addition
+and the ReLU, and BatchNorm in groups adds a copy. Here a map, channels last, is the matrix [groups, rows, channels] as it lies in
+memory; it is read once for the statistics and once to be normalized, added to and cut off. Products of both passes are summed
+in float32 whatever the map's type. Statistics are taken of slices of rows, shifted by a slice's first row, and combined as Chan,
+Golub and LeVeque do (The American Statistician 37, 1983), so that a large mean costs no digits.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from inscon import distributed
+from inscon.nn.norm import SplitBatchNorm2d
+
+ROWS, COLUMNS = 64, 64
+"""Of a tile: the fastest of those tried on an H200."""
+SLICES = 64
+"""At most so many slices of a group's rows; enough programs for any card, and few enough to be combined in one tile."""
+
+
+@triton.jit
+def _tile(group, row, column, rows, channels):
+    """(places, which of them exist) of a tile of rows of a group."""
+    there = (row < rows)[:, None] & (column < channels)[None, :]
+    return (group * rows + row).to(tl.int64)[:, None] * channels + column[None, :], there
+
+
+@triton.jit
+def _of_slices(
+    x, partial, rows, channels, slices, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Mean and sum of squared deviations of a slice of a group's rows: partial [2, groups, slices, channels]."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group, piece = tl.program_id(0) // slices, tl.program_id(0) % slices
+    first = piece * ROUNDS * ROWS
+    count = tl.minimum(rows - first, ROUNDS * ROWS)
+    places, there = _tile(group, first + tl.arange(0, 1), column, rows, channels)
+    shift = tl.load(x + places, mask=there, other=0.0).to(tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    squares = tl.zeros([COLUMNS], tl.float32)
+    for number in range(ROUNDS):
+        places, there = _tile(group, first + number * ROWS + tl.arange(0, ROWS), column, rows, channels)
+        apart = tl.where(there, tl.load(x + places, mask=there, other=0.0).to(tl.float32) - shift, 0.0)
+        total += tl.sum(apart, 0)
+        squares += tl.sum(apart * apart, 0)
+    mean = total / count
+    place = tl.program_id(0) * channels + column
+    tl.store(partial + place, tl.sum(shift, 0) + mean, mask=column < channels)
+    second = partial + tl.num_programs(0) * channels
+    tl.store(second + place, squares - total * mean, mask=column < channels)
+
+
+@triton.jit
+def _of_group(
+    partial, mean, variance, rows, channels, slices, LENGTH: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Mean and variance [groups, channels] of all slices of a group, LENGTH rows each but the last."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    piece = tl.arange(0, PIECES)
+    places, there = _tile(tl.program_id(0), piece, column, slices, channels)
+    second = partial + tl.num_programs(0) * slices * channels
+    means = tl.load(partial + places, mask=there, other=0.0)
+    squares = tl.load(second + places, mask=there, other=0.0)
+    counts = tl.maximum(tl.minimum(rows - piece * LENGTH, LENGTH), 0).to(tl.float32)[:, None]
+    of_all = tl.sum(means * counts, 0) / rows
+    apart = tl.where(there, means - of_all[None, :], 0.0)
+    place = tl.program_id(0) * channels + column
+    tl.store(mean + place, of_all, mask=column < channels)
+    tl.store(variance + place, tl.sum(squares + counts * apart * apart, 0) / rows, mask=column < channels)
+
+
+@triton.jit
+def _follow(
+    running_mean, running_var, mean, variance, channels, momentum, unbiased, GROUPS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Running statistics, moved by each group in order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < channels
+    slow_mean = tl.load(running_mean + column, mask=inside)
+    slow_var = tl.load(running_var + column, mask=inside)
+    for group in range(GROUPS):
+        slow_mean += momentum * (tl.load(mean + group * channels + column, mask=inside) - slow_mean)
+        slow_var += momentum * (tl.load(variance + group * channels + column, mask=inside) * unbiased - slow_var)
+    tl.store(running_mean + column, slow_mean, mask=inside)
+    tl.store(running_var + column, slow_var, mask=inside)
+
+
+@triton.jit
+def _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps):
+    """(x-hat, weight * x-hat + bias, weight / standard deviation) of a tile, in float32."""
+    inside = column < channels
+    scale = 1.0 / tl.sqrt(tl.load(variance + group * channels + column, mask=inside, other=1.0) + eps)
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    center = tl.load(mean + group * channels + column, mask=inside, other=0.0)
+    hat = (tl.load(x + places, mask=there, other=0.0).to(tl.float32) - center[None, :]) * scale[None, :]
+    return hat, hat * factor[None, :] + shift[None, :], (factor * scale)[None, :]
+
+
+@triton.jit
+def _forward(
+    x, residual, y, mean, variance, weight, bias, rows, channels, tiles, eps,
+    ADD: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group, row = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    places, there = _tile(group, row, column, rows, channels)
+    _, made, _ = _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps)
+    if ADD:
+        made += tl.load(residual + places, mask=there, other=0.0).to(tl.float32)
+    if RELU:
+        made = tl.maximum(made, 0.0)
+    tl.store(y + places, made, mask=there)
+
+
+@triton.jit
+def _gradient(y, made, gradient, places, there, ADD: tl.constexpr, RELU: tl.constexpr):
+    """Of what is before the ReLU. Without a residual its sign is known from x, and y need not be read."""
+    arrived = tl.load(gradient + places, mask=there, other=0.0).to(tl.float32)
+    if RELU:
+        if ADD:
+            made = tl.load(y + places, mask=there, other=0.0).to(tl.float32)
+        arrived = tl.where(made > 0, arrived, 0.0)
+    return arrived
+
+
+@triton.jit
+def _backward_of_slices(
+    x, y, gradient, partial, mean, variance, weight, bias, rows, channels, slices, eps,
+    ADD: tl.constexpr, RELU: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums of the gradient, and of the gradient times x-hat, over a slice: partial [2, groups, slices, channels]."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group, first = tl.program_id(0) // slices, (tl.program_id(0) % slices) * ROUNDS * ROWS
+    total = tl.zeros([COLUMNS], tl.float32)
+    products = tl.zeros([COLUMNS], tl.float32)
+    for number in range(ROUNDS):
+        places, there = _tile(group, first + number * ROWS + tl.arange(0, ROWS), column, rows, channels)
+        hat, made, _ = _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps)
+        arrived = _gradient(y, made, gradient, places, there, ADD, RELU)
+        total += tl.sum(arrived, 0)
+        products += tl.sum(arrived * hat, 0)
+    place = tl.program_id(0) * channels + column
+    tl.store(partial + place, total, mask=column < channels)
+    tl.store(partial + tl.num_programs(0) * channels + place, products, mask=column < channels)
+
+
+@triton.jit
+def _backward(
+    x, y, gradient, of_x, of_residual, sums, mean, variance, weight, bias, rows, channels, tiles, eps, of_all,
+    ADD: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x and of the residual; `sums` [2, groups, channels] over the `of_all` rows that were normalized together."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group, row = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    places, there = _tile(group, row, column, rows, channels)
+    hat, made, factor = _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps)
+    arrived = _gradient(y, made, gradient, places, there, ADD, RELU)
+    if ADD:
+        tl.store(of_residual + places, arrived, mask=there)
+    place = group * channels + column
+    products = sums + (tl.num_programs(0) // tiles) * channels
+    center = tl.load(sums + place, mask=column < channels, other=0.0) / of_all
+    slope = tl.load(products + place, mask=column < channels, other=0.0) / of_all
+    tl.store(of_x + places, factor * (arrived - center[None, :] - hat * slope[None, :]), mask=there)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, groups, eps, relu, synced):
+        shape = _Shape(x, groups)
+        mean, variance = shape.statistics(x)
+        if synced:
+            mean, variance = _of_all_ranks(mean, variance)
+        y, add = torch.empty_like(x), residual is not None
+        _forward[shape.tiled](
+            x, residual if add else x, y, mean, variance, weight, bias, shape.rows, shape.channels, shape.tiles, eps,
+            ADD=add, RELU=relu, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        ctx.save_for_backward(x, y if add and relu else None, weight, bias, mean, variance)
+        ctx.settings = groups, eps, relu, synced, add
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, _mean, _variance):
+        (x, y, *others), (groups, eps, relu, synced, add) = ctx.saved_tensors, ctx.settings
+        weight, bias, mean, variance = others
+        shape, gradient = _Shape(x, groups), channels_last(gradient)
+        y, common = x if y is None else y, {"ADD": add, "RELU": relu, "ROWS": ROWS, "COLUMNS": COLUMNS}
+        known = mean, variance, weight, bias, shape.rows, shape.channels
+        partial = x.new_empty(2, groups, shape.slices, shape.channels, dtype=torch.float32)
+        _backward_of_slices[shape.sliced](
+            x, y, gradient, partial, *known, shape.slices, eps, ROUNDS=shape.rounds, **common
+        )  # fmt: skip
+        sums = partial.sum(2)
+        of_bias, of_weight = sums.sum(1)
+        ranks = distributed.world_size() if synced else 1
+        if synced:
+            sums = distributed.gather(sums[None]).sum(0)
+        of_x, of_residual = torch.empty_like(x), torch.empty_like(x) if add else None
+        _backward[shape.tiled](
+            x, y, gradient, of_x, of_residual if add else of_x, sums, *known, shape.tiles, eps, ranks * shape.rows,
+            **common,
+        )  # fmt: skip
+        return of_x, of_weight.to(weight.dtype), of_bias.to(bias.dtype), of_residual, None, None, None, None
+
+
+class _Shape:
+    """A map as groups of rows of channels, and how kernels go through it."""
+
+    def __init__(self, x: Tensor, groups: int):
+        self.groups, self.channels = groups, x.shape[1]
+        self.rows = x.numel() // (groups * self.channels)
+        columns, self.tiles = triton.cdiv(self.channels, COLUMNS), triton.cdiv(self.rows, ROWS)
+        # A power of two, so that few kernels are compiled for many sizes.
+        self.rounds = triton.next_power_of_2(triton.cdiv(self.tiles, SLICES))
+        self.slices = triton.cdiv(self.tiles, self.rounds)
+        self.tiled, self.sliced = (groups * self.tiles, columns), (groups * self.slices, columns)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [groups, channels], float32."""
+        partial = x.new_empty(2, self.groups, self.slices, self.channels, dtype=torch.float32)
+        mean, variance = partial.new_empty(2, self.groups, self.channels)
+        _of_slices[self.sliced](
+            x, partial, self.rows, self.channels, self.slices, ROUNDS=self.rounds, ROWS=ROWS, COLUMNS=COLUMNS
+        )
+        _of_group[(self.groups, self.sliced[1])](
+            partial, mean, variance, self.rows, self.channels, self.slices,
+            LENGTH=self.rounds * ROWS, PIECES=triton.next_power_of_2(self.slices), COLUMNS=COLUMNS,
+        )  # fmt: skip
+        return mean, variance
+
+
+def _of_all_ranks(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Of as many rows on every rank."""
+    means, variances = distributed.gather(torch.stack([mean, variance])[None]).unbind(1)
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def batch_norm(
+    x: Float[Tensor, "N F h w"],
+    weight: Float[Tensor, "F"],
+    bias: Float[Tensor, "F"],
+    running: tuple[Tensor, Tensor],
+    *,
+    groups: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Float[Tensor, "N F h w"] | None = None,
+    relu: bool = False,
+    synced: bool = False,
+) -> Float[Tensor, "N F h w"]:
+    """relu(BatchNorm(x) + residual), of each of `groups` equal, contiguous parts of the batch, in training.
+
+    Args:
+        x: float16, bfloat16 or float32; channels last in memory, or copied to be so. The result has its type.
+        running: mean and variance [F], float32, moved by every group in order with `momentum`.
+        synced: statistics are those of all ranks, each of which has as many images.
+    """
+    residual = None if residual is None else channels_last(residual).to(x.dtype)
+    y, mean, variance = _BatchNorm.apply(channels_last(x), weight, bias, residual, groups, eps, relu, synced)
+    of_all = x.numel() // (groups * x.shape[1]) * (distributed.world_size() if synced else 1)
+    _follow[(triton.cdiv(x.shape[1], COLUMNS),)](
+        *running, mean, variance, x.shape[1], momentum, of_all / max(of_all - 1, 1), GROUPS=groups, COLUMNS=COLUMNS
+    )
+    return y
+
+
+NORMS = (nn.BatchNorm2d, SplitBatchNorm2d)
+
+
+class FusedBatchNorm2d(SplitBatchNorm2d):
+    """`SplitBatchNorm2d` with the addition of a residual and the ReLU after it; in eval mode as PyTorch does them."""
+
+    relu = False
+    synced = False
+
+    def forward(self, x: Float[Tensor, "N F h w"], residual: Tensor | None = None) -> Float[Tensor, "N F h w"]:
+        if not self.training:
+            made = super().forward(x)
+            made = made if residual is None else made + residual
+            return F.relu(made) if self.relu else made
+        self.num_batches_tracked.add_(1)
+        return batch_norm(
+            x, self.weight, self.bias, (self.running_mean, self.running_var), groups=self.num_groups,
+            momentum=self.momentum_of_group, eps=self.eps, residual=residual, relu=self.relu, synced=self.synced,
+        )  # fmt: skip
+
+
+def _basic_block(self, x: Tensor) -> Tensor:
+    identity = x if self.downsample is None else self.downsample(x)
+    return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
+
+
+def _bottleneck(self, x: Tensor) -> Tensor:
+    identity = x if self.downsample is None else self.downsample(x)
+    return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), identity)
+
+
+@functools.cache
+def _fused_class(kind: type) -> type:
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": _bottleneck if kind.expansion == 4 else _basic_block})
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a block of torchvision's or timm's ResNets is convolutions, BatchNorm, ReLU and an addition, and nothing else."""
+    return all(
+        type(part) in (nn.Conv2d, nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Sequential, *NORMS)
+        for part in list(block.modules())[1:]
+    )
+
+
+def fuse(network: nn.Module, synced: bool = False) -> int:
+    """Have the blocks of a ResNet of torchvision's or timm's normalize, add and cut off at once; how many there were.
+
+    Names and tensors stay as they are. BatchNorm elsewhere is fused by itself, with the ReLU of the stem.
+    """
+    blocks = [m for m in network.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck") and _is_plain(m)]
+    for block in blocks:
+        block.__class__ = _fused_class(type(block))
+        for norm in (block.bn1, block.bn2, getattr(block, "bn3", None)):
+            if norm is not None:
+                _fuse_norm(norm).relu = True
+    for stem in network.modules():
+        name = "relu" if hasattr(stem, "relu") else "act1"
+        if type(stem).__name__ == "ResNet" and type(stem.bn1) in NORMS and type(getattr(stem, name)) is nn.ReLU:
+            _fuse_norm(stem.bn1).relu = True
+            setattr(stem, name, nn.Identity())
+    for module in network.modules():
+        if type(module) in NORMS:
+            _fuse_norm(module)
+        if isinstance(module, FusedBatchNorm2d):
+            module.synced = synced
+    return len(blocks)
+
+
+def _fuse_norm(norm: nn.BatchNorm2d) -> FusedBatchNorm2d:
+    norm.num_groups = getattr(norm, "num_groups", 1)
+    norm.__class__ = FusedBatchNorm2d
+    return norm
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why the kernels do not serve on `device`, in a few words; None where they make of a small map what PyTorch makes of it."""
+    try:
+        x, weight, bias = (
+            torch.randn(4, 3, 5, 5, device=device),
+            torch.rand(3, device=device),
+            torch.rand(3, device=device),
+        )
+        made = batch_norm(x, weight, bias, (torch.zeros_like(bias), torch.ones_like(bias)), groups=2, relu=True)
+        expected = torch.cat(
+            [F.batch_norm(part, None, None, weight, bias, training=True) for part in x.chunk(2)]
+        ).relu()
+        apart = (made - expected).abs().max().item()
+        return None if apart < 1e-4 else f"their result is {apart:.1g} away from PyTorch's"
+    except Exception as error:  # whatever a compiler of other people's finds to say
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"

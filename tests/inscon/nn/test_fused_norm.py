@@ -1,0 +1,152 @@
+"""The fused kernels against BatchNorm in float64, and fused networks against plain ones. Without a GPU they are interpreted."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from inscon.nn import fused_norm
+from inscon.nn.backbones import Backbone, build_backbone
+from inscon.nn.fused_norm import FusedBatchNorm2d, batch_norm, channels_last, fuse, refusal
+from inscon.nn.norm import frozen_statistics, split_batch_norm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DIGITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def in_float64(x, weight, bias, running, groups, momentum, residual, relu):
+    """By the formula, and the running statistics after it."""
+    made, (mean, variance) = [], [value.double() for value in running]
+    wide = lambda value: value[:, None, None]  # noqa: E731
+    for part in x.chunk(groups):
+        count = part.numel() // part.shape[1]
+        m, v = part.mean((0, 2, 3)), part.var((0, 2, 3), correction=0)
+        mean = mean + momentum * (m.detach() - mean)
+        variance = variance + momentum * (v.detach() * count / max(count - 1, 1) - variance)
+        made.append((part - wide(m)) / (wide(v) + 1e-5).sqrt() * wide(weight) + wide(bias))
+    made = torch.cat(made) if residual is None else torch.cat(made) + residual
+    return made.relu() if relu else made, mean, variance
+
+
+def apart(ours, exact):
+    """The largest difference, in the largest value."""
+    return (ours.double() - exact).abs().max().item() / max(exact.abs().max().item(), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", DIGITS)
+@pytest.mark.parametrize(("shape", "groups", "add", "relu"), [
+    ((8, 70, 5, 3), 2, True, True),  # more channels than a tile, and not a multiple; less than a tile of rows
+    ((4, 64, 16, 16), 1, False, True),
+    ((6, 3, 1, 1), 6, True, False),  # one row in a group
+    ((2, 5, 9, 17), 1, False, False),  # more slices than one, the last one short
+    ((4, 4, 17, 31), 2, True, True),  # more than one round of a slice, the last one short
+])  # fmt: skip
+def test_values_and_gradients_are_those_of_float64(shape, groups, add, relu, dtype, monkeypatch):
+    monkeypatch.setattr(fused_norm, "SLICES", 6)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+    x, residual, gradient = (
+        channels_last(value).to(DEVICE, dtype) for value in (draw(*shape) + 3, draw(*shape), draw(*shape))
+    )
+    weight, bias, mean = (draw(shape[1]).to(DEVICE) for _ in range(3))
+    variance = mean.square() + 0.1
+    given = [x, weight, bias, *([residual] if add else [])]
+    ours, exact = (
+        [value.clone().requires_grad_() for value in given],
+        [value.double().requires_grad_() for value in given],
+    )
+    running = mean.clone(), variance.clone()
+    made = batch_norm(
+        *ours[:3], running, groups=groups, momentum=0.1, residual=ours[3] if add else None, relu=relu
+    )  # fmt: skip
+    expected, *moved = in_float64(*exact[:3], (mean, variance), groups, 0.1, exact[3] if add else None, relu)
+    assert made.dtype == dtype and made.is_contiguous(memory_format=torch.channels_last)
+    assert apart(made, expected) < DIGITS[dtype]
+    for value, true in zip(running, moved, strict=True):
+        assert apart(value, true) < 2e-6
+    made.backward(gradient), expected.backward(gradient.double())
+    for value, true in zip(ours, exact, strict=True):
+        assert value.grad.dtype == value.dtype and apart(value.grad, true.grad) < 2 * DIGITS[dtype]
+
+
+def test_a_large_mean_costs_no_digits():
+    x = channels_last(torch.randn(4, 8, 20, 20, generator=torch.Generator().manual_seed(0)) + 1000).to(DEVICE)
+    one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    made = batch_norm(x, one, zero, (zero.clone(), one.clone()), groups=2)
+    expected, *_ = in_float64(x.double(), one.double(), zero.double(), (zero, one), 2, 0.1, None, False)
+    assert apart(made, expected) < 1e-4  # the pixels themselves are rounded to 6e-5
+
+
+class Small(Backbone):
+    """torchvision's, with fewer channels and blocks, since Triton's interpreter is slow."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.channels = {32: 32}
+        net = self.network = torchvision.models.resnet.ResNet(block, [1, 1, 1, 1])
+        net.inplanes, width = 8, 32 // block.expansion
+        net.conv1, net.bn1 = torch.nn.Conv2d(3, 8, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(8)
+        net.layer1, net.layer2 = net._make_layer(block, width, 1), net._make_layer(block, width, 1, stride=2)
+
+    def forward(self, pixels):
+        net = self.network
+        return {32: net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(pixels))))))}
+
+
+def torchvisions(block):
+    network = Small(block)
+    del network.network.layer3, network.network.layer4, network.network.fc
+    return network
+
+
+@pytest.mark.parametrize(("make", "side", "groups", "blocks"), [
+    (lambda: torchvisions(torchvision.models.resnet.BasicBlock), 48, 2, 2),
+    (lambda: torchvisions(torchvision.models.resnet.Bottleneck), 48, 1, 2),
+    (lambda: build_backbone("test_resnet"), 32, 2, 4),
+])  # fmt: skip
+def test_a_fused_network_is_the_plain_one(make, side, groups, blocks):
+    torch.manual_seed(0)
+    plain = make()
+    split_batch_norm(plain, groups, "this")
+    plain.to(DEVICE, memory_format=torch.channels_last).train()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == blocks and copy.deepcopy(fused).state_dict().keys() == plain.state_dict().keys()
+    assert all(type(m) is FusedBatchNorm2d for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    pixels = channels_last(torch.randn(4, 3, side, side)).to(DEVICE)
+    for network in (plain, fused):
+        network(pixels)[32].square().mean().backward()
+        with frozen_statistics(network):
+            network(pixels + 1)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=2e-3, atol=1e-4 * largest.item())
+    with torch.no_grad():
+        plain.eval(), fused.eval().load_state_dict(plain.state_dict())
+        for stride, expected in plain(pixels).items():
+            torch.testing.assert_close(fused(pixels)[stride], expected)
+
+
+def test_blocks_with_more_in_them_keep_their_way():
+    network, kind = build_backbone("resnet18"), torchvision.models.resnet.BasicBlock
+    network.network.layer1[0].relu = torch.nn.GELU()
+    assert (
+        fuse(network) == 7 and type(network.network.layer1[0]) is kind and type(network.network.layer1[1]) is not kind
+    )
+
+
+def test_a_card_that_computes_something_else_is_refused(monkeypatch):
+    refusal.cache_clear()
+    assert refusal(DEVICE) is None
+    for planted, reason in (
+        (lambda *a, **k: torch.ones(4, 3, 5, 5, device=DEVICE), "away from PyTorch's"),
+        (None, "TypeError"),
+    ):
+        refusal.cache_clear()
+        monkeypatch.setattr("inscon.nn.fused_norm.batch_norm", planted)
+        assert reason in refusal(DEVICE)
+    refusal.cache_clear()
