@@ -9,8 +9,8 @@ Legend of axis letters, one for the whole project:
     K  keys in a queue
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -49,8 +49,22 @@ class Batch:
         """B, the number of source images."""
         return len(self.sample_ids)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor on the training device changed, always in the same order."""
+
+        def changed(group):
+            values = {field.name: getattr(group, field.name) for field in fields(group)}
+            return type(group)(**{name: change(value) for name, value in values.items()})
+
+        return Batch(
+            views={name: changed(view) for name, view in self.views.items()},
+            overlaps={pair: changed(overlap) for pair, overlap in self.overlaps.items()},
+            mosaic=None if self.mosaic is None else change(self.mosaic),
+            sample_ids=self.sample_ids,
+        )
+
     def tensors(self) -> list[Tensor]:
         """Everything on the training device."""
-        found = [tensor for view in self.views.values() for tensor in (view.pixels, view.crop_box, view.flipped)]
-        found += [tensor for o in self.overlaps.values() for tensor in (o.first_box, o.second_box, o.weight)]
-        return found if self.mosaic is None else [*found, self.mosaic]
+        found: list[Tensor] = []
+        self.each(lambda tensor: found.append(tensor) or tensor)
+        return found

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class KeyQueue(nn.Module):
     """The last `size` keys, each a row of `keys [K D]`, a persistent buffer; the oldest are overwritten first.
 
-    The pointer (the row the next key goes to) lives on the host, so that a step never waits for the device, and travels
-    with the state dict. Fresh queues hold random unit vectors.
+    The pointer (the row the next key goes to) lives beside them, so that a captured step moves it too, and travels with the state
+    dict. Fresh queues hold random unit vectors.
     """
 
     def __init__(self, size: int, embedding_dim: int, per_step: int):
@@ -18,7 +18,7 @@ class KeyQueue(nn.Module):
         self.per_step = per_step
         """Keys that join in a step, over all ranks."""
         self.register_buffer("keys", F.normalize(torch.randn(size, embedding_dim), dim=1))
-        self.pointer = 0
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def enqueue(self, keys: Float[Tensor, "N D"]) -> None:
@@ -28,11 +28,12 @@ class KeyQueue(nn.Module):
             raise ValueError(
                 f"the queue of {size} keys must be a multiple of the {keys.shape[0]} keys enqueued at once"
             )
-        self.keys[self.pointer : self.pointer + keys.shape[0]] = keys
-        self.pointer = (self.pointer + keys.shape[0]) % size
+        places = self.pointer + torch.arange(keys.shape[0], device=keys.device)
+        self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
+        self.pointer.add_(keys.shape[0]).remainder_(size)
 
     def get_extra_state(self) -> dict:
-        return {"pointer": self.pointer}
+        return {"pointer": int(self.pointer)}
 
     def set_extra_state(self, state: dict) -> None:
-        self.pointer = state["pointer"]
+        self.pointer.fill_(state["pointer"])

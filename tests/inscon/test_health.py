@@ -71,7 +71,7 @@ def test_a_pointer_that_stands_still_is_noticed(tmp_path, monkeypatch):
     enqueue = KeyQueue.enqueue
 
     def at_the_start(self, keys):
-        self.pointer = 0
+        self.pointer.zero_()
         enqueue(self, keys)
 
     torch.manual_seed(0)
