@@ -1,6 +1,7 @@
 """The last stage of every engine: from what was made of a step to a batch on the device, copied, colored, normalized, with its
 mosaics."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from inscon.batch import Batch, View
 from inscon.geometry import Overlap
+from inscon.guard import say_once
 from inscon.plan import Mosaics, ViewPlan
 from pipelines.color import color_views, normalize
 from pipelines.feed import Engine, Feed, Work, to_device
@@ -29,6 +31,7 @@ class Finish:
 
     def __init__(self, feed: Feed, device: torch.device, dtype: torch.dtype, host_color: bool):
         self._feed, self.device, self.dtype, self.host_color = feed, device, dtype, host_color
+        self._fused = None if host_color else fused_kernels(device, dtype, frozenset(spec.side for spec in feed.views))
         finished = device.type == "cpu" and host_color
         on_canvas = finished and feed.mosaics is not None and feed.mosaics.tile == "full"
         self.slots = Slots(
@@ -52,7 +55,11 @@ class Finish:
         """The batch of `work`. `views` [B P S S 3] by name, on the device or to be copied, are uint8 levels or, like a `mosaic`
         [M 2S 2S 3], finished."""
         plans, mosaics = work.plan.views, self._feed.mosaics
-        pixels = {name: self._finished(view.flatten(0, 1), plans[name]) for name, view in views.items()}
+        if self._fused is not None:
+            levels = {name: view.to(self.device, non_blocking=True) for name, view in views.items()}
+            pixels, mosaic = self._fused.color_batch(levels, plans, mosaics, self.dtype)
+        else:
+            pixels = {name: self._finished(view.flatten(0, 1), plans[name]) for name, view in views.items()}
         if mosaic is not None:
             mosaic = mosaic.permute(0, 3, 1, 2).to(self.dtype)
         elif mosaics is not None:
@@ -78,6 +85,27 @@ class Finish:
 
     def _copied(self, array) -> Tensor:
         return to_device(array, self.device)
+
+
+@functools.cache
+def fused_kernels(device: torch.device, dtype: torch.dtype, sides: frozenset[int]):
+    """The module pipelines/fused_color.py where it serves on `device` for views of these sides, px; else None, and of a GPU why is
+    said."""
+    if device.type != "cuda":
+        return None
+    try:
+        from pipelines import fused_color
+
+        reason = next(filter(None, (fused_color.refusal(device, dtype, side) for side in sides)), None)
+    except ImportError as error:
+        reason = str(error)
+    if reason is None:
+        return fused_color
+    say_once(
+        f"the color kernels do not serve on {device} ({reason}); views are colored by plain PyTorch, which takes longer: "
+        "--color host may be faster"
+    )
+    return None
 
 
 def assemble(tiles: Float[Tensor, "B F S S"], mosaics: Mosaics) -> Float[Tensor, "M F C C"]:

@@ -17,11 +17,11 @@ import triton.language as tl
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, NOTHING, SATURATION, Mosaics, ViewPlan
+from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, ColorSpec, Mosaics, ViewPlan, ViewSpec, plan_views
 from pipelines import color
 from pipelines.feed import to_device
 
-PIXELS, BYTES = 1024, 8192
+PIXELS, BYTES = 1024, 4096
 """Of a tile of rows, and of a tile of columns; at least one row, or column."""
 SLOTS, AT_CONTRAST, BLURRED, SOLARIZE, STEPS = (tl.constexpr(n) for n in (5, 10, 11, 12, 13))
 """A row of `_steps`: operations, as many amounts, and then one number each."""
@@ -240,16 +240,11 @@ def _shares(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 3"]:
 
 
 @functools.cache
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels do not serve on `device`, in a few words; None where they make of a small batch what the CPU makes of it."""
-    side, everything = 16, np.array([HUE, BRIGHTNESS, SATURATION, CONTRAST, NOTHING], np.uint8)
-    plan = ViewPlan(
-        size=side, side=side, crop_box=np.zeros((4, 4), np.float32), flipped=np.zeros(4, bool),
-        offset=np.zeros((4, 2), np.float32), color_ops=np.stack([np.roll(everything, n) for n in range(4)]),
-        factors=np.tile(np.float32([1.3, 0.7, 1.2, -0.1]), (4, 1)), blur_sigma=np.float32([2, 0, 1, 0.3]),
-        solarize=np.float32([NEVER, 128, NEVER, 77]),
-    )  # fmt: skip
-    plan.color_ops[2:][plan.color_ops[2:] == NOTHING] = GRAY
+def refusal(device: torch.device, dtype: torch.dtype, side: int) -> str | None:
+    """Why the kernels do not serve on `device`, in a few words; None where they make of views of `side` px what the CPU makes."""
+    everything = ColorSpec(jitter_probability=1.0, gray_probability=0.5, solarize_probability=0.5)
+    spec = ViewSpec(name="view", size=side, color=everything)
+    plan = plan_views(0, 0, np.arange(4), np.full((4, 2), side), [spec]).views["view"]
     views = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
         made, canvas = (part.cpu() for part in color_views(views.to(device), plan, dtype, mosaic=True))
