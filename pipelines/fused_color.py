@@ -242,13 +242,13 @@ def _shares(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 3"]:
 @functools.cache
 def refusal(device: torch.device, dtype: torch.dtype, side: int) -> str | None:
     """Why the kernels do not serve on `device`, in a few words; None where they make of views of `side` px what the CPU makes."""
-    everything = ColorSpec(jitter_probability=1.0, gray_probability=0.5, solarize_probability=0.5)
+    everything = ColorSpec(jitter_probability=1.0, gray_probability=0.5, blur_probability=0.8, solarize_probability=0.5)
     spec = ViewSpec(name="view", size=side, color=everything)
-    plan = plan_views(0, 0, np.arange(4), np.full((4, 2), side), [spec]).views["view"]
-    views = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plan = plan_views(0, 0, np.arange(8), np.full((8, 2), side), [spec]).views["view"]
+    views = torch.randint(0, 256, (8, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
         made, canvas = (part.cpu() for part in color_views(views.to(device), plan, dtype, mosaic=True))
-        tiles = canvas[0].unflatten(2, (2, side)).unflatten(1, (2, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        tiles = canvas.unflatten(3, (2, side)).unflatten(2, (2, side)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
         expected = color.color_views(views, plan, dtype)
         same = torch.equal(made, expected) and torch.equal(tiles, expected)
         return None if same else "their pixels are not those of the CPU"
