@@ -15,7 +15,7 @@ from inscon import guard
 from inscon.config import Changeable
 
 VERSION = 2
-_ELASTIC = {"max_steps", "optimizer", "precision", "gradient_compression", "norm", "split_size"}
+_ELASTIC = {"max_steps", "optimizer", "graph", "precision", "gradient_compression", "norm", "split_size"}
 """Settings that may change between a run and its continuation; so may all of `loader`, and of `run` all but the seed."""
 
 

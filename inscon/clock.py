@@ -34,6 +34,11 @@ def part(name: str):
     return _hear(name)
 
 
+def heard() -> bool:
+    """Whether anybody listens."""
+    return _hear is not contextlib.nullcontext
+
+
 @contextlib.contextmanager
 def listen(hear):
     """While the block runs, parts are entered as `hear(name)`: a clock's `at`, or torch.profiler.record_function."""

@@ -45,8 +45,8 @@ def gather(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_gather(tensor: Tensor) -> Callable[[], Tensor] | None:
-    """As `gather`, while other work goes on: what waits for it, on a GPU the stream and not the host. None on one process."""
-    if world_size() == 1 or tensor.is_meta:  # as when the arithmetic of a step is counted
+    """As `gather`, while other work goes on: what waits for it, on a GPU the stream and not the host. None without a group."""
+    if not dist.is_initialized() or tensor.is_meta:  # as when the arithmetic of a step is counted
         return None
     result = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
     work = dist.all_gather_into_tensor(result, tensor.contiguous(), async_op=True)

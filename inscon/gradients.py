@@ -32,13 +32,12 @@ class FlatGradients:
             buffer.zero_()
 
     def average(self) -> None:
-        """Over the ranks; nothing on one process. All ranks must call it."""
-        world = distributed.world_size()
-        if world == 1:
+        """Over the ranks; nothing without a process group. All ranks must call it."""
+        if not dist.is_initialized():
             return
         under_way = []
         for buffer in self.buffers:
-            for own in buffer.div_(world).split(PIECE):
+            for own in buffer.div_(distributed.world_size()).split(PIECE):
                 sent = own if self._wire is None else own.to(self._wire)
                 under_way.append((own, sent, dist.all_reduce(sent, async_op=True)))
         for own, sent, work in under_way:

@@ -4,59 +4,96 @@ What changes from step to step lives on the device: the batch is copied into the
 queues move their own pointers, the gradient scaler decides there, and losses come out in tensors that the next replay overwrites.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from inscon import clock
 from inscon.batch import Batch
 
-Step = Callable[[Batch], dict[str, Tensor]]
-"""One update from a batch: its losses and figures by name, on the device."""
+Figures = dict[str, Tensor]
+"""Losses and figures of a step by name, 0-d, on the device."""
 WARM_UP = 3
 """Steps before the capture, in which libraries choose their algorithms and allocate what stays."""
 
 
-class GraphedStep:
-    """A step of that kind, of batches of one shape, which are copied to where the captured one reads.
-
-    Args:
-        step: what is captured; it must not ask the device anything.
-        capture: gets a function without arguments, and returns one that does the same work again.
-        refused: called with the reason, once, where `capture` fails; from then on steps are taken one by one.
-    """
-
-    def __init__(self, step: Step, capture: Callable[[Callable], Callable], refused: Callable[[str], None]):
-        self._step, self._capture, self._refused = step, capture, refused
-        self._inputs: Batch | None = None
-        self._again: Callable[[], dict[str, Tensor]] | None = None
-        self._steps = 0
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        if self._inputs is None:
-            self._inputs = batch.each(torch.clone)
-        else:
-            for own, given in zip(self._inputs.tensors(), batch.tensors(), strict=True):
-                own.copy_(given, non_blocking=True)
-        one_step = lambda: self._step(self._inputs)  # noqa: E731
-        if self._again is None and self._steps == WARM_UP:
-            try:
-                self._again = self._capture(one_step)
-            except RuntimeError as error:  # of CUDA, or of a library that does what cannot be captured
-                self._refused(str(error).splitlines()[0])
-                self._again = one_step
-        self._steps += 1
-        return self._again() if self._again else one_step()
+class NotCaptured(RuntimeError):
+    """Why a step could not become a graph, in a few words. Nothing of it has happened."""
 
 
-def captured(work: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-    """`work` as a CUDA graph; nothing of it happens before the first replay. RuntimeError for what cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's threads go on copying
-        found = work()
+class CudaGraphs:
+    """Captures on a stream of its own, on which the steps before are taken, too: libraries keep memory for each stream."""
 
-    def again():
-        graph.replay()
+    def __init__(self):
+        self._stream = torch.cuda.Stream()
+
+    def warm(self, work: Callable[[], Figures]) -> Figures:
+        """`work`, done now."""
+        before = torch.cuda.current_stream()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            found = work()
+        before.wait_stream(self._stream)
         return found
 
-    return again
+    def capture(self, work: Callable[[], Figures]) -> Callable[[], Figures]:
+        """What does `work` as often as it is called; nothing of it happens before. Raises NotCaptured."""
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # The stream around it comes back also where the capture does not end well; threads of the loader go on copying.
+        capture = torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(self._stream), capture:
+                found = work()
+        except RuntimeError as error:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # else no memory that two streams have shared would ever be free again
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise NotCaptured(str(error.__context__ or error).splitlines()[0]) from error
+
+        def again() -> Figures:
+            graph.replay()
+            return found
+
+        return again
+
+
+class GraphedStep:
+    """Steps of one kind, with batches of one shape, which are copied to where the captured one reads.
+
+    Args:
+        graphs: CudaGraphs, or what stands in for them.
+    """
+
+    def __init__(self, graphs: CudaGraphs):
+        self._graphs = graphs
+        self.forget()
+
+    def forget(self) -> None:
+        """What was captured; the next steps warm up again."""
+        self._steps = 0
+        self._inputs: Batch | None = None
+        self._again: Callable[[], Figures] | None = None
+
+    def __call__(self, step: Callable[[Batch], Figures], batch: Batch) -> Figures:
+        """`step(batch)`, which must not ask the device anything, and the same `step` every time. What it returns is overwritten
+        by the next call. Where somebody listens for the parts of a step, the host walks through it. Raises NotCaptured."""
+        if clock.heard():
+            return step(batch)
+        self._take(batch)
+        work = lambda: step(self._inputs)  # noqa: E731
+        if self._steps < WARM_UP:
+            self._steps += 1
+            return self._graphs.warm(work)
+        if self._again is None:
+            self._again = self._graphs.capture(work)
+        return self._again()
+
+    def _take(self, batch: Batch) -> None:
+        if self._inputs is None:
+            self._inputs = batch.each(torch.clone)
+            return
+        for own, given in zip(self._inputs.tensors(), batch.tensors(), strict=True):
+            own.copy_(given, non_blocking=True)

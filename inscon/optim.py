@@ -10,18 +10,21 @@ from inscon.config import OptimConfig
 def make_optimizer(parameters, config: OptimConfig, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
     """SGD over `parameters`, tensors or groups of them, and the name of the implementation chosen: apex, torch-fused or foreach.
 
+    torch-fused takes its learning rate from a tensor on the device, which `set_learning_rate` fills.
+
     Raises ValueError if apex is asked for by name and NVIDIA's apex isn't importable on a GPU.
     """
     settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    chosen, apex_sgd = config.optimizer, _find_apex_sgd() if device.type == "cuda" else None
-    if apex_sgd and chosen in ("auto", "apex"):
-        return apex_sgd(parameters, **settings), "apex"
+    chosen = "torch-fused" if config.optimizer == "auto" else config.optimizer
     if chosen == "apex":
+        if device.type == "cuda" and (apex_sgd := _find_apex_sgd()):
+            return apex_sgd(parameters, **settings), chosen
         raise ValueError(
             "optimizer apex needs NVIDIA's apex with its CUDA extensions, on a GPU (the package named apex on PyPI is "
             f"something else). Found: none on {device.type}; set --optimizer auto"
         )
-    chosen = "torch-fused" if chosen == "auto" else chosen
+    if chosen == "torch-fused":
+        settings["lr"] = torch.tensor(config.lr, device=device)
     optimizer = torch.optim.SGD(parameters, **settings, fused=chosen == "torch-fused", foreach=chosen == "foreach")
     if chosen == "torch-fused":
         _zero_missing_momentum(optimizer)
@@ -57,4 +60,13 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def asks_the_host(optimizer: torch.optim.Optimizer, scaled: bool) -> bool:
+    """Whether a step takes its learning rate from the host or, with a gradient scaler, leaves it to the host to skip an update."""
+    fixed = any(not torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
+    return fixed or (scaled and not getattr(optimizer, "_step_supports_amp_scaling", False))

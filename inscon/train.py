@@ -1,5 +1,6 @@
 """The trainer: set up, then one visible loop. It takes any iterable of batches and any method, and knows neither."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +15,12 @@ from inscon.batch import Batch
 from inscon.clock import AFTER_UPDATE, BACKWARD, OPTIMIZER, PREPARE, WIRE, forward, part
 from inscon.config import Config
 from inscon.gradients import FlatGradients
+from inscon.graph import CudaGraphs, GraphedStep, NotCaptured
 from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
 from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, window
 from inscon.methods.method import Method
-from inscon.optim import learning_rate, make_optimizer, set_learning_rate
+from inscon.optim import asks_the_host, learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
 
@@ -41,6 +43,13 @@ class Training:
     """Optimizer updates done."""
     changes: Sequence[str] = ()
     """What a resumed run has changed of the settings, "lr 0.03 -> 0.01"."""
+    graph: GraphedStep | None = None
+    """None: the host launches the kernels of every step."""
+
+    def close(self) -> None:
+        """Forget what was captured, for which NCCL would wait at the end of a process; another step begins anew."""
+        if self.graph is not None:
+            self.graph.forget()
 
     def state_dict(self) -> dict:
         return {
@@ -79,7 +88,9 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
         keep_freed_memory()  # PyTorch does so itself on a GPU
     torch.manual_seed(config.run.seed)
     method = config.method.build(config, config.optim.batch_size // world)
-    if config.model.norm == "sync" and world > 1:
+    synced = config.model.norm == "sync" and world > 1
+    fused = device.type == "cuda" and fuse_norms(method, device, synced)
+    if synced and not fused:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method = method.to(device=device, memory_format=torch.channels_last)
     optimizer, name = make_optimizer(method.param_groups(), config.optim, device)
@@ -92,7 +103,36 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
         contents = checkpoint.load(newest, device)
         training.changes = checkpoint.check_continues(contents, newest, config.to_dict(), data)
         training.load_state_dict(contents)
+    if device.type == "cuda" and config.optim.graph == "auto":
+        training.graph = _graph(training)
     return training
+
+
+def _graph(training: Training) -> GraphedStep | None:
+    """For the steps on a GPU; None, and why, where the optimizer cannot be in one."""
+    if not asks_the_host(training.optimizer, training.scaler.is_enabled()):
+        return GraphedStep(CudaGraphs())
+    guard.say_once(
+        f"the step is no CUDA graph, the host launches its kernels: SGD by {training.optimizer_name} takes the learning rate from "
+        "there; set --optimizer torch-fused"
+    )
+    return None
+
+
+def fuse_norms(method: Method, device: torch.device, synced: bool) -> bool:
+    """Have `method`, which will be on `device`, normalize, add and cut off at once where the device runs these kernels, or say
+    why it does not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
+    try:
+        from inscon.nn.fused_norm import fuse, refusal  # needs Triton, which is not everywhere
+
+        reason = refusal(device)
+    except ImportError as error:
+        reason = str(error)
+    if reason is None:
+        fuse(method, synced)
+        return True
+    guard.say_once(f"the BatchNorm kernels do not serve on {device} ({reason}); PyTorch's own ones take longer")
+    return False
 
 
 def train(
@@ -117,7 +157,7 @@ def train(
     losses_meter, watch, pace = LossMeter(), Stopwatch(), Pace(training.device)
     health = Health(training.method, training.step, config.model.norm)
     log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tensorboard)
-    with guard.stop_requests() as stop:
+    with guard.stop_requests() as stop, contextlib.closing(training):
         log.say(describe(training))
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step
@@ -159,9 +199,33 @@ def take_step(training: Training, batch: Batch, steps_per_epoch: int, losses_met
     lr = learning_rate(config.optim, training.step, steps_per_epoch)
     set_learning_rate(training.optimizer, lr)
     training.method.schedule(training.step, config.optim.epochs * steps_per_epoch)
-    losses_meter.add(run_step(training, batch))
+    losses_meter.add(update(training, batch))
     training.step += 1
     return lr
+
+
+def update(training: Training, batch: Batch) -> dict[str, torch.Tensor]:
+    """`run_step`, as a graph where there is one; what it returns is overwritten by the next."""
+    if training.graph is not None:
+        try:
+            return training.graph(lambda inputs: run_step(training, inputs), batch)
+        except NotCaptured as reason:
+            guard.say_once(
+                f"the step is no CUDA graph, the host launches its kernels: {reason}; --graph off does not try"
+            )
+            training.graph = None
+            _forget_half_a_step(training)
+    return run_step(training, batch)
+
+
+def _forget_half_a_step(training: Training) -> None:
+    """What the gradient scaler has noted on the host, and has told the optimizer, in a step that never was."""
+    scaler = torch.amp.GradScaler(training.device.type, enabled=training.scaler.is_enabled())
+    if scaler.is_enabled():
+        scaler.load_state_dict(training.scaler.state_dict())
+    training.scaler = scaler
+    for name in ("grad_scale", "found_inf"):
+        vars(training.optimizer).pop(name, None)
 
 
 def run_step(training: Training, batch: Batch) -> dict[str, torch.Tensor]:
@@ -198,8 +262,9 @@ def describe(training: Training) -> str:
     c = training.config
     return (
         f"{c.to_dict()['method']['name']} with {c.model.backbone}, batch {c.optim.batch_size} on {distributed.world_size()} x "
-        f"{training.device.type}, {training.precision.name}, SGD by {training.optimizer_name}, norm {c.model.norm}, from step "
-        f"{training.step}" + (f". Changed: {', '.join(training.changes)}" if training.changes else "")
+        f"{training.device.type}, {training.precision.name}, SGD by {training.optimizer_name}, norm {c.model.norm}, "
+        f"{'' if training.graph is None else 'a CUDA graph per step, '}from step {training.step}"
+        + (f". Changed: {', '.join(training.changes)}" if training.changes else "")
     )
 
 

@@ -91,7 +91,11 @@ class Method(nn.Module):
         self.queues = {}
 
     def schedule(self, step: int, total_steps: int) -> None:
-        """Before step `step` of `total_steps`, on the host: what changes over a run (momentum, loss weights)."""
+        """Before step `step` of `total_steps`, on the host: what changes over a run (momentum, loss weights).
+
+        On a GPU the rest of a step is one CUDA graph, in which a Python number stays what it was when the graph was captured. So
+        what changes is a 0-d buffer, `self.register_buffer("weight", torch.ones(()))`, and filled here: `self.weight.fill_(0.5)`.
+        """
 
     def param_groups(self) -> list[dict]:
         """What the optimizer is given."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from inscon.config import OptimConfig
-from inscon.optim import _find_apex_sgd, learning_rate, make_optimizer
+from inscon.optim import _find_apex_sgd, asks_the_host, learning_rate, make_optimizer, set_learning_rate
 
 
 def test_cosine_per_epoch_and_per_step():
@@ -29,6 +29,7 @@ def test_every_optimizer_is_sgd_with_momentum_and_decay(name):
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     optimizer, chosen = make_optimizer([p, frozen], OptimConfig(lr=0.1, optimizer=name), torch.device("cpu"))
     assert chosen == ("torch-fused" if name == "auto" else name)
+    assert (asks_the_host(optimizer, scaled=False), asks_the_host(optimizer, scaled=True)) == (name == "foreach",) * 2
     for i in range(4):
         gradient = torch.randn(7, 3, generator=torch.Generator().manual_seed(i))
         p.grad = gradient.clone()
@@ -36,6 +37,16 @@ def test_every_optimizer_is_sgd_with_momentum_and_decay(name):
         velocity = 0.9 * velocity + gradient + 1e-4 * expected
         expected = expected - 0.1 * velocity
     torch.testing.assert_close(p.data, expected)
+
+
+def test_a_rate_on_the_device_is_filled_and_a_scaler_needs_an_optimizer_that_skips_there():
+    p = nn.Parameter(torch.ones(3))
+    fused, _ = make_optimizer([p], OptimConfig(lr=0.1), torch.device("cpu"))
+    rate = fused.param_groups[0]["lr"]
+    set_learning_rate(fused, 0.25)
+    assert fused.param_groups[0]["lr"] is rate and rate.item() == 0.25
+    plain = torch.optim.SGD([p], lr=torch.tensor(0.1))
+    assert not asks_the_host(plain, scaled=False) and asks_the_host(plain, scaled=True)
 
 
 @pytest.mark.gpu

@@ -203,22 +203,17 @@ def test_overflows_at_the_start_and_in_the_middle_leave_a_run_finite(tmp_path, m
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_half_precision_on_a_gpu_stays_finite(tmp_path):
-    config = changed(make_config(tmp_path), "optim", precision="fp16", epochs=16)
-    config = changed(config, "run", log_every=16)
+    config = changed(make_config(tmp_path), "optim", precision="fp16", epochs=67)
+    config = changed(config, "run", log_every=50)
     training = train.set_up(config, torch.device("cuda"), "set A")
-    there = (on_gpu(batch_of(step)) for step in range(48))
-    train.train(training, there, PER_EPOCH, 48)
+    assert training.graph is not None
+    train.train(training, (on_gpu(batch_of(step)) for step in range(200)), PER_EPOCH, 200)
     assert training.scaler.get_scale() < 65536  # the first steps overflowed
-    assert checkpoint.not_finite(training.state_dict()) is None and len(lines(tmp_path)) == 3
+    assert checkpoint.not_finite(training.state_dict()) is None and len(lines(tmp_path)) == 4
 
 
 def on_gpu(batch):
-    def moved(held):
-        return dataclasses.replace(held, **{f.name: getattr(held, f.name).cuda() for f in dataclasses.fields(held)})
-
-    views = {name: moved(view) for name, view in batch.views.items()}
-    overlaps = {pair: moved(overlap) for pair, overlap in batch.overlaps.items()}
-    return dataclasses.replace(batch, views=views, overlaps=overlaps, mosaic=batch.mosaic.cuda())
+    return batch.each(torch.Tensor.cuda)
 
 
 @pytest.mark.parametrize("ending", ["finished", "signal", "evaluation"])
@@ -429,9 +424,9 @@ def test_what_killed_processes_left_goes_with_the_next_checkpoint(tmp_path):
 
 
 def test_meters_read_means_and_start_anew(monkeypatch):
-    meter = LossMeter()
+    meter, loss = LossMeter(), torch.zeros(())
     for value in (1.0, 3.0):
-        loss = torch.tensor(value)
+        loss.fill_(value)  # as a captured step overwrites its own
         meter.add({"loss": loss, "loss_single": loss, "top1_single": loss / 10})
     assert meter.read() == pytest.approx({"loss": 2.0, "loss_single": 2.0, "top1_single": 0.2})
     clock = iter([0.0, 1.0, 2.0, 5.0, 5.0, 10.0, 10.0])

@@ -1,0 +1,289 @@
+"""Captured steps equal those that the host launches. Without a GPU, a recording of every operation stands in for the graph."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from inscon import checkpoint, clock, train
+from inscon.graph import WARM_UP, CudaGraphs, GraphedStep, NotCaptured
+from inscon.meters import LossMeter
+from tests.inscon.test_train import CPU, PER_EPOCH, batch_of, changed, lines, make_config, on_gpu
+
+STEPS, OVERFLOW = 20, 13
+
+
+class Recording(TorchDispatchMode):
+    """Every operation of PyTorch, with its tensors and with its Python numbers as they were: what a CUDA graph keeps, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        made = operation(*arguments, **(named or {}))
+        self.done.append((operation, arguments, named or {}, made))
+        return made
+
+    def play(self):
+        with torch.inference_mode():
+            for operation, arguments, named, made in self.done:
+                for old, new in zip(
+                    tree_flatten(made)[0], tree_flatten(operation(*arguments, **named))[0], strict=True
+                ):
+                    if torch.is_tensor(old) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                        old.copy_(new)
+
+
+class Recorded:
+    """Stands in for CudaGraphs."""
+
+    played = 0
+
+    def warm(self, work):
+        return work()
+
+    def capture(self, work):
+        recording, first = Recording(), [True]
+        with recording:
+            found = work()
+
+        def again():
+            if not first:
+                recording.play()
+                self.played += 1
+            first.clear()
+            return found
+
+        return again
+
+
+class Called(Recorded):
+    """The simpler one: works again, instead of a replay."""
+
+    def capture(self, work):
+        return work
+
+
+class Refused(Recorded):
+    """Half a step is under way when the capture fails."""
+
+    def __init__(self, training):
+        self.training = training
+
+    def capture(self, work):
+        self.training.scaler.scale(torch.ones(()))
+        self.training.scaler.unscale_(self.training.optimizer)
+        self.training.optimizer.found_inf = torch.ones(())
+        raise NotCaptured("operation not permitted")
+
+
+def run(config, upto, graphs=lambda training: None):
+    """The trainer with a gradient scaler, and a gradient that overflows in one step; continues what is there."""
+    training = train.set_up(config, CPU, "set A")
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=6)
+    if newest := checkpoint.latest(config.run.run_dir):
+        training.scaler.load_state_dict(checkpoint.load(newest)["scaler"])
+    made, factor, weight = graphs(training), torch.ones(()), next(training.method.backbone.parameters())
+    training.graph = made and GraphedStep(made)
+    weight.register_hook(lambda gradient: gradient * factor)
+    training.seen = []
+
+    def batches():
+        for step in range(training.step, upto):
+            training.seen.append(weight.detach().clone())
+            factor.fill_(torch.inf if step == OVERFLOW else 1.0)
+            yield batch_of(step)
+
+    train.train(training, batches(), PER_EPOCH, upto)
+    return training, made
+
+
+@pytest.fixture(scope="module")
+def cosine(tmp_path_factory):
+    """The settings of a run of all heads whose rate changes at every step, in a folder of its own."""
+
+    def config(**optim):
+        whole = changed(make_config(tmp_path_factory.mktemp("run")), "optim", epochs=7, schedule="cosine-step", **optim)
+        return changed(whole, "run", checkpoint_every=STEPS // 2)
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def eager(cosine):
+    return run(cosine(), STEPS)[0]
+
+
+def assert_equal(ours, theirs, folder, other):
+    """Losses of every step, weights, statistics, queues, momentum and scale, bit for bit."""
+    names = (
+        "step",
+        "lr",
+        "loss",
+        "loss_single",
+        "loss_multi",
+        "loss_cell",
+        "top1_single",
+        "queue_renewed_cell",
+        "key_moved",
+    )
+    assert [[line.get(name) for name in names] for line in lines(folder)] == [
+        [line.get(name) for name in names] for line in lines(other)
+    ]
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours["scaler"] == theirs["scaler"] and ours["model"].keys() == theirs["model"].keys()
+    for name, value in theirs["model"].items():
+        same = torch.equal(ours["model"][name], value) if torch.is_tensor(value) else ours["model"][name] == value
+        assert same, name
+    for index, state in theirs["optimizer"]["state"].items():
+        assert torch.equal(ours["optimizer"]["state"][index]["momentum_buffer"], state["momentum_buffer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Called, Recorded])
+def test_a_graph_and_a_resume_in_the_middle_equal_the_eager_run(cosine, eager, kind):
+    config = cosine()
+    run(config, STEPS // 2, lambda training: kind())
+    training, graphs = run(config, STEPS, lambda training: kind())
+    assert training.graph._again is None  # forgotten at the end
+    assert graphs.played == (0 if kind is Called else STEPS // 2 - WARM_UP - 1)
+    assert_equal(training, eager, config.run.run_dir, eager.config.run.run_dir)
+
+
+@pytest.mark.slow
+def test_what_a_graph_cannot_see_makes_a_difference(cosine, eager):
+    """Otherwise the recording would show nothing: an optimizer with a rate on the host goes on with that of the capture."""
+    config = cosine(optimizer="foreach")
+    training, _ = run(config, 8, lambda training: Recorded())
+    losses = [[line["loss"] for line in lines(c.run.run_dir)][:8] for c in (config, eager.config)]
+    assert losses[0][:WARM_UP] == pytest.approx(losses[1][:WARM_UP], rel=1e-5)
+    assert training.step == 8 and losses[0][7] != pytest.approx(losses[1][7], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_refused_capture_is_said_once_and_costs_nothing(cosine, eager, capsys):
+    config = cosine()
+    training, _ = run(config, STEPS, Refused)
+    assert (
+        training.graph is None
+        and capsys.readouterr().err.count("no CUDA graph, the host launches its kernels: operation") == 1
+    )
+    assert_equal(training, eager, config.run.run_dir, eager.config.run.run_dir)
+
+
+@pytest.mark.slow
+def test_an_overflow_in_the_middle_skips_one_update_alone(eager):
+    stood_still = [torch.equal(before, after) for before, after in zip(eager.seen, eager.seen[1:])]
+    assert [step for step, still in enumerate(stood_still) if still] == [OVERFLOW]
+    assert eager.scaler.get_scale() == 64 * 2 * 2 / 2 * 2  # grew after 6 and 12 steps, halved, and grew after 6 more
+
+
+def test_a_graph_takes_a_copy_of_its_batch_and_steps_aside_where_somebody_listens():
+    graph, taken = GraphedStep(Called()), []
+
+    def step(batch):
+        taken.append(batch)
+        return {"loss": batch.mosaic.mean()}
+
+    batches = [batch_of(number) for number in range(WARM_UP + 2)]
+    for batch in batches[:-1]:
+        assert torch.equal(graph(step, batch)["loss"], batch.mosaic.mean())
+    assert len({id(batch) for batch in taken}) == 1 and taken[0] is not batches[0]
+    assert all(torch.equal(own, given) for own, given in zip(taken[0].tensors(), batches[-2].tensors(), strict=True))
+    with clock.listen(clock.StepClock(CPU).at):
+        graph(step, batches[-1])
+    assert taken[-1] is batches[-1] and not torch.equal(taken[0].mosaic, batches[-1].mosaic)
+
+
+def test_an_optimizer_of_the_host_gets_no_graph(tmp_path, capsys):
+    training = train.set_up(changed(make_config(tmp_path), "optim", optimizer="foreach"), CPU, "set A")
+    assert training.graph is None and train._graph(training) is None
+    assert "SGD by foreach takes the learning rate from there; set --optimizer torch-fused" in capsys.readouterr().err
+
+
+def on_gpus(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
+def on_a_gpu(config, steps, **optim):
+    """A training after so many steps, and their losses; kernels are chosen alike every time."""
+    training = train.set_up(changed(config, "optim", **optim), torch.device("cuda"), "set A")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    training.method.train()
+    meter, losses = LossMeter(), []
+    for step in range(steps):
+        train.take_step(training, on_gpu(batch_of(step)), PER_EPOCH, meter)
+        losses.append(meter.read()["loss"])
+    return training, losses
+
+
+def compare_with_eager(config, precision, steps=STEPS):
+    ours, losses = on_a_gpu(config, steps, precision=precision)
+    theirs, expected = on_a_gpu(config, steps, precision=precision, graph="off")
+    assert ours.graph._again is not None and theirs.graph is None
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in theirs.method.state_dict().items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(ours.method.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    ours.close()
+
+
+@on_gpus
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_a_graph_equals_the_eager_steps(cosine, precision):
+    compare_with_eager(cosine(), precision)
+
+
+@on_gpus
+def test_collectives_of_nccl_are_captured(cosine, tmp_path):
+    """In a group of one rank: gradients are reduced and keys gathered as in a larger one."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compare_with_eager(cosine(), "fp32", steps=8)
+    finally:
+        dist.destroy_process_group()
+
+
+@on_gpus
+def test_the_host_launches_a_replay_and_the_copies(cosine):
+    training, _ = on_a_gpu(cosine(), WARM_UP + 2, precision="fp16")
+    batch, meter = on_gpu(batch_of(0)), LossMeter()
+    train.take_step(training, batch, PER_EPOCH, meter)  # the meter's first sum is not added to anything
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profiler:
+        train.take_step(training, batch, PER_EPOCH, meter)
+        torch.cuda.synchronize()
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    launches = sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    assert calls["cudaGraphLaunch"] == 1 and calls["cudaMemcpyAsync"] <= len(batch.tensors())
+    assert launches <= 3  # the rate's, and the meter's two
+
+
+@on_gpus
+def test_a_graph_needs_no_more_memory_than_its_batch(cosine):
+    peaks = []
+    for graph in ("off", "auto"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        training, _ = on_a_gpu(cosine(), WARM_UP + 3, graph=graph)
+        peaks.append(torch.cuda.max_memory_allocated() - start)
+        training.close()
+        del training
+    batch = sum(tensor.nbytes for tensor in batch_of(0).tensors())
+    assert peaks[1] <= 1.02 * (peaks[0] + batch)
+
+
+@on_gpus
+def test_a_capture_that_fails_leaves_everything_as_it_was():
+    """Streams, memory and the next capture."""
+    graphs, before = CudaGraphs(), torch.cuda.current_stream()
+    one = torch.ones((), device="cuda")
+    with pytest.raises(NotCaptured, match="captur"):
+        graphs.capture(lambda: {"asked": one.add(1).item()})
+    assert torch.cuda.current_stream() == before
+    again = graphs.capture(lambda: {"sum": one.add_(1)})
+    assert one.item() == 1
+    assert [again()["sum"].item() for _ in range(3)] == [2, 3, 4]
