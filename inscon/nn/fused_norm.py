@@ -316,11 +316,20 @@ def _fused_class(kind: type) -> type:
     return type(f"Fused{kind.__name__}", (kind,), {"forward": _bottleneck if kind.expansion == 4 else _basic_block})
 
 
+def _is(module: nn.Module, *names: str) -> bool:
+    """Whether it is what torchvision's or timm's ResNets call so."""
+    return (
+        type(module).__module__ in ("torchvision.models.resnet", "timm.models.resnet")
+        and type(module).__name__ in names
+    )
+
+
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block of torchvision's or timm's ResNets is convolutions, BatchNorm, ReLU and an addition, and nothing else."""
+    """Whether a block is convolutions, BatchNorm, ReLU and an addition, and nothing else; its shortcut may average."""
+    known = (nn.Conv2d, nn.ReLU, nn.Identity, *NORMS)
     return all(
-        type(part) in (nn.Conv2d, nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Sequential, *NORMS)
-        for part in list(block.modules())[1:]
+        type(part) in known or (type(part) in (nn.Sequential, nn.AvgPool2d) and name.startswith("downsample"))
+        for name, part in list(block.named_modules())[1:]
     )
 
 
@@ -329,15 +338,15 @@ def fuse(network: nn.Module, synced: bool = False) -> int:
 
     Names and tensors stay as they are. BatchNorm elsewhere is fused by itself, with the ReLU of the stem.
     """
-    blocks = [m for m in network.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck") and _is_plain(m)]
+    blocks = [module for module in network.modules() if _is(module, "BasicBlock", "Bottleneck") and _is_plain(module)]
     for block in blocks:
         block.__class__ = _fused_class(type(block))
         for norm in (block.bn1, block.bn2, getattr(block, "bn3", None)):
             if norm is not None:
                 _fuse_norm(norm).relu = True
-    for stem in network.modules():
+    for stem in (module for module in network.modules() if _is(module, "ResNet")):
         name = "relu" if hasattr(stem, "relu") else "act1"
-        if type(stem).__name__ == "ResNet" and type(stem.bn1) in NORMS and type(getattr(stem, name)) is nn.ReLU:
+        if type(stem.bn1) in NORMS and type(getattr(stem, name)) is nn.ReLU:
             _fuse_norm(stem.bn1).relu = True
             setattr(stem, name, nn.Identity())
     for module in network.modules():

@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: steps on its share of fixed global batches, or one collective after the other; rank 0 writes.
 
-torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|moco|collectives ...]
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|moco|collectives|synchronized ...]
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -139,6 +140,29 @@ def averaged(rank, compression):
     }
 
 
+def synchronized(rank, world_size):
+    """A residual block on this rank's share of a batch, fused, with the statistics of both ranks; on one process plain, float64."""
+    from inscon.nn.fused_norm import fuse  # needs Triton
+
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(3, 5, 1, bias=False), nn.BatchNorm2d(5))
+    block = torchvision.models.resnet.BasicBlock(3, 5, downsample=shortcut)
+    x, weight = torch.randn(4, 3, 6, 5) + 2, torch.randn(4, 5, 6, 5)
+    if world_size == 1:
+        block, x, weight = block.double(), x.double(), weight.double()
+    else:
+        assert fuse(block, synced=True) == 1
+    flat, mine = FlatGradients(block.parameters()), slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    x = x[mine].to(memory_format=torch.channels_last).requires_grad_()
+    made = block(x)
+    (made * weight[mine]).mean().backward()
+    flat.average()
+    gradients = {name: p.grad for name, p in block.named_parameters()}
+    return gradients | dict(block.named_buffers()) | {
+        "made": distributed.gather(made.detach()), "of x": distributed.gather(x.grad / world_size)
+    }  # fmt: skip
+
+
 def collectives(rank, world_size):
     return {
         "stop": distributed.any_rank(rank == world_size - 1),
@@ -152,7 +176,8 @@ def collectives(rank, world_size):
 def main(out: Path, modes: list[str]) -> None:
     distributed.start()
     ranks = distributed.rank(), distributed.world_size()
-    record = {mode: collectives(*ranks) if mode == "collectives" else steps(mode, *ranks) for mode in modes}
+    others = {"collectives": collectives, "synchronized": synchronized}
+    record = {mode: others[mode](*ranks) if mode in others else steps(mode, *ranks) for mode in modes}
     if ranks[0] == 0:
         torch.save(record, out)
     distributed.stop()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ import torch
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-MODES = {1: ("frozen", "live", "moco", "four"), 2: ("frozen", "live", "moco", "fp16", "collectives"), 4: ("four",)}
+WITH_TRITON = ("synchronized",) if find_spec("triton") else ()
+MODES = {
+    1: ("frozen", "live", "moco", "four", *WITH_TRITON),
+    2: ("frozen", "live", "moco", "fp16", "collectives", *WITH_TRITON),
+    4: ("four",),
+}
 """Number of ranks -> what they do, one after the other: starting them takes longer."""
 
 
@@ -26,7 +32,7 @@ def run(tmp_path_factory):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         done = subprocess.run(
             [sys.executable, *launcher, str(WORKER), str(out), *MODES[ranks]], capture_output=True, text=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(out, weights_only=True)
@@ -86,6 +92,16 @@ def test_keys_of_any_form_travel_and_come_back(run):
     assert all(result["back"].values()), result["back"]
     assert result["types"] and result["met_alike"] and all(result["channels_last"].values()), result["channels_last"]
     assert [sorted(own) for own in result["met"].tolist()] == [[0, 2, 5, 7], [1, 3, 4, 6]]
+
+
+@pytest.mark.skipif(not WITH_TRITON, reason="Triton is not installed")
+def test_fused_blocks_have_the_statistics_of_all_ranks(run):
+    """Values, every gradient and the running statistics, against a plain block on the joined batch."""
+    one, two = run("synchronized", 1), run("synchronized", 2)
+    assert one.keys() == two.keys() and {"made", "of x", "bn2.weight", "downsample.1.running_var"} <= set(one)
+    for name, expected in one.items():
+        largest = max(expected.abs().max().item(), 1e-3)
+        torch.testing.assert_close(two[name].to(expected.dtype), expected, rtol=1e-5, atol=2e-6 * largest, msg=name)
 
 
 def test_the_few_collectives_beside_them(run):

@@ -131,6 +131,20 @@ def test_a_fused_network_is_the_plain_one(make, side, groups, blocks):
             torch.testing.assert_close(fused(pixels)[stride], expected)
 
 
+@pytest.mark.parametrize("more", [torch.nn.GELU(), torch.nn.Dropout2d(0.1), torch.nn.AvgPool2d(2)])
+def test_timms_blocks_with_more_in_them_keep_their_way(more):
+    """The last one is what resnetaa50 has between convolutions; in a shortcut, as of resnet50d, averaging is no hindrance."""
+    network = build_backbone("test_resnet").network
+    plain, other = network.layer1[0], network.layer2[0]
+    plain.aa = more
+    other.downsample = torch.nn.Sequential(torch.nn.AvgPool2d(2), *other.downsample)
+    assert (
+        fuse(network) == 3
+        and type(plain).__module__ == "timm.models.resnet"
+        and type(other).__name__.startswith("Fused")
+    )
+
+
 def test_blocks_with_more_in_them_keep_their_way():
     network, kind = build_backbone("resnet18"), torchvision.models.resnet.BasicBlock
     network.network.layer1[0].relu = torch.nn.GELU()
