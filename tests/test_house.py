@@ -12,8 +12,8 @@ FLOORS = {
     0: {"inscon.geometry", "inscon.batch", "inscon.clock", "inscon.guard", "inscon.workers"},
     1: {"inscon.config", "inscon.plan", "inscon.sampling", "data_prep.index"},
     2: {
-        "inscon.nn", "inscon.gradients", "inscon.optim", "inscon.distributed", "inscon.precision", "inscon.host_memory",
-        "data_prep",
+        "inscon.nn", "inscon.gradients", "inscon.graph", "inscon.optim", "inscon.distributed", "inscon.precision",
+        "inscon.host_memory", "data_prep",
     },
     3: {"pipelines", "inscon.methods"},
     4: {

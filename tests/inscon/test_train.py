@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -15,6 +16,9 @@ from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunCon
 from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, unsteady
 from inscon.methods import inscon
 from inscon.methods.method import resolve
+from inscon.nn.norm import SplitBatchNorm2d
+from inscon.transfer import knn
+from inscon.transfer.export import any_backbone
 from tests.inscon.methods.steps import make_batch
 
 SIDE, BATCH, PER_EPOCH = 64, 8, 3
@@ -200,6 +204,45 @@ def test_overflows_at_the_start_and_in_the_middle_leave_a_run_finite(tmp_path, m
         resumed.optimizer.state.values(), without.values(), strict=True))  # fmt: skip
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_fused_and_plain_again(tmp_path, monkeypatch):
+    """Checkpoints, exports and the monitor of kNN do not know whether BatchNorm was fused. Interpreted here, with large tiles."""
+    fused_norm = pytest.importorskip("inscon.nn.fused_norm", reason="Triton is not installed")
+    if fused_norm.refusal(CPU):
+        pytest.skip(f"Triton's interpreter is off: {fused_norm.refusal(CPU)}")
+    monkeypatch.setattr(fused_norm, "ROWS", 512), monkeypatch.setattr(fused_norm, "COLUMNS", 128)
+    config = changed(make_config(tmp_path), "method", heads=("single",))
+    run(changed(config, "run", run_dir=tmp_path / "plain"), total=2)
+    run(config, total=1)
+    fused = train.set_up(config, CPU, "set A")
+    assert fused.step == 1 and train.fuse_norms(fused.method, CPU, synced=False)
+    kinds = {type(module) for module in fused.method.modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert kinds == {fused_norm.FusedBatchNorm2d}  # of queries and of keys
+    train.train(fused, [batch_of(1)], PER_EPOCH, 2)
+    losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path, tmp_path / "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    crops = [(torch.randn(8, 3, SIDE, SIDE), torch.arange(8) % 2)]
+    again, exported = train.set_up(config, CPU, "set A"), any_backbone(tmp_path)[0]
+    assert again.step == 2 and again.method.state_dict().keys() == fused.method.state_dict().keys()
+    for name, value in again.method.state_dict().items():
+        assert not torch.is_tensor(value) or torch.equal(value, fused.method.state_dict()[name]), name
+    assert knn.monitor(fused.method.backbone, crops) == knn.monitor(again.method.backbone, crops)
+    assert fused.method.backbone.training
+    fused.method.eval(), again.method.eval()
+    with torch.no_grad():
+        for stride, expected in again.method.backbone(crops[0][0]).items():
+            torch.testing.assert_close(fused.method.backbone(crops[0][0])[stride], expected)
+            torch.testing.assert_close(exported(crops[0][0])[stride], expected)
+
+
+def test_a_device_without_the_kernels_keeps_pytorchs(tmp_path, monkeypatch, capsys):
+    method = train.set_up(make_config(tmp_path), CPU, "set A").method
+    monkeypatch.setitem(sys.modules, "inscon.nn.fused_norm", None)  # as where Triton is missing
+    assert not train.fuse_norms(method, CPU, synced=False)
+    assert capsys.readouterr().err.count("the BatchNorm kernels do not serve on cpu (") == 1
+    assert type(method.backbone.network.bn1) is SplitBatchNorm2d
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_half_precision_on_a_gpu_stays_finite(tmp_path):
@@ -310,8 +353,6 @@ def test_what_the_sentences_about_resuming_advise_works(tmp_path):
 
 def test_a_checkpoint_that_is_not_finite_is_of_no_use(tmp_path):
     """As earlier versions wrote them: nothing goes on from it, and nothing evaluates it."""
-    from inscon.transfer.export import any_backbone
-
     config = make_config(tmp_path)
     run(config, total=2)
     good = checkpoint.latest(tmp_path)
