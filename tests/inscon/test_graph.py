@@ -6,12 +6,20 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from inscon import checkpoint, clock, train
+from inscon import checkpoint, clock, methods, train
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from inscon.graph import WARM_UP, CudaGraphs, GraphedStep, NotCaptured
 from inscon.meters import LossMeter
+from inscon.methods.method import resolve
+from pipelines import open_pipeline
+from pipelines.feed import Feed, open_index
 from tests.inscon.test_train import CPU, PER_EPOCH, batch_of, changed, lines, make_config, on_gpu
 
 STEPS, OVERFLOW = 20, 13
+
+
+WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "lift_fresh"}
+"""Operations that ask the device for a number; the last one makes a tensor of the host's numbers."""
 
 
 class Recording(TorchDispatchMode):
@@ -22,6 +30,13 @@ class Recording(TorchDispatchMode):
         self.done = []
 
     def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        assert operation.overloadpacket.__name__ not in WAIT, f"{operation} waits for the device, which no graph can"
+        masks = [
+            t for t in tree_flatten(arguments[1:])[0] if torch.is_tensor(t) and t.dtype in (torch.bool, torch.uint8)
+        ]
+        assert not (masks and operation.overloadpacket.__name__.startswith("index")), (
+            "the size of a selection is asked for"
+        )
         made = operation(*arguments, **(named or {}))
         self.done.append((operation, arguments, named or {}, made))
         return made
@@ -150,6 +165,39 @@ def test_a_graph_and_a_resume_in_the_middle_equal_the_eager_run(cosine, eager, k
     assert training.graph._again is None  # forgotten at the end
     assert graphs.played == (0 if kind is Called else STEPS // 2 - WARM_UP - 1)
     assert_equal(training, eager, config.run.run_dir, eager.config.run.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_can_be_captured(tmp_path, name):
+    """Its steps wait for nothing, and what it schedules reaches a captured one."""
+    losses = []
+    for graphs in (None, Recorded()):
+        config = Config(
+            method=methods.settings_of(name)(), loader=LoaderConfig(pipeline="synthetic"), views=ViewConfig(view_size=64),
+            model=ModelConfig(backbone="test_resnet"), run=RunConfig(run_dir=tmp_path),
+            optim=OptimConfig(batch_size=8, epochs=8, schedule="cosine-step"),
+        )  # fmt: skip
+        config = resolve(config, 1)
+        views = config.method.view_specs(config.views)
+        feed = Feed(open_index(config.loader), views, config.method.mosaics(), batch_size=8, seed=0)
+        training, meter = train.set_up(config, CPU, "none"), LossMeter()
+        training.graph = graphs and GraphedStep(graphs)
+        training.method.train()
+        with open_pipeline(feed, config.loader, total_steps=8) as pipeline:
+            for batch in pipeline:
+                train.take_step(training, batch, 1, meter)
+                losses.append(meter.read())
+    assert graphs.played == 8 - WARM_UP - 1
+    assert losses[8:] == losses[:8]
+
+
+@pytest.mark.parametrize("asks", [
+    lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x if x.any() else -x, lambda x: x + torch.tensor(0.5),
+])  # fmt: skip
+def test_the_recording_notices_what_waits(asks):
+    with pytest.raises(AssertionError, match="waits for|is asked for"), Recording():
+        asks(torch.ones(3))
 
 
 @pytest.mark.slow
