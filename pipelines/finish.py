@@ -56,13 +56,12 @@ class Finish:
         [M 2S 2S 3], finished."""
         plans, mosaics = work.plan.views, self._feed.mosaics
         if self._fused is not None:
-            levels = {name: view.to(self.device, non_blocking=True) for name, view in views.items()}
+            levels = {name: view.flatten(0, 1).to(self.device, non_blocking=True) for name, view in views.items()}
             pixels, mosaic = self._fused.color_batch(levels, plans, mosaics, self.dtype)
         else:
             pixels = {name: self._finished(view.flatten(0, 1), plans[name]) for name, view in views.items()}
-        if mosaic is not None:
-            mosaic = mosaic.permute(0, 3, 1, 2).to(self.dtype)
-        elif mosaics is not None:
+            mosaic = None if mosaic is None else mosaic.permute(0, 3, 1, 2).to(self.dtype)
+        if mosaic is None and mosaics is not None:
             mosaic = assemble(pixels[mosaics.view], mosaics)
         views = {spec.name: self._view(plans[spec.name], pixels[spec.name]) for spec in self._feed.views}
         overlaps = {
