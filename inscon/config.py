@@ -33,10 +33,12 @@ class LoaderConfig:
     """Finished batches that wait for the trainer at most, at least 1. DALI and FFCV have one or two more in work."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes JPEGs. auto: on a GPU whichever of cpu and mixed (nvJPEG, and the GPU's JPEG engine where it has one)
-    a short measurement at the start finds faster; cpu without a GPU."""
+    a short measurement at the first start on a machine finds faster; cpu without a GPU."""
+    jpeg_engine: float = 0.65
+    """Share of the JPEGs that the GPU's JPEG engine, where it has one, decodes with decode=mixed; auto finds its own."""
     color: Literal["auto", "host", "device"] = "auto"
-    """Where color, blur and normalization happen. auto: on the training device, or with RandAugment on the host.
-    host: finished views travel to a GPU."""
+    """Where color, blur and normalization happen. auto: on the host, if there is no GPU, with RandAugment, or if the host alone makes
+    1.3 times the images/s that the first steps take; else on the GPU. host: finished views travel to a GPU."""
     on_bad_sample: Literal["fail", "substitute"] = "fail"
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one that the same epoch shows half an epoch away."""
@@ -44,7 +46,7 @@ class LoaderConfig:
     """Seconds, at least 1, without a batch after which the pipeline is given up, with the name of the stage that hangs."""
 
     def __post_init__(self):
-        check_ranges(self, threads=0, prefetch=1, stall_timeout=1)
+        check_ranges(self, threads=0, prefetch=1, stall_timeout=1, jpeg_engine=(0, 1))
         if self.decode == "mixed" and self.color == "host":
             raise ValueError(
                 "decode=mixed leaves the crops on the GPU, and color=host needs them on the host; set --color device or "

@@ -113,6 +113,19 @@ def say_once(sentence: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def say_if_long(what: str, after_s: float = 4.0) -> Iterator[None]:
+    """One line on stderr, from the first rank of a machine, where the block takes longer: what the user waits for."""
+    timer = threading.Timer(after_s, print, [f"Waiting for {what} ..."], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def check_output_file(path: Path, flag: str = "--out") -> None:
     """ValueError, naming `flag`, unless a file can be written at `path`. Makes its folder, leaves an older file as it is."""
     if Path(path).is_dir():

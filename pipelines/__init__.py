@@ -11,6 +11,7 @@ import importlib
 
 import torch
 
+from inscon import guard
 from inscon.config import LoaderConfig
 from pipelines.feed import Feed, color_on_host
 from pipelines.finish import Finish
@@ -63,7 +64,8 @@ def open_pipeline(
         ) from None
     device, clock = torch.device(device), StageClock()
     finish = Finish(feed, device, dtype, color_on_host(loader, device, feed.views))
-    engine = engine_class(feed, loader, range(start_step, total_steps), finish, clock)
+    with guard.say_if_long(f"the pipeline {loader.pipeline} to start; the first time, kernels are compiled"):
+        engine = engine_class(feed, loader, range(start_step, total_steps), finish, clock)
     return Pipeline(
         finish.batches(engine, clock), engine, clock, depth=None if engine.works_ahead else loader.prefetch, device=device,
         timeout_s=loader.stall_timeout,

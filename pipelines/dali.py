@@ -9,15 +9,14 @@ The order, the bytes and the plan come from our own source, never from a DALI re
 a batch, and which one is counted from `start_step`, so resuming needs no state.
 """
 
-import copy
+import ctypes
 import dataclasses
 import functools
-import logging
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 # Decoded pictures come from DALI's own pool: malloc would give their memory back and have it cleared again by the system, up
@@ -32,17 +31,16 @@ from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
 from torch import Tensor
 
-from data_prep.index import ShardError
+from inscon import guard
 from inscon.config import LoaderConfig
 from inscon.plan import ViewSpec
-from pipelines import open_pipeline
+from pipelines import auto
 from pipelines.feed import Engine, Feed, Refusal, Work, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
 from pipelines.kernels import render_at
 from pipelines.prefetch import StageClock
 from pipelines.slots import Slot
 
-LOG = logging.getLogger(__name__)
 PART, PARTS_OF_THREADS = 32, 8
 """Pictures in one run of the graph: these many, or so many for each thread, lest threads wait for the last picture of a run."""
 DEVICE_PART = 64
@@ -51,10 +49,8 @@ MIXED = "mixed"
 """DALI's name for decoders that take bytes on the host and leave pictures on the GPU; tests without one say "cpu"."""
 DEPTH = 2
 """Runs of the graph that DALI works ahead."""
-TRIAL_S = 1.5
-"""How long each way to decode is tried, seconds."""
-WORTH_THE_GPU = 1.1
-"""Decoding on the GPU takes time from the training there, so it must be this much faster than on the host to be chosen."""
+JPEG_ENGINE_SHARES = (0.12, 0.3, 0.65, 0.9, 0.99)
+"""Of a batch's JPEGs, which are tried for the GPU's JPEG engine; the GPU's other cores decode the rest."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|MemoryAllocation|OUT_OF_MEMORY", re.IGNORECASE)
 
 
@@ -70,15 +66,18 @@ class Part(NamedTuple):
     """What the bytes of the whole batch lie in."""
 
 
-def decoded(jpegs, decode: str):
+def decoded(jpegs, decode: str, jpeg_engine: float = 0.65):
     """DALI's node for pictures as RGB; boxes are in px as stored, where DALI would turn a picture by its EXIF tag."""
     device = MIXED if decode == "mixed" else "cpu"
-    return fn.decoders.image(jpegs, device=device, output_type=types.RGB, adjust_orientation=False)
+    return fn.decoders.image(
+        jpegs, device=device, output_type=types.RGB, adjust_orientation=False, hw_decoder_load=jpeg_engine
+    )
 
 
 def build_graph(
-    source, *, part: int, views: tuple[ViewSpec, ...], threads: int, device_id: int | None, decode: str
-) -> Graph:
+    source, *, part: int, views: tuple[ViewSpec, ...], threads: int, device_id: int | None, decode: str,
+    jpeg_engine: float,
+) -> Graph:  # fmt: skip
     """The DALI pipeline, for up to `part` pictures a run.
 
     decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (shape of the picture, a byte) per sample; the views are where
@@ -93,7 +92,7 @@ def build_graph(
             source=source, num_outputs=len(inputs), batch=True, batch_info=True, no_copy=True,
             dtype=[dtype for dtype, _ in inputs], ndim=[ndim for _, ndim in inputs],
         )  # fmt: skip
-        images = decoded(jpegs, decode)
+        images = decoded(jpegs, decode, jpeg_engine)
         if decode == "mixed":
             specs = [spec for spec in views for _ in range(spec.count)]
             made = [crop_by_dali(images, rows[number], spec) for number, spec in enumerate(specs)]
@@ -142,15 +141,18 @@ class DaliEngine(Engine):
         check_device(loader, finish.device)
         self._feed, self._steps, self._device, self._clock = feed, steps, finish.device, clock
         self._threads = threads_per_rank(loader.threads)
-        self._decode, measured = choose_decode(feed, loader, finish, steps.start)
+        loader, measured = choose_decode(feed, loader, finish, steps.start)
+        self._decode, self._jpeg_engine = loader.decode, loader.jpeg_engine
         wanted = DEVICE_PART if self._decode == "mixed" else max(PART, PARTS_OF_THREADS * self._threads)
         self.part = min(wanted, feed.batch_size)
         self._slots = finish.slots if self._decode == "cpu" else None
         self._in_flight: deque[Part] = deque()
         self._memory: deque[np.ndarray] = deque()
         self._device_bytes = _used_beside_torch(self._device)
+        on_engine = self._decode == "mixed" and self._device.type == "cuda" and has_jpeg_engine()
+        engine = f" with {self._jpeg_engine:.0%} on the JPEG engine" if on_engine else ""
         self.description = (
-            f"dali {nvidia.dali.__version__}: decode {self._decode}{measured}, color on the "
+            f"dali {nvidia.dali.__version__}: decode {self._decode}{engine}{measured}, color on the "
             f"{'host' if finish.host_color else self._device.type}, {self._threads} threads, {loader.prefetch} batches ahead, "
             f"{feed.index.path}"
         )
@@ -184,7 +186,7 @@ class DaliEngine(Engine):
 
         self._graph = build_graph(
             source, part=self.part, views=self._feed.views, threads=self._threads, device_id=self._device_id,
-            decode=self._decode,
+            decode=self._decode, jpeg_engine=self._jpeg_engine,
         )  # fmt: skip
 
     def _parts(self, steps: range) -> Iterator[Part]:
@@ -267,36 +269,43 @@ def refusal_of(jpeg: np.ndarray, decode: str, device_id: int | None) -> str | No
     return None
 
 
-def choose_decode(feed: Feed, loader: LoaderConfig, finish: Finish, start_step: int) -> tuple[str, str]:
-    """Where to decode, "cpu" or "mixed", and the rates that were measured, as words for the log.
+def choose_decode(feed: Feed, loader: LoaderConfig, finish: Finish, start_step: int) -> tuple[LoaderConfig, str]:
+    """Settings that say where to decode, and the rates that were measured, as words for the log.
 
-    Color on the host needs the crops there, which leaves decoding there. Else the host wins unless the GPU is `WORTH_THE_GPU`
-    times as fast.
+    Color on the host needs the crops there, which leaves decoding there. Else ways are tried: the host, and the GPU with several
+    shares of its JPEG engine.
     """
-    if loader.decode != "auto" or finish.device.type == "cpu" or finish.host_color:
-        return "cpu" if loader.decode == "auto" else loader.decode, ""
-    rates = {way: rate_of(way, feed, loader, finish, start_step) for way in ("cpu", "mixed")}
-    words = ", ".join(f"{way}: {rate:.0f}" for way, rate in rates.items())
-    return "mixed" if rates["mixed"] > WORTH_THE_GPU * rates["cpu"] else "cpu", f" (measured, images/s: {words})"
-
-
-def rate_of(way: str, feed: Feed, loader: LoaderConfig, finish: Finish, start_step: int) -> float:
-    """Source images/s of a way to decode, color included, over the run's own first batches, from the second on; 0 if it fails.
-
-    What a trial stumbles over is no verdict on a sample: the way that is taken meets it again, or decodes it.
-    """
-    loader = dataclasses.replace(loader, decode=way, prefetch=1, stall_timeout=60.0)
+    if loader.decode != "auto":
+        return loader, ""
+    host = dataclasses.replace(loader, decode="cpu")
+    if finish.device.type == "cpu" or finish.host_color:
+        return host, ""
+    mixed = {"mixed": dataclasses.replace(loader, decode="mixed")}
+    if has_jpeg_engine():
+        mixed = {
+            f"mixed {share:.0%}": dataclasses.replace(mixed["mixed"], jpeg_engine=share) for share in JPEG_ENGINE_SHARES
+        }
+    ways = {"cpu": host} | mixed
     where = {"device": finish.device, "dtype": finish.dtype, "start_step": start_step}
+    with guard.say_if_long(f"{len(ways)} ways to decode to be tried, once on this machine for these data"):
+        trials = {name: auto.tried(feed, way, **where) for name, way in ways.items()}
+    words = ", ".join(f"{name}: {trial.images_per_s:.0f}" for name, trial in trials.items())
+    return ways[auto.steadiest(trials)], f" (measured, images/s: {words})"
+
+
+@functools.cache
+def has_jpeg_engine() -> bool:
+    """Whether nvJPEG, which DALI decodes with, finds JPEG engines in the current GPU; no where it cannot be asked."""
+    libraries = [file for root in nvidia.__path__ for file in Path(root).glob("*/lib/libnvjpeg.so.*")]
+    handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
     try:
-        with open_pipeline(copy.copy(feed), loader, total_steps=start_step + 10**6, **where) as batches:
-            next(batches)
-            start, images = time.perf_counter(), 0
-            while time.perf_counter() - start < TRIAL_S or not images:
-                images += next(batches).size
-            return images / (time.perf_counter() - start)
-    except (RuntimeError, MemoryError, ShardError) as error:  # no nvJPEG for this driver, say, or too little memory
-        LOG.warning("decode %s is left out, it fails: %s", way, str(error).strip().splitlines()[0])
-        return 0.0
+        nvjpeg = ctypes.CDLL(str(libraries[0]) if libraries else "libnvjpeg.so")
+        if nvjpeg.nvjpegCreateSimple(ctypes.byref(handle)) == 0:
+            nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+            nvjpeg.nvjpegDestroy(handle)
+    except (OSError, AttributeError):
+        return False
+    return engines.value > 0
 
 
 def _used_beside_torch(device: torch.device) -> int:

@@ -244,7 +244,8 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def color_on_host(loader: LoaderConfig, device: torch.device, views: Sequence[ViewSpec]) -> bool:
-    """Whether views leave the host finished, as with RandAugment, or as crops that `pipelines.color` finishes on `device`."""
+    """Whether views leave the host finished, as with RandAugment, or as crops that `pipelines.color` finishes on `device`; that is
+    where `auto` is which nobody has placed (pipelines/auto.py)."""
     if any(spec.color.randaugment for spec in views):
         if loader.color == "device" or loader.decode == "mixed":
             raise ValueError(

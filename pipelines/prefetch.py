@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from inscon import guard
 from inscon.batch import Batch
 
 POLL_S = 0.1
@@ -101,11 +102,13 @@ class Pipeline(Iterator[Batch], contextlib.AbstractContextManager):
             raise StopIteration
         if self._queue is None:
             return next(self._batches)
-        if self._thread.ident is None:  # with the first batch, so that an opened pipeline costs nothing yet
+        first = self._thread.ident is None
+        if first:  # not before, so that an opened pipeline costs nothing yet
             self._thread.start()
         self._asked, self._starved = self._asked + 1, self._starved + self._queue.empty()
         try:
-            item = self._queue.get(timeout=self._timeout_s)
+            with guard.say_if_long("the first batch") if first else contextlib.nullcontext():
+                item = self._queue.get(timeout=self._timeout_s)
         except queue.Empty:
             raise TimeoutError(
                 f"no batch came for {self._timeout_s:.0f} s; the pipeline hangs at: {self._clock.doing}. Look at the disk or "

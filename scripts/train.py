@@ -26,7 +26,7 @@ from inscon.config import Config
 from inscon.methods.method import resolve
 from inscon.recipes import GONE, RECIPES
 from inscon.transfer import knn
-from pipelines import open_pipeline
+from pipelines.auto import TrainingBatches
 from pipelines.evaluation import LabelledViews
 from pipelines.feed import Feed, open_index
 
@@ -79,12 +79,12 @@ def run(config: Config, feed: Feed, device: torch.device) -> None:
     if training.step >= total_steps:
         print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
         return
-    with open_pipeline(
-        feed, config.loader, device=device, dtype=training.precision.pixel_dtype, start_step=training.step,
+    say = print if distributed.rank() == 0 else lambda _: None
+    batches = TrainingBatches(
+        feed, config.loader, say, device=device, dtype=training.precision.pixel_dtype, start_step=training.step,
         total_steps=total_steps,
-    ) as loader:  # fmt: skip
-        if distributed.rank() == 0:
-            print(loader.description)
+    )  # fmt: skip
+    with contextlib.closing(batches) as loader:
         monitor = knn_monitor(training)
         if train.train(training, loader, feed.steps_per_epoch, total_steps, telemetry=loader.read, monitor=monitor):
             guard.ignore_stops()

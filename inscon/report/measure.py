@@ -28,7 +28,7 @@ from inscon.methods.method import resolve
 from inscon.report import verdict
 from inscon.report.flops import measure_matrix_rate, step_flops, wait_for
 from inscon.train import Training, take_step
-from pipelines import open_pipeline
+from pipelines import auto, open_pipeline
 from pipelines.feed import Feed
 from pipelines.prefetch import Pipeline
 
@@ -123,6 +123,7 @@ class Measurement:
         self.config = resolve(self._asked, distributed.world_size())
         self.feed, self.device, self.out, self.steps, self.warm_up = feed_of(self.config), device, out, steps, warm_up
         self._feed_of, self.training = feed_of, train.set_up(self.config, device, self.feed.index.fingerprint)
+        self._color = config.loader.color
 
     def report(self) -> dict:
         """What is measured, and the verdict."""
@@ -131,6 +132,8 @@ class Measurement:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)  # the matrices are not the run's
         model = self.synthetic(self.training, self.config, self.steps, self.warm_up)
+        of_rank, where = model["images_per_s"] / distributed.world_size(), {"device": self.device, "dtype": dtype}
+        self._color = auto.placed(self.feed, self.config.loader, of_rank, start_step=0, **where)  # as a training does
         loader = {} if self.config.loader.pipeline == "synthetic" else self.loader()
         with self.open(self.config, 0, self.warm_up + self.steps) as pipeline:
             end_to_end = run_steps(self.training, pipeline, self.steps, self.warm_up, pipeline.read)
@@ -163,9 +166,8 @@ class Measurement:
     def open(self, config: Config, first: int, steps: int) -> Pipeline:
         """Batches of steps first .. first + steps - 1."""
         dtype, feed = self.training.precision.pixel_dtype, self._feed_of(config)
-        return open_pipeline(
-            feed, config.loader, device=self.device, dtype=dtype, start_step=first, total_steps=first + steps
-        )
+        loader = dataclasses.replace(config.loader, color=self._color)
+        return open_pipeline(feed, loader, device=self.device, dtype=dtype, start_step=first, total_steps=first + steps)
 
     def synthetic(self, training: Training, config: Config, steps: int, warm_up: int) -> dict:
         """Training on noise that is there already."""

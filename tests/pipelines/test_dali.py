@@ -1,6 +1,5 @@
 """What only DALI has: its operators for crops, its ways to decode, its flavors. What all engines share is in test_engines.py."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +14,8 @@ from nvidia.dali import Pipeline as Graph
 from nvidia.dali import fn, types
 
 from inscon.plan import NO_COLOR, Grid, Mosaics, ViewSpec, plan_views
-from pipelines import dali, open_pipeline, reference
+from pipelines import auto, dali, open_pipeline, reference
 from pipelines.feed import Feed
-from pipelines.finish import Finish
 from tests.pipelines.conftest import NO_JPEG, PAIR, batches, feed_of, ids_of, levels_apart, loader_of, opened
 
 CPU = torch.device("cpu")
@@ -101,13 +99,13 @@ def test_a_picture_that_the_gpus_decoder_refuses_is_named_or_replaced(make_shard
 
 
 def rate(way: str, feed: Feed) -> float:
-    finish = Finish(feed, CPU, torch.float32, False)
-    return dali.rate_of(way, feed, loader_of("dali", None, color="device"), finish, 0)
+    loader = loader_of("dali", None, decode=way, color="device")
+    return auto.try_out(feed, loader, device=CPU, dtype=torch.float32, start_step=0).images_per_s
 
 
 def test_ways_to_decode_are_tried(shards, no_gpu_needed, monkeypatch, caplog):
     """Both on the CPU; and one that cannot be had is left out."""
-    monkeypatch.setattr(dali, "TRIAL_S", 0.1)
+    monkeypatch.setattr(auto, "TRIAL_S", 0.1)
     feed = feed_of(loader_of("dali", shards))
     assert rate("cpu", feed) > 10 and rate("mixed", feed) > 10
     monkeypatch.setattr(dali, "MIXED", "mixed")  # which no CPU has
@@ -118,25 +116,42 @@ def test_ways_to_decode_are_tried(shards, no_gpu_needed, monkeypatch, caplog):
 @pytest.mark.parametrize("substitute", [False, True])
 def test_a_trial_passes_no_verdict_on_a_sample(substitute, make_shards, monkeypatch, caplog):
     """A picture that one decoder refuses rules that way out at most; whether it is bad is for the way that is taken."""
-    monkeypatch.setattr(dali, "TRIAL_S", 0.1)
+    monkeypatch.setattr(auto, "TRIAL_S", 0.1)
     feed = feed_of(loader_of("dali", make_shards(jpegs={11: NO_JPEG})), substitute=substitute)
     assert rate("cpu", feed) > 10 if substitute else rate("cpu", feed) == 0
     assert ("decode cpu is left out, it fails: sample 11" in caplog.text) == (not substitute)
     assert any(11 in feed.work(step).sample_ids for step in range(4))
 
 
-@pytest.mark.parametrize(("cpu", "mixed", "chosen"), [(1000, 1090, "cpu"), (1000, 1110, "mixed"), (0, 0, "cpu")])
-def test_the_gpu_is_left_alone_where_it_gains_little(cpu, mixed, chosen, shards, monkeypatch):
-    monkeypatch.setattr(dali, "rate_of", lambda way, *_: {"cpu": cpu, "mixed": mixed}[way])
-    feed, loader = feed_of(loader_of("dali", shards)), loader_of("dali", shards)
+def test_decode_is_chosen_among_the_ways_that_the_device_has(shards, monkeypatch):
+    """With a GPU that is not there, and trials that are none: (images/s, 99th percentile) by decode and share of the engine."""
+    made = {("cpu", 0.5): (1000, 0.1), ("mixed", 0.5): (1110, 0.1)}
+    made |= {("mixed", share): (2000 - 100 * n, 0.1 / (n + 1)) for n, share in enumerate(dali.JPEG_ENGINE_SHARES)}
+    monkeypatch.setattr(
+        auto, "tried", lambda _, way, **where: asked.append(way) or auto.Trial(*made[way.decode, way.jpeg_engine])
+    )
+    feed = feed_of(loader_of("dali", shards))
 
-    def choose(device, host_color, **settings):
-        finish = SimpleNamespace(device=torch.device(device), host_color=host_color)
-        return dali.choose_decode(feed, dataclasses.replace(loader, **settings), finish, 0)
+    def choose(device, host_color=False, engine=False, decode="auto"):
+        monkeypatch.setattr(dali, "has_jpeg_engine", lambda: engine)
+        finish = SimpleNamespace(device=torch.device(device), host_color=host_color, dtype=torch.float32)
+        asked.clear()
+        way, words = dali.choose_decode(feed, loader_of("dali", shards, decode=decode, jpeg_engine=0.5), finish, 0)
+        return way.decode, way.jpeg_engine, len(asked), words
 
-    assert choose("cuda", False) == (chosen, f" (measured, images/s: cpu: {cpu}, mixed: {mixed})")
-    assert choose("cuda", True) == choose("cpu", False) == ("cpu", "")
-    assert choose("cuda", False, decode="mixed") == ("mixed", "")
+    asked = []
+    assert choose("cuda") == ("mixed", 0.5, 2, " (measured, images/s: cpu: 1000, mixed: 1110)")
+    decode, share, tries, words = choose("cuda", engine=True)
+    assert (decode, share, tries) == ("mixed", 0.3, 6)  # the second, of those within a tenth of 2,000 the steadiest
+    assert "cpu: 1000, mixed 12%: 2000, mixed 30%: 1900" in words
+    assert choose("cuda", host_color=True, engine=True) == choose("cpu") == ("cpu", 0.5, 0, "")
+    assert choose("cuda", engine=True, decode="mixed") == ("mixed", 0.5, 0, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have one")
+def test_without_a_gpu_there_is_no_jpeg_engine():
+    """nvJPEG's library is asked; its own answer is that there is no device."""
+    assert not dali.has_jpeg_engine()
 
 
 def test_mixed_decoding_needs_a_gpu(shards):
