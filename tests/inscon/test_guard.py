@@ -53,6 +53,14 @@ def test_ranks_of_one_machine_say_the_same_once(tmp_path, monkeypatch, capsys):
     assert said == [(1, "some.py: lr is wrong\n"), (0, ""), (1, "some.py: rank 1 has no disk\n")]
 
 
+def test_what_takes_long_is_said_once_and_by_one_rank(monkeypatch, capsys):
+    for rank, after_s in (("0", 0.01), ("0", 30), ("1", 0.01)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with guard.say_if_long("the kettle to boil", after_s):
+            time.sleep(0.2)
+    assert capsys.readouterr().err == "Waiting for the kettle to boil ...\n"
+
+
 RANK = """
 import os, sys
 sys.path.insert(0, {root!r})

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inscon import checkpoint, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
@@ -554,3 +555,21 @@ def test_tensorboard_gets_every_value_and_the_screen_a_line(tmp_path, capsys):
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"run/loss", "loss/cell", "top1/cell", "run/images_per_s"} <= set(events.Tags()["scalars"])
     assert [(e.step, e.value) for e in events.Scalars("loss/cell")] == [(3, 2.0)]
+
+
+class Convolutions(TorchDispatchMode):
+    """In which types convolutions are computed, forward and backward; those without contents are only counted."""
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if "convolution" in str(function) and not args[0].is_meta:
+            self.dtypes = self.dtypes | {args[0].dtype, args[1].dtype}
+        return function(*args, **(kwargs or {}))
+
+    dtypes = frozenset()
+
+
+def test_no_convolution_is_computed_in_another_type_than_the_trainings(tmp_path):
+    """On a GPU, cuDNN looks for the fastest algorithm for each type and shape: nothing before or beside the steps needs another."""
+    with Convolutions() as seen:
+        run(changed(make_config(tmp_path), "optim", precision="bf16"), total=2)
+    assert seen.dtypes == {torch.bfloat16}
