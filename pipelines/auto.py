@@ -129,7 +129,7 @@ def color_place(host: float, step: float) -> tuple[str, str]:
     place = "host" if host >= FREE * step else "device"
     return place, (
         f"color on the {place}: the host alone makes {host:.0f} images/s, {host / step:.2f} times the {step:.0f} that the steps "
-        f"take; from {FREE} times on it colors (--color host or device fixes it)"
+        f"take; it colors from {FREE} times on (--color host or device fixes the place)"
     )
 
 

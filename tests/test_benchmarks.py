@@ -16,7 +16,7 @@ def test_a_contender_that_dies_ends_the_benchmark(capfd):
     config = Config(
         method=inscon.Settings(),
         loader=LoaderConfig(pipeline="synthetic"),
-        views=ViewConfig(view_size=32),
+        views=ViewConfig(view_size=64),
         model=ModelConfig(backbone="resnet18", norm="split"),
         optim=OptimConfig(batch_size=8),
     )

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from inscon.config import LoaderConfig
+from inscon.plan import ColorSpec, ViewSpec
 from pipelines import auto, open_pipeline
-from tests.pipelines.conftest import assert_same, feed_of, loader_of
+from tests.pipelines.conftest import assert_same, feed_of, levels_apart, loader_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WHERE = {"device": CPU, "dtype": torch.float32}
@@ -46,23 +47,24 @@ def test_color_goes_where_it_is_free(host, step, place, figures):
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "wanted"),
+    ("settings", "color", "device", "wanted"),
     [
-        ({}, CUDA, True),
-        ({"decode": "cpu", "pipeline": "ffcv"}, CUDA, True),
-        ({}, CPU, False),
-        ({"color": "host"}, CUDA, False),
-        ({"color": "device"}, CUDA, False),
-        ({"decode": "mixed"}, CUDA, False),
-        ({"pipeline": "synthetic"}, CUDA, False),
+        ({}, ColorSpec(), CUDA, True),
+        ({"decode": "cpu", "pipeline": "ffcv"}, ColorSpec(), CUDA, True),
+        ({}, ColorSpec(), CPU, False),
+        ({}, ColorSpec(randaugment=2), CUDA, False),
+        ({"color": "host"}, ColorSpec(), CUDA, False),
+        ({"color": "device"}, ColorSpec(), CUDA, False),
+        ({"decode": "mixed"}, ColorSpec(), CUDA, False),
+        ({"pipeline": "synthetic"}, ColorSpec(), CUDA, False),
     ],
 )
-def test_what_is_fixed_is_not_measured(settings, device, wanted, monkeypatch):
+def test_what_is_fixed_is_not_measured(settings, color, device, wanted, monkeypatch):
     monkeypatch.setattr(auto, "host_rate", lambda *_, **__: 100.0)
-    loader = LoaderConfig(**settings)
-    assert auto.undecided(loader, device) == wanted
+    loader, feed = LoaderConfig(**settings), SimpleNamespace(views=[ViewSpec(name="view", color=color)])
+    assert auto.undecided(feed, loader, device) == wanted
     for step, place in ((50, "host"), (200, "device")):
-        assert auto.placed(None, loader, step, device=device) == (place if wanted else loader.color)
+        assert auto.placed(feed, loader, step, device=device) == (place if wanted else loader.color)
 
 
 @pytest.fixture
@@ -196,3 +198,19 @@ def test_a_run_begins_on_the_host_and_keeps_its_pixels(host, stop, places, shard
 
 def test_without_a_gpu_nothing_is_tried(shards, plain, opened):
     assert len(run(shards, plain, 16)) == 1 and opened == [("auto", 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("free", "places"), [(0.0, [("host", 3)]), (1e9, [("host", 3), ("device", 13)])])
+def test_on_a_gpu_the_steps_are_timed_by_its_own_clock(free, places, shards, plain, cache, opened, monkeypatch):
+    """The trial is a true one; it opens the host's pipeline too, first."""
+    monkeypatch.setattr(auto, "FREE", free)
+    loader, said = loader_of("reference", shards, decode="cpu"), []
+    where = {"device": torch.device("cuda"), "dtype": torch.float32}
+    batches = auto.TrainingBatches(feed_of(loader), loader, said.append, **where, start_step=3, total_steps=16)
+    with contextlib.closing(batches):
+        for made, wanted in zip(batches, plain, strict=True):
+            assert torch.equal(made.sample_ids, wanted.sample_ids)
+            assert levels_apart(made.mosaic, wanted.mosaic) < 1e-2
+    assert opened == [("host", 3), *places] and f"color on the {places[-1][0]}: " in said[1]
