@@ -1,8 +1,9 @@
-"""How much arithmetic a step takes, and how much the device can do: together they give MFU."""
+"""How much arithmetic a step takes, and how much the device can do: together they give MFU. And how fast it copies."""
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from pipelines.finish import Finish
 
 PRODUCTS = {"cpu": (1536, 1), "cuda": (8192, 16)}
 """Side of the square matrices whose product tells the device's rate, and how many products are timed at once."""
+COPIED = {"cpu": 2**27, "cuda": 2**30}
+"""Bytes of a copy that tells the rate of memory: more than caches hold."""
 MEASURED_S = 0.5
 COUNTED_IMAGES = 32
 """Over so many, or the batch if that is less, is the arithmetic of a step counted."""
@@ -56,15 +59,27 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     side, count = PRODUCTS[device.type]
     generator = torch.Generator(device).manual_seed(0)  # noise: products of zeros draw less power and run faster
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-    out, took = a @ b, []
+    out = a @ b
+    return 2 * side**3 * count / _fastest_s(lambda: [torch.mm(a, b, out=out) for _ in range(count)], device)
+
+
+def measure_copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written ones added up, of copies within the memory of `device`, measured now."""
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    copied = source.clone()
+    return 2 * len(source) / _fastest_s(lambda: copied.copy_(source), device)
+
+
+def _fastest_s(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of as many turns as fit into MEASURED_S."""
+    took = []
     while sum(took) < MEASURED_S:
         wait_for(device)
         start = time.perf_counter()
-        for _ in range(count):
-            torch.mm(a, b, out=out)
+        work()
         wait_for(device)
         took.append(time.perf_counter() - start)
-    return 2 * side**3 * count / min(took)
+    return min(took)
 
 
 def wait_for(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,30 +22,37 @@ import torch
 
 from inscon import distributed, guard, train
 from inscon.batch import Batch
-from inscon.clock import REST, WAIT, WIRE, StepClock, listen, part
+from inscon.clock import BACKWARD, REST, WAIT, WIRE, StepClock, listen, part
 from inscon.config import Config
 from inscon.meters import LossMeter
 from inscon.methods.method import resolve
 from inscon.report import verdict
-from inscon.report.flops import measure_matrix_rate, step_flops, wait_for
-from inscon.train import Training, take_step
+from inscon.report.device import Traffic, read_trace, summary
+from inscon.report.flops import measure_copy_rate, measure_matrix_rate, step_flops, wait_for
+from inscon.train import Training, run_step, take_step
 from pipelines import auto, open_pipeline
 from pipelines.feed import Feed
 from pipelines.prefetch import Pipeline
 
 PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv")
 """Whose versions a figure depends on."""
+KEPT, TRACED = 4, 3
+"""Batches of the loader that cached ones repeat; steps of a trace."""
 
 
 def run_steps(
-    training: Training, batches: Iterable[Batch], steps: int, warm_up: int, begin: Callable[[], object] = int
-) -> dict:
-    """The trainer's own loop over `batches`, timed; `begin` is called when the warm-up is over."""
+    training: Training, batches: Iterable[Batch], steps: int, warm_up: int, begin: Callable[[], object] = int,
+    eager: bool = False,
+) -> dict:  # fmt: skip
+    """The trainer's own loop over `batches`, timed; `begin` is called when the warm-up is over. `eager`: no step is a graph."""
     losses, coming = LossMeter(), iter(batches)
     training.method.train()
 
     def step(batch: Batch) -> None:
-        take_step(training, batch, 10**6, losses)  # of an epoch that doesn't end
+        if eager:
+            losses.add(run_step(training, batch))
+        else:
+            take_step(training, batch, 10**6, losses)  # of an epoch that doesn't end
         distributed.any_rank(False)  # as the trainer asks whether to stop
 
     for _ in range(warm_up):
@@ -74,7 +82,7 @@ def _together(device: torch.device) -> float:
 def step_figures(times: Sequence[dict[str, float]], wall: float, cpu: float, batch_size: int) -> dict:
     """Of steps that took so long by part, and `wall` seconds all together by a clock of its own."""
     steps, step_ms = len(times), [1e3 * sum(parts.values()) for parts in times]
-    seen = dict.fromkeys(name for parts in times for name in parts)
+    seen = dict.fromkeys([*(name for parts in times for name in parts), WIRE])
     names = [WAIT, *(name for name in seen if name not in (WAIT, REST)), REST]
     means = [1e3 * sum(parts.get(name, 0.0) for parts in times) / steps for name in names]
     of_ranks = distributed.gather(torch.tensor([means], dtype=torch.float64))
@@ -86,6 +94,17 @@ def step_figures(times: Sequence[dict[str, float]], wall: float, cpu: float, bat
         "step_ms_p99": sorted(step_ms)[round(0.99 * (steps - 1))], "parts_ms": dict(zip(names, parts_ms)),
         "wall_ms": 1e3 * wall / steps, "cpu_cores": worst["cpu"],
     }  # fmt: skip
+
+
+def divided(parts_ms: dict[str, float], eager_ms: dict[str, float]) -> dict[str, float]:
+    """The parts of a step that is a graph, in which no clock sees any: all but waiting for data as an eager step is divided."""
+    share = (sum(parts_ms.values()) - parts_ms[WAIT]) / (sum(eager_ms.values()) - eager_ms[WAIT])
+    return {name: share * ms for name, ms in eager_ms.items()} | {WAIT: parts_ms[WAIT]}
+
+
+def computing(run: dict) -> float:
+    """Milliseconds of a step of `run_steps` that do not go into waiting for data."""
+    return run["wall_ms"] - run["parts_ms"][WAIT]
 
 
 def machine() -> dict[str, str | int]:
@@ -106,6 +125,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def noise(config: Config) -> Config:
+    """The same, with synthetic batches."""
+    return dataclasses.replace(config, loader=dataclasses.replace(config.loader, pipeline="synthetic"))
 
 
 class Measurement:
@@ -141,12 +165,18 @@ class Measurement:
         memory = {"host memory at its peak, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if on_gpu:
             memory["PyTorch's device memory at its peak, MB"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        graphed = BACKWARD not in end_to_end["parts_ms"]
+        if graphed:
+            eager = self.synthetic(self.training, self.config, self.steps, self.warm_up, eager=True)
+            end_to_end["parts_ms"] = divided(end_to_end["parts_ms"], eager["parts_ms"])
         rates = loader.get("images_per_s"), model["images_per_s"], end_to_end["images_per_s"]
         found = self.basis() | {
             "ceilings": dict(zip(verdict.CEILINGS, rates)),
             "shares": {name: 100 * ms / end_to_end["wall_ms"] for name, ms in end_to_end["parts_ms"].items()},
             "end_to_end": end_to_end, "loader": loader | said, "memory": memory, "scaling": self.scaling(),
             "described": pipeline.description.replace(str(self.feed.index.path), name),
+            "graphed": graphed, "copy_bytes_per_s": measure_copy_rate(self.device),
+            "device": self.on_device(end_to_end, bool(loader)) if on_gpu else None,
             # What the device can do, not what others left of it.
             "matrix_flops_per_s": max(matrix_rate, measure_matrix_rate(self.device, dtype)),
         }  # fmt: skip
@@ -169,11 +199,43 @@ class Measurement:
         loader = dataclasses.replace(config.loader, color=self._color)
         return open_pipeline(feed, loader, device=self.device, dtype=dtype, start_step=first, total_steps=first + steps)
 
-    def synthetic(self, training: Training, config: Config, steps: int, warm_up: int) -> dict:
+    def synthetic(self, training: Training, config: Config, steps: int, warm_up: int, eager: bool = False) -> dict:
         """Training on noise that is there already."""
-        noise = dataclasses.replace(config, loader=dataclasses.replace(config.loader, pipeline="synthetic"))
-        with self.open(noise, 0, warm_up + steps) as batches:
-            return run_steps(training, batches, steps, warm_up)
+        with self.open(noise(config), 0, warm_up + steps) as batches:
+            return run_steps(training, batches, steps, warm_up, eager=eager)
+
+    def on_device(self, end_to_end: dict, fed: bool) -> dict:
+        """Of eager steps: the `bytes` that one moves, and `step`, on noise, as `inscon.report.device.summary` tells. Where a loader
+        feeds them: `fed_kernel_ms`, of its kernels and theirs, and `taken_ms`, by which it makes a step of the run longer."""
+        with self.open(noise(self.config), 0, 2 + TRACED) as batches:
+            kept = list(batches)
+        with Traffic() as traffic:
+            run_step(self.training, kept[0])
+        found = {"bytes": traffic.moved, "step": self.traced(kept)}
+        if not fed:
+            return found
+        with self.open(self.config, 0, KEPT) as pipeline:
+            kept = [batch.each(torch.clone) for batch in pipeline]
+        cached = run_steps(self.training, itertools.cycle(kept), self.steps, self.warm_up)
+        found["taken_ms"] = max(computing(end_to_end) - computing(cached), 0.0)
+        with self.open(self.config, 0, 2 + TRACED) as pipeline:
+            return found | {"fed_kernel_ms": self.traced(pipeline)["kernel_ms"]}
+
+    def traced(self, batches: Iterable[Batch]) -> dict:
+        """What host and device do in eager steps, two for warm-up left out."""
+        coming, cuda = iter(batches), torch.profiler.ProfilerActivity.CUDA
+        profiler = torch.profiler.profile(activities=[cuda], acc_events=True)
+        for batch in itertools.islice(coming, 2):
+            run_step(self.training, batch)
+        with profiler:
+            for batch in coming:
+                wait_for(self.device)
+                run_step(self.training, batch)
+            wait_for(self.device)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(path))
+            return summary(read_trace(path), TRACED)
 
     def loader(self) -> dict:
         """Take batches as fast as they come, across the end of an epoch."""
@@ -211,17 +273,18 @@ class Measurement:
     def computing_ms(self, training: Training, config: Config) -> float:
         """Milliseconds of a step that go into computing: not into waiting, and not into what no part claims."""
         parts = self.synthetic(training, config, steps=4, warm_up=2)["parts_ms"]
-        return sum(ms for name, ms in parts.items() if name not in (WAIT, WIRE, REST))
+        marked = sum(ms for name, ms in parts.items() if name not in (WAIT, WIRE, REST))
+        return marked or parts[REST]  # of a graph
 
     def trace(self, steps: int, warm_up: int = 2) -> None:
-        """OUT/trace-rankN.json, for chrome://tracing or Perfetto."""
-        losses, profiler = LossMeter(), torch.profiler.profile(acc_events=True)
+        """Of eager steps: OUT/trace-rankN.json, for chrome://tracing or Perfetto."""
+        profiler = torch.profiler.profile(acc_events=True)
         with self.open(self.config, 0, warm_up + steps) as batches, listen(torch.profiler.record_function):
             for batch in itertools.islice(batches, warm_up):
-                take_step(self.training, batch, self.feed.steps_per_epoch, losses)
+                run_step(self.training, batch)
             with profiler:
                 for batch in batches:
-                    take_step(self.training, batch, self.feed.steps_per_epoch, losses)
-                losses.read()
+                    run_step(self.training, batch)
+                wait_for(self.device)
         with guard.whole_file(self.out / f"trace-rank{distributed.rank()}.json") as file:
             profiler.export_chrome_trace(file.name)

@@ -24,7 +24,7 @@ def page(report: dict) -> str:
     """All of it."""
     where = report["machine"].get("gpu") or report["machine"]["cpu"]
     title = f"{title_of(report['settings'])} on {report['ranks']} x {where}, {report['precision']}, {report['date']}\n"
-    sections = [part(report) for part in (ceilings, figures, step_parts, loader_stages)]
+    sections = [part(report) for part in (ceilings, figures, step_parts, device, loader_stages)]
     measured_on = table("Measured on", ("", "version"), (report["machine"] | report["versions"]).items())
     sentence = f"**{report['verdict']['sentence']}**\n"
     return "\n".join([title, sentence, *sections, *[f"{line}\n" for line in report["predictions"]], measured_on])
@@ -50,10 +50,37 @@ def figures(report: dict) -> str:
         ("the same, in forward and backward passes of one view", f"{report['trainings']:.2f}"),
         ("matrix products here and now, TFLOP/s", f"{report['matrix_flops_per_s'] / 1e12:.3f}"),
         ("model-FLOP utilization (MFU), % of that", mfu),
+        ("memory copied here and now, GB/s read and written", f"{report['copy_bytes_per_s'] / 1e9:,.1f}"),
+        *_traffic(report),
         (f"processor, cores busy of the {cores:g} of a rank", f"{steps['cpu_cores']:.1f}"),
         *[(name, f"{value:,.0f}") for name, value in report["memory"].items()],
     ]
     return table("Figures", ("end to end", "value"), rows)
+
+
+def _traffic(report: dict) -> list[tuple[str, str]]:
+    if report["device"] is None:
+        return []
+    percent = "not known" if report["memory_percent"] is None else f"{report['memory_percent']:.1f}"
+    moved = f"{report['device']['bytes'] / 1e9:,.1f}"
+    return [("bytes that a step moves at least, GB", moved), ("copying as many, % of the step", percent)]
+
+
+def device(report: dict) -> str:
+    found = report["device"]
+    if found is None:
+        return "## The GPU\n\nno GPU\n"
+    step, fed = found["step"], found.get("fed_kernel_ms", {})
+    busy = min(100 * step["busy_ms"] / verdict.alone_ms(report), 100.0)
+    rows = [
+        ("launches", f"{step['launches']:,.0f}", ""), ("host's time for them, ms", f"{step['host_ms']:,.1f}", ""),
+        ("GPU busy, % of the step as the run takes it", f"{busy:.1f}", ""),
+        *[(f"{name}, ms", f"{step['kernel_ms'].get(name, 0):,.2f}", f"{fed[name]:,.2f}" if name in fed else "")
+          for name in step["kernel_ms"] | fed],
+    ]  # fmt: skip
+    if "taken_ms" in found:
+        rows.append(("taken by the loader from a step of the run, ms", "", f"{found['taken_ms']:,.2f}"))
+    return table("The GPU, in eager steps", ("", "alone", "with the loader"), rows)
 
 
 def step_parts(report: dict) -> str:
@@ -65,6 +92,8 @@ def step_parts(report: dict) -> str:
         f"Means, of the rank that waited least for others; by a clock of its own the whole step is {steps['wall_ms']:,.2f} ms. "
         f"The step's own overhead ({', '.join(verdict.OWN)}) is {own:.1f} %."
     )
+    if report["graphed"]:
+        note += " It is a CUDA graph: its time is divided here as eager steps divide theirs."
     if scaling and report["verdict"]["kind"] != "disturbed":
         note += f" Of the computing, {scaling['fixed_percent']:.0f} % does not depend on the batch."
     return table("The step by part", ("", "ms", "% of the step"), rows, note)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from inscon.clock import AFTER_UPDATE, OPTIMIZER, REST, WAIT, WIRE
 
-VERSION = 3
+VERSION = 4
 """Of report.json; another one is not compared."""
 CEILINGS = LOADER, MODEL, END_TO_END = "loader alone", "model alone, on synthetic batches", "end to end"
 OWN = (OPTIMIZER, AFTER_UPDATE, REST)
@@ -18,6 +18,8 @@ OVERHEAD = 10.0
 """Percent of a step that OWN should stay under."""
 FIXED = 35.0
 """Percent of the computing that does not shrink with the batch, from which on the batch is too small."""
+LAUNCHING = 90.0
+"""Percent of a step that the host needs to launch it, from which on the device waits for launches."""
 HUNGRY = 50.0
 """Percent of the times that a queue is empty when asked, from which on it is called starved."""
 NOISE = 1.1
@@ -33,15 +35,42 @@ ADVICE = {
 
 
 def conclusions(report: dict) -> dict:
-    """What follows from what was measured: MFU, and the verdict.
+    """What follows from what was measured: MFU, the same of memory, and the verdict.
 
-    A verdict is the `kind` of bound (GPU-bound, CPU-bound, loader-bound, launch-bound, communication-bound; host-bound, where time
-    goes by in the step and no part of it claims it), the `stage` or part that binds, the `advice` what to do next, the `gain` at
-    best, images/s then over images/s now, and all that as a `sentence`. A "disturbed" one says what cannot be true instead.
+    A verdict is the `kind` of bound (GPU-bound, CPU-bound, loader-bound, launch-bound, communication-bound; host-bound, where a GPU
+    waits for launches, or time goes by in the step and no part of it claims it), the `stage` or part that binds, the `advice` what
+    to do next, the `gain` at best, images/s then over images/s now, and all that as a `sentence`. A "disturbed" one says what
+    cannot be true instead.
     """
     rates = report["ceilings"]
     mfu = 100 * rates[END_TO_END] * report["flops_per_image"] / (report["ranks"] * report["matrix_flops_per_s"])
-    return {"mfu_percent": mfu if mfu <= 100 else None, "verdict": disturbed(report) or judge(report)}
+    return {
+        "mfu_percent": mfu if mfu <= 100 else None, "memory_percent": memory_percent(report),
+        "verdict": disturbed(report) or judge(report),
+    }  # fmt: skip
+
+
+def memory_percent(report: dict) -> float | None:
+    """Percent of a step that copying as many bytes as it moves at least would take; None where that is not known."""
+    if report["device"] is None:
+        return None
+    percent = 100 * report["device"]["bytes"] / (report["copy_bytes_per_s"] * report["end_to_end"]["wall_ms"] / 1e3)
+    return percent if percent <= 100 else None
+
+
+def alone_ms(report: dict) -> float:
+    """Milliseconds of a step on synthetic batches."""
+    return 1e3 * report["settings"]["optim"]["batch_size"] / report["ceilings"][MODEL]
+
+
+def _launching(report: dict) -> tuple[float, str]:
+    """Percent of a step for which a GPU waits for launches, 0 where they don't bind; and what to say of them."""
+    if report["device"] is None or report["graphed"]:
+        return 0.0, ""
+    step, ms = report["device"]["step"], alone_ms(report)
+    idle = 100 * max(1 - step["busy_ms"] / ms, 0.0) if step["host_ms"] >= LAUNCHING / 100 * ms else 0.0
+    launches, host = f"{step['launches']:,.0f} launches", f"{step['host_ms']:.1f} of its {ms:.1f} ms"
+    return idle, f"{launches} a step, for which the host needs {host}"
 
 
 def judge(report: dict) -> dict:
@@ -60,9 +89,11 @@ def _cases(report: dict) -> list[tuple]:
     shares, rates = {name: report["shares"].get(name, 0.0) for name in (WAIT, WIRE, *OWN)}, report["ceilings"]
     own, largest, loader = sum(map(shares.get, OWN)), max(OWN, key=shares.get), starving_stage(report["loader"])
     fixed = report["scaling"]["fixed_percent"] if report["scaling"] else 0.0
+    taken = 100 * (report["device"] or {}).get("taken_ms", 0.0) / report["end_to_end"]["wall_ms"]
+    waiting, launches = _launching(report)
     computing, idle = "CPU-bound", "a GPU; on this CPU the loader is fast enough"
     if "gpu" in report["machine"]:
-        computing, idle = "GPU-bound", "nothing in the data path; see MFU for what the kernels leave"
+        computing, idle = "GPU-bound", "nothing in the data path; see the kernels, MFU and memory for what is left"
     more = min(
         shares[WAIT], 100 * max(1 - rates[END_TO_END] / rates[MODEL], 0.0)
     )  # than the model alone, nothing gives
@@ -72,6 +103,9 @@ def _cases(report: dict) -> list[tuple]:
          "--gradient-compression fp16, a larger --batch-size, or a faster link between the ranks", shares[WIRE]),
         (shares[REST], NOTICED, "host-bound", "time in the step outside of all its parts",
          "look at what the host does there: --trace 3", shares[REST]),
+        (waiting, NOTICED, "host-bound", launches, "--graph auto, one launch for all of them, or a larger --batch-size", waiting),
+        (taken, NOTICED, "loader-bound", f"the loader's work on the GPU beside the step, {taken:.0f} % of it",
+         "--color host and --decode cpu, if the host has cores for that", taken),
         (fixed, FIXED, "launch-bound", f"launches and the optimizer, {fixed:.0f} % of the computing, the same for any batch",
          f"--batch-size {2 * report['settings']['optim']['batch_size']} or more", fixed / 2),
         (own, OVERHEAD, computing, f"the step's own overhead ({own:.0f} %), most of all {largest}",

@@ -1,5 +1,6 @@
 """The report names what was planted, its figures fit together, and what it cannot say it refuses in one sentence."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -18,6 +19,7 @@ from inscon.clock import BACKWARD, OPTIMIZER, REST, WAIT, WIRE, StepClock, forwa
 from inscon.meters import LossMeter, Stopwatch, window
 from inscon.report import measure, page, verdict
 from inscon.report.run import read_metrics, run_speed
+from inscon.train import take_step
 from pipelines import reference
 from scripts.throughput_report import main, publish
 from scripts.train import feed_of
@@ -38,6 +40,7 @@ REPORT = {
         "loader": {"pipeline": "dali"}, "optim": {"batch_size": 16, "epochs": 200},
     },
     "flops_per_image": 1e9, "trainings": 2.37, "steps_per_epoch": 100, "matrix_flops_per_s": 1e11, "described": "dali, DATA",
+    "copy_bytes_per_s": 1e12, "device": None, "graphed": False,
     "memory": {"host memory at its peak, MB": 1000.0},
     "end_to_end": {
         "steps": 30, "warm_up": 6, "images_per_s": 49.0, "step_ms": 320.0, "step_ms_p99": 380.0, "wall_ms": 326.0,
@@ -91,6 +94,48 @@ def test_parts_come_from_what_the_clock_saw_and_rates_from_the_wall():
     assert found["step_ms"] == pytest.approx(850.25) and found["step_ms_p99"] == pytest.approx(1000)
 
 
+def test_the_time_of_a_graph_is_divided_as_eager_steps_are():
+    """Of 100 ms 20 are waiting; the other 80 are twice the 40 of an eager step that waits for nothing."""
+    found = measure.divided({WAIT: 20.0, WIRE: 0.0, REST: 80.0}, {WAIT: 1.0, BACKWARD: 30.0, WIRE: 4.0, REST: 6.0})
+    assert found == {WAIT: 20.0, BACKWARD: 60.0, WIRE: 8.0, REST: 12.0}
+
+
+@pytest.mark.slow
+def test_a_step_without_parts_is_a_graph(tmp_path, monkeypatch):
+    """Stood in for by steps that no clock hears, as a replay's."""
+
+    def replay(*arguments):
+        with monkeypatch.context() as deaf:
+            deaf.setattr("inscon.clock._hear", contextlib.nullcontext)
+            return take_step(*arguments)
+
+    monkeypatch.setattr(measure, "take_step", replay)
+    report = planted.measure(small_run(None, batch_size=4), tmp_path)
+    assert (
+        report["graphed"]
+        and report["shares"][BACKWARD] > 5
+        and sum(report["shares"].values()) == pytest.approx(100, abs=5)
+    )
+    assert min(report["scaling"]["compute_ms"]) > 0 and report["device"] is None
+
+
+def test_what_a_loader_takes_is_found_by_batches_that_are_there(data, tmp_path, monkeypatch):
+    """The GPU's trace stood in for, and a run end to end that took a second for each step, half of it waiting."""
+    measurement = measure.Measurement(
+        small_run(data, pipeline="reference"), feed_of, CPU, tmp_path, steps=10, warm_up=2
+    )
+    traced, run_steps, cached = [], measure.run_steps, {}
+    monkeypatch.setattr(measurement, "traced", lambda batches: traced.append(len(list(batches))) or STEP)
+    monkeypatch.setattr(measure, "run_steps", lambda *arguments: cached.update(run_steps(*arguments)) or cached)
+    found = measurement.on_device({"wall_ms": 1000.0, "parts_ms": {WAIT: 500.0}}, fed=True)
+    assert traced == [5, 5] and found["step"] == STEP and found["fed_kernel_ms"] == STEP["kernel_ms"]
+    assert cached["steps"] == 10 and found["taken_ms"] == pytest.approx(
+        500 - cached["wall_ms"] + cached["parts_ms"][WAIT]
+    )
+    assert found["bytes"] > 16 * 4 * 3 * (64**2 + 32**2)  # at least the views are read
+    assert "taken_ms" not in measurement.on_device({}, fed=False)
+
+
 @pytest.mark.parametrize(("sizes", "percent"), [
     ((8, [8, 16], [90.0, 120.0]), 100 * 60 / 90), ((8, [4, 8], [45.0, 90.0]), 0.0), ((8, [4, 8], [99.0, 90.0]), 100.0),
 ])  # fmt: skip
@@ -115,6 +160,13 @@ def test_batch_sizes_are_compared_by_turns(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the verdict
 
 ON_GPU = ("machine/gpu", "NVIDIA A100")
+STEP = {"launches": 11000.0, "host_ms": 300.0, "busy_ms": 240.0, "kernel_ms": {"convolution": 200.0, "BatchNorm": 50.0}}
+"""Of a step that takes 320 ms on synthetic batches, for 80 of which the GPU waits: 16 images at 50 a second."""
+
+
+def by_step(**changes):
+    """On a GPU that 1.63e11 bytes and that step keep at work, changed."""
+    return "device", {"bytes": 163e9, "step": STEP | changes}
 
 
 @pytest.mark.parametrize(("changes", "kind", "words", "gain"), [
@@ -126,6 +178,11 @@ ON_GPU = ("machine/gpu", "NVIDIA A100")
     ([(f"shares/{WIRE}", 20.0)], "communication-bound", "--gradient-compression", 1.25),
     ([(f"shares/{REST}", 20.0)], "host-bound", "outside of all its parts.*--trace", 1.25),
     ([("scaling/fixed_percent", 50.0)], "launch-bound", "50 % of the computing.*--batch-size 32", 2 / 1.5),
+    ([ON_GPU, by_step()], "host-bound", "11,000 launches a step.* needs 300.0 of its 320.0 ms.*--graph auto.*--batch-size", 4 / 3),
+    ([ON_GPU, by_step(host_ms=280.0)], "GPU-bound", "the passes through the networks", 1.0),
+    ([ON_GPU, by_step(busy_ms=310.0)], "GPU-bound", "the passes through the networks", 1.0),  # and launches wait for the GPU
+    ([ON_GPU, by_step(), ("graphed", True)], "GPU-bound", "the passes through the networks", 1.0),
+    ([ON_GPU, by_step(host_ms=9.0), ("device/taken_ms", 65.2)], "loader-bound", "on the GPU .*, 20 % .*--color host", 1.25),
     ([(f"shares/{OPTIMIZER}", 20.0)], "CPU-bound", "own overhead .21 %., most of all optimizer", 1.25),
 ])  # fmt: skip
 def test_verdicts(changes, kind, words, gain):
@@ -179,6 +236,15 @@ def test_figures_that_can_be_get_their_verdict(place, value):
     assert report["mfu_percent"] is None or report["mfu_percent"] <= 100
 
 
+@pytest.mark.parametrize(("bytes_of_step", "percent"), [(163e9, 50.0), (326e9, 100.0), (327e9, None)])
+def test_bytes_against_the_copy_rate(bytes_of_step, percent):
+    """In 326 ms at 1e12 bytes/s."""
+    report = changed(ON_GPU, by_step(), ("device/bytes", bytes_of_step))
+    assert report["memory_percent"] == (percent and pytest.approx(percent))
+    assert ("copying as many, % of the step | not known" in page.page(report)) == (percent is None)
+    assert changed()["memory_percent"] is None
+
+
 def test_a_comparison_is_a_gate(tmp_path, capsys):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     before.write_text(json.dumps(changed()))
@@ -202,7 +268,9 @@ def test_a_comparison_is_a_gate(tmp_path, capsys):
 
 def test_a_page_shows_what_was_measured():
     memory = {"host memory at its peak, MB": 1000.0, "PyTorch's device memory at its peak, MB": 1234.0}
-    report = changed(ON_GPU, ("memory", memory), ("loader/loader_device_mb", 56.0))
+    kernels = {"convolution": 203.0, "color": 24.0}
+    on_device = [by_step(), ("device/fed_kernel_ms", kernels), ("device/taken_ms", 6.5), ("graphed", True)]
+    report = changed(ON_GPU, ("memory", memory), ("loader/loader_device_mb", 56.0), *on_device)
     text = page.page(report | {"predictions": ["PREDICTION, not measured"]})
     assert text.startswith(
         "# inscon, resnet50 at 224 px through dali, batch 16 on 2 x NVIDIA A100, fp32, 2026-11-25\n\n**GPU-bound."
@@ -211,11 +279,24 @@ def test_a_page_shows_what_was_measured():
         "loader alone | 100.0 | 49.0 %", "model alone, on synthetic batches | 50.0 | 98.0 %", "sum | 326.00 | 100.00",
         "model-FLOP utilization (MFU), % of that | 24.5", "PyTorch's device memory at its peak, MB | 1,234",
         "read, ms per image | 0.200", "first batch, s | 1.5",
+        "launches | 11,000 | ", "host's time for them, ms | 300.0 | ", "GPU busy, % of the step as the run takes it | 75.0 | ",
+        "convolution, ms | 200.00 | 203.00", "BatchNorm, ms | 50.00 | ", "color, ms | 0.00 | 24.00",
+        "taken by the loader from a step of the run, ms |  | 6.50", "memory copied here and now, GB/s read and written | 1,000.0",
+        "bytes that a step moves at least, GB | 163.0", "copying as many, % of the step | 50.0",
         "device memory beside PyTorch's, MB | 56.0", "torch | 2.10", "no decoded picture when asked, % | 80.0",
     ):  # fmt: skip
         assert f"| {row} |" in text, row
     assert "overhead (optimizer, after the update, rest) is 3.1 %" in text and "PREDICTION, not measured" in text
-    assert "Of the computing, 32 % does not depend on the batch." in text
+    assert (
+        "Of the computing, 32 % does not depend on the batch." in text and "a CUDA graph: its time is divided" in text
+    )
+    without = page.page(changed())
+    assert (
+        "no GPU" in without
+        and "launches" not in without
+        and "bytes that" not in without
+        and "CUDA graph" not in without
+    )
 
 
 def windows_with(mfu):
