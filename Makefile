@@ -1,4 +1,4 @@
-# make demo   a small data set, packed, trained on through DALI, and what came out (demo/)
+# make demo   a small data set, packed, trained on through DALI, and what came out (demo/); SEED=1 takes another
 # make test   the tests that take seconds; make test-slow, the others
 # make transfer   pre-training, frozen evaluation and a detector on generated scenes (demo/transfer/)
 # make ffcv   compiles FFCV into .venv, once its headers are there
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 APT := apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev
 HEADERS = pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null
 FFCV = $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'
-SCENES := --num-images 1024 --num-val 256 --size 128
+SEED ?= 0
 
 .PHONY: demo transfer test test-slow ffcv lint clean
 
@@ -29,14 +29,9 @@ ffcv: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	rm -rf demo
-	$(BIN)/python data_prep/make_scenes.py --out demo/scenes $(SCENES)
-	$(BIN)/python data_prep/make_dali.py --data demo/scenes/train --out demo/train
-	$(BIN)/python data_prep/make_dali.py --data demo/scenes/val --out demo/val
-	$(BIN)/python scripts/train.py --recipe smoke --pipeline dali --data demo/train --run-dir demo/run
-	$(BIN)/python scripts/knn.py --run demo/run --train demo/train --val demo/val --k 20
-	$(BIN)/python scripts/show_views.py --recipe smoke --data demo/train --out demo/views.png
+	$(BIN)/python scripts/demo.py --out demo --seed $(SEED)
 	$(BIN)/python scripts/throughput_report.py --run demo/run
-	$(BIN)/python scripts/throughput_report.py --recipe smoke --pipeline dali --data demo/train --steps 10 --out demo/report
+	$(BIN)/python scripts/throughput_report.py --recipe demo --pipeline dali --data demo/train --steps 10 --out demo/report
 
 transfer: $(VENV)/.installed
 	rm -rf demo/transfer
