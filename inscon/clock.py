@@ -34,21 +34,27 @@ def part(name: str):
     return _hear(name)
 
 
-def heard() -> bool:
-    """Whether anybody listens."""
-    return _hear is not contextlib.nullcontext
-
-
 @contextlib.contextmanager
 def listen(hear):
     """While the block runs, parts are entered as `hear(name)`: a clock's `at`, or torch.profiler.record_function."""
-    global _hear
     assert _hear is contextlib.nullcontext, "two clocks at once"
-    _hear = hear
+    with _heard_by(hear):
+        yield
+
+
+def unheard():
+    """While the block runs, nobody listens: where work is only noted down, its moments are none."""
+    return _heard_by(contextlib.nullcontext)
+
+
+@contextlib.contextmanager
+def _heard_by(hear):
+    global _hear
+    before, _hear = _hear, hear
     try:
         yield
     finally:
-        _hear = contextlib.nullcontext
+        _hear = before
 
 
 def now(device):

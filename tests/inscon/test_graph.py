@@ -1,5 +1,7 @@
 """Captured steps equal those that the host launches. Without a GPU, a recording of every operation stands in for the graph."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,9 +12,11 @@ from inscon import checkpoint, clock, methods, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from inscon.graph import WARM_UP, CudaGraphs, GraphedStep, NotCaptured
 from inscon.meters import LossMeter
+from inscon.methods import inscon
 from inscon.methods.method import resolve
 from pipelines import open_pipeline
 from pipelines.feed import Feed, open_index
+from tests.inscon.methods.steps import make_batch
 from tests.inscon.test_train import CPU, PER_EPOCH, batch_of, changed, lines, make_config, on_gpu
 
 STEPS, OVERFLOW = 20, 13
@@ -228,21 +232,30 @@ def test_an_overflow_in_the_middle_skips_one_update_alone(eager):
     assert eager.scaler.get_scale() == 64 * 2 * 2 / 2 * 2  # grew after 6 and 12 steps, halved, and grew after 6 more
 
 
-def test_a_graph_takes_a_copy_of_its_batch_and_steps_aside_where_somebody_listens():
-    graph, taken = GraphedStep(Called()), []
+def test_a_graph_takes_a_copy_of_its_batch_and_nobody_hears_the_capture():
+    taken, heard = [], []
 
     def step(batch):
         taken.append(batch)
-        return {"loss": batch.mosaic.mean()}
+        with clock.part(clock.BACKWARD):
+            return {"loss": batch.mosaic.mean()}
 
-    batches = [batch_of(number) for number in range(WARM_UP + 2)]
-    for batch in batches[:-1]:
-        assert torch.equal(graph(step, batch)["loss"], batch.mosaic.mean())
+    def hear(name):
+        heard.append(name)
+        return contextlib.nullcontext()
+
+    class Noted(Called):
+        def capture(self, work):
+            work()  # as a capture walks through it
+            return work
+
+    graph, batches = GraphedStep(Noted()), [batch_of(number) for number in range(WARM_UP + 2)]
+    with clock.listen(hear):
+        for batch in batches:
+            assert torch.equal(graph(step, batch)["loss"], batch.mosaic.mean())
+    assert len(taken) == WARM_UP + 3 and len(heard) == WARM_UP + 2
     assert len({id(batch) for batch in taken}) == 1 and taken[0] is not batches[0]
-    assert all(torch.equal(own, given) for own, given in zip(taken[0].tensors(), batches[-2].tensors(), strict=True))
-    with clock.listen(clock.StepClock(CPU).at):
-        graph(step, batches[-1])
-    assert taken[-1] is batches[-1] and not torch.equal(taken[0].mosaic, batches[-1].mosaic)
+    assert all(torch.equal(own, given) for own, given in zip(taken[0].tensors(), batches[-1].tensors(), strict=True))
 
 
 def test_an_optimizer_of_the_host_gets_no_graph(tmp_path, capsys):
@@ -255,33 +268,36 @@ def on_gpus(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
-def on_a_gpu(config, steps, **optim):
+def on_a_gpu(config, steps, batches=batch_of, **optim):
     """A training after so many steps, and their losses; kernels are chosen alike every time."""
     training = train.set_up(changed(config, "optim", **optim), torch.device("cuda"), "set A")
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     training.method.train()
     meter, losses = LossMeter(), []
-    for step in range(steps):
-        train.take_step(training, on_gpu(batch_of(step)), PER_EPOCH, meter)
-        losses.append(meter.read()["loss"])
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        for step in range(steps):
+            train.take_step(training, on_gpu(batches(step)), PER_EPOCH, meter)
+            losses.append(meter.read()["loss"])
     return training, losses
 
 
-def compare_with_eager(config, precision, steps=STEPS):
+def compare_with_eager(config, precision, digits, steps=STEPS):
     ours, losses = on_a_gpu(config, steps, precision=precision)
-    theirs, expected = on_a_gpu(config, steps, precision=precision, graph="off")
-    assert ours.graph._again is not None and theirs.graph is None
-    assert losses == pytest.approx(expected, rel=1e-5)
-    for name, value in theirs.method.state_dict().items():
-        if torch.is_tensor(value):
-            torch.testing.assert_close(ours.method.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    ours.close()
+    with contextlib.closing(ours):
+        theirs, expected = on_a_gpu(config, steps, precision=precision, graph="off")
+        assert ours.graph._again is not None and theirs.graph is None
+        assert losses == pytest.approx(expected, rel=digits)
+        made = ours.method.state_dict()
+        for name, value in theirs.method.state_dict().items():
+            if torch.is_tensor(value):
+                largest = value.abs().max().item()
+                torch.testing.assert_close(made[name], value, rtol=digits, atol=digits * largest, msg=name)
 
 
 @on_gpus
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_on_a_gpu_a_graph_equals_the_eager_steps(cosine, precision):
-    compare_with_eager(cosine(), precision)
+@pytest.mark.parametrize(("precision", "digits"), [("fp32", 1e-4), ("bf16", 2e-3), ("fp16", 2e-3)])
+def test_on_a_gpu_a_graph_equals_the_eager_steps(cosine, precision, digits):
+    """To rounding, which 20 steps carry on: some kernels of PyTorch add in any order."""
+    compare_with_eager(cosine(), precision, digits)
 
 
 @on_gpus
@@ -289,7 +305,7 @@ def test_collectives_of_nccl_are_captured(cosine, tmp_path):
     """In a group of one rank: gradients are reduced and keys gathered as in a larger one."""
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        compare_with_eager(cosine(), "fp32", steps=8)
+        compare_with_eager(cosine(), "fp32", 1e-4, steps=8)
     finally:
         dist.destroy_process_group()
 
@@ -305,23 +321,27 @@ def test_the_host_launches_a_replay_and_the_copies(cosine):
         torch.cuda.synchronize()
     calls = {event.key: event.count for event in profiler.key_averages()}
     launches = sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
-    assert calls["cudaGraphLaunch"] == 1 and calls["cudaMemcpyAsync"] <= len(batch.tensors())
+    assert calls["cudaGraphLaunch"] == 1 and calls.get("cudaMemcpyAsync", 0) <= len(batch.tensors())
     assert launches <= 3  # the rate's, and the meter's two
 
 
 @on_gpus
 def test_a_graph_needs_no_more_memory_than_its_batch(cosine):
-    peaks = []
+    peaks, size = [], 64
+    config = changed(
+        changed(cosine(), "model", backbone="resnet50"), "method", queue_size=size, cell_queue_size=9 * size
+    )
+    large = lambda step: make_batch(inscon.Settings(), step, size, torch.float32, config.views)  # noqa: E731
     for graph in ("off", "auto"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        training, _ = on_a_gpu(cosine(), WARM_UP + 3, graph=graph)
+        training, _ = on_a_gpu(config, WARM_UP + 3, large, batch_size=size, graph=graph)
         peaks.append(torch.cuda.max_memory_allocated() - start)
         training.close()
         del training
-    batch = sum(tensor.nbytes for tensor in batch_of(0).tensors())
-    assert peaks[1] <= 1.02 * (peaks[0] + batch)
+    batch = sum(tensor.nbytes for tensor in large(0).tensors())
+    assert peaks[1] <= 1.02 * (peaks[0] + batch) + 2**27  # cuBLAS keeps some for each stream
 
 
 @on_gpus
