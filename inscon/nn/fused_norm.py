@@ -42,18 +42,18 @@ def _of_slices(
     group, piece = tl.program_id(0) // slices, tl.program_id(0) % slices
     first = piece * ROUNDS * ROWS
     count = tl.minimum(rows - first, ROUNDS * ROWS)
-    places, there = _tile(group, first + tl.arange(0, 1), column, rows, channels)
-    shift = tl.load(x + places, mask=there, other=0.0).to(tl.float32)
+    start = (group * rows + first).to(tl.int64) * channels
+    shift = tl.load(x + start + column, mask=column < channels, other=0.0).to(tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     squares = tl.zeros([COLUMNS], tl.float32)
     for number in range(ROUNDS):
         places, there = _tile(group, first + number * ROWS + tl.arange(0, ROWS), column, rows, channels)
-        apart = tl.where(there, tl.load(x + places, mask=there, other=0.0).to(tl.float32) - shift, 0.0)
+        apart = tl.where(there, tl.load(x + places, mask=there, other=0.0).to(tl.float32) - shift[None, :], 0.0)
         total += tl.sum(apart, 0)
         squares += tl.sum(apart * apart, 0)
     mean = total / count
     place = tl.program_id(0) * channels + column
-    tl.store(partial + place, tl.sum(shift, 0) + mean, mask=column < channels)
+    tl.store(partial + place, shift + mean, mask=column < channels)
     second = partial + tl.num_programs(0) * channels
     tl.store(second + place, squares - total * mean, mask=column < channels)
 

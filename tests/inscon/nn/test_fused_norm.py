@@ -1,6 +1,9 @@
 """The fused kernels against BatchNorm in float64, and fused networks against plain ones. Without a GPU they are interpreted."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +73,37 @@ def test_values_and_gradients_are_those_of_float64(shape, groups, add, relu, dty
     made.backward(gradient), expected.backward(gradient.double())
     for value, true in zip(ours, exact, strict=True):
         assert value.grad.dtype == value.dtype and apart(value.grad, true.grad) < 2 * DIGITS[dtype]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from inscon.nn import fused_norm as kernels
+
+sizes = dict(ROUNDS=2, ROWS=64, COLUMNS=64, LENGTH=128, PIECES=64, GROUPS=8)
+maps = ("x", "residual", "y", "gradient", "of_x", "of_residual")
+numbers = dict.fromkeys(("rows", "channels", "slices", "tiles", "of_all"), "i32")
+numbers |= dict.fromkeys(("eps", "momentum", "unbiased"), "fp32")
+for name in ("_of_slices", "_of_group", "_follow", "_forward", "_backward_of_slices", "_backward"):
+    kernel = getattr(kernels, name)
+    for capability, dtype, flag in ((70, "*fp16", True), (80, "*bf16", False), (90, "*fp32", True)):
+        fixed = sizes | {"ADD": flag, "RELU": True}
+        signature = {
+            a: "constexpr" if a in fixed else numbers.get(a, dtype if a in maps else "*fp32") for a in kernel.arg_names
+        }
+        values = {(place,): fixed[a] for place, a in enumerate(kernel.arg_names) if a in fixed}
+        target = GPUTarget("cuda", capability, 32)
+        assert triton.compile(ASTSource(kernel, signature, values), target=target).asm["cubin"]
+"""
+
+
+def test_the_kernels_compile(tmp_path):
+    """For cards that are not there, V100 included; the interpreter takes programs that the compiler refuses."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_large_mean_costs_no_digits():
