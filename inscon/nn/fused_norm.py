@@ -365,18 +365,18 @@ def _fuse_norm(norm: nn.BatchNorm2d) -> FusedBatchNorm2d:
 
 @functools.cache
 def refusal(device: torch.device) -> str | None:
-    """Why the kernels do not serve on `device`, in a few words; None where they make of a small map what PyTorch makes of it."""
+    """Why the kernels do not serve on `device`, in a few words; None where they make of a small map what PyTorch makes of it, and
+    of its gradients."""
     try:
-        x, weight, bias = (
-            torch.randn(4, 3, 5, 5, device=device),
-            torch.rand(3, device=device),
-            torch.rand(3, device=device),
-        )
-        made = batch_norm(x, weight, bias, (torch.zeros_like(bias), torch.ones_like(bias)), groups=2, relu=True)
-        expected = torch.cat(
-            [F.batch_norm(part, None, None, weight, bias, training=True) for part in x.chunk(2)]
-        ).relu()
-        apart = (made - expected).abs().max().item()
-        return None if apart < 1e-4 else f"their result is {apart:.1g} away from PyTorch's"
+        x, residual, weight, bias = given = [
+            torch.randn(shape, device=device).requires_grad_() for shape in ((4, 3, 5, 5), (4, 3, 5, 5), 3, 3)
+        ]
+        running = torch.zeros(3, device=device), torch.ones(3, device=device)
+        ours = batch_norm(x, weight, bias, running, groups=2, residual=residual, relu=True)
+        groups = [F.batch_norm(part, None, None, weight, bias, training=True) for part in x.chunk(2)]
+        theirs = (torch.cat(groups) + residual).relu()
+        made, expected = ([y, *torch.autograd.grad(y.square().sum(), given)] for y in (ours, theirs))
+        apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(made, expected))
+        return None if apart < 1e-4 else f"their results are {apart:.1g} away from PyTorch's"
     except Exception as error:  # whatever a compiler of other people's finds to say
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"

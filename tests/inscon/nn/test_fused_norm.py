@@ -191,7 +191,11 @@ def test_a_card_that_computes_something_else_is_refused(monkeypatch):
     refusal.cache_clear()
     assert refusal(DEVICE) is None
     for planted, reason in (
-        (lambda *a, **k: torch.ones(4, 3, 5, 5, device=DEVICE), "away from PyTorch's"),
+        (lambda *a, residual, **k: batch_norm(*a, residual=1.1 * residual, **k), "away from PyTorch's"),  # a value
+        (
+            lambda *a, residual, **k: batch_norm(*a, residual=residual.detach() + 0 * residual, **k),
+            "away from",
+        ),  # a gradient
         (None, "TypeError"),
     ):
         refusal.cache_clear()
