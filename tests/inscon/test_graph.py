@@ -207,8 +207,13 @@ def test_the_recording_notices_what_waits(asks):
 @pytest.mark.slow
 def test_what_a_graph_cannot_see_makes_a_difference(cosine, eager):
     """Otherwise the recording would show nothing: an optimizer with a rate on the host goes on with that of the capture."""
-    config = cosine(optimizer="foreach")
-    training, _ = run(config, 8, lambda training: Recorded())
+    config = cosine()
+
+    def graphs(training):
+        training.optimizer.param_groups[0]["lr"] = 0.03
+        return Recorded()
+
+    training, _ = run(config, 8, graphs)
     losses = [[line["loss"] for line in lines(c.run.run_dir)][:8] for c in (config, eager.config)]
     assert losses[0][:WARM_UP] == pytest.approx(losses[1][:WARM_UP], rel=1e-5)
     assert training.step == 8 and losses[0][7] != pytest.approx(losses[1][7], rel=1e-5)
