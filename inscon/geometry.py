@@ -62,6 +62,14 @@ def into_view(box, crop_box, flipped, view_size: int):
     return xp.where(flipped[..., None], mirror(inside, view_size), inside)
 
 
+def from_view(box, crop_box, flipped, view_size: int):
+    """The way back: boxes `[... 4]` in px of the view into source px; arguments as `into_view`."""
+    xp = _namespace(crop_box)
+    seen = xp.where(flipped[..., None], mirror(box, view_size), box)
+    low, extent = crop_box[..., :2], crop_box[..., 2:] - crop_box[..., :2]
+    return xp.concatenate([low + corner * extent / view_size for corner in (seen[..., :2], seen[..., 2:])], -1)
+
+
 def mirror(box, view_size: int):
     """Boxes `[... 4]` after their view of width `view_size` px was mirrored left to right."""
     xp = _namespace(box)

@@ -13,7 +13,7 @@ One step, in order:
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,10 @@ from inscon import distributed
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.nn.backbones import Backbone, build_backbone, check_side, facts_of
+from inscon.nn.loss import row_logits, separate_terms
 from inscon.nn.norm import KeyShuffle
 from inscon.nn.queue import KeyQueue
-from inscon.plan import Mosaics, ViewSpec
+from inscon.plan import ColorSpec, Grid, Mosaics, ViewSpec
 
 NORM_GROUP = 32
 """Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
@@ -39,8 +40,16 @@ class Losses:
     total: Float[Tensor, ""]
     """What is minimized."""
     logged: dict[str, Float[Tensor, ""]]
-    """Figures by name, means over the images. "loss_NAME": a part of the total. "top1_NAME": share of queries whose positive beats
-    every negative, 0..1; above 99 % says that BatchNorm leaks."""
+    """Figures by name, means over the images. "loss_NAME": a part of the total, before its weight. "top1_NAME": share of queries
+    whose positive beats every negative, 0..1; above 99 % says that BatchNorm leaks."""
+
+
+def add_up(terms: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float | Tensor] | None = None) -> Losses:
+    """Losses by name, each with its top-1 share, times their weights; all alike without `weights` (equation 4)."""
+    weights = weights or dict.fromkeys(terms, 1.0)
+    logged = {f"loss_{name}": loss.detach() for name, (loss, _) in terms.items()}
+    logged |= {f"top1_{name}": share for name, (_, share) in terms.items()}
+    return Losses(total=torch.stack([weights[name] * loss for name, (loss, _) in terms.items()]).sum(), logged=logged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,30 @@ class MethodSettings:
     def build(self, config: Config, rank_batch_size: int) -> "Method":
         """The method, for a resolved `config` that holds these settings."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class JigsawSettings(MethodSettings):
+    """Of methods with patches: a crop of their own, cut into 3x3 fields, and from each field a patch at a random place (PIRL)."""
+
+    jigsaw_size: int = 255
+    """Side that the crop is resized to before it is cut, px."""
+    patch_size: int = 64
+    """Side of a patch, px: a multiple of 16, at most a third of jigsaw_size."""
+    jigsaw_scale: tuple[float, float] = (0.6, 1.0)
+    """Range of the crop's share of the image area."""
+
+    @property
+    def patch_count(self) -> int:
+        """P, of an image."""
+        return Grid.cells**2
+
+    def patches(self, views: ViewConfig, name: str, color: ColorSpec, shuffled: bool = False) -> ViewSpec:
+        """The view `name`; `shuffled`: an image's patches come in a random order."""
+        grid = Grid(patch=self.patch_size, shuffled=shuffled)
+        return dataclasses.replace(
+            views.spec(name), size=self.jigsaw_size, scale=self.jigsaw_scale, color=color, grid=grid
+        )
 
 
 class Method(nn.Module):
@@ -166,6 +199,10 @@ class KeyMethod(Method):
         """With `backbone` as a submodule of that name."""
         raise NotImplementedError
 
+    def build_key_encoder(self) -> nn.Module:
+        """The query encoder's twin, or those parts of it that keys need."""
+        return slow_copy(self.query_encoder)
+
     @property
     def backbone(self) -> Backbone:
         return self.query_encoder.backbone
@@ -173,6 +210,11 @@ class KeyMethod(Method):
     def add_queue(self, name: str, size: int, embedding_dim: int, per_step: int) -> None:
         queue = self.queues[name] = KeyQueue(size, embedding_dim, per_step)
         self.add_module(f"queue_{name}", queue)
+
+    def contrast(self, queries: Tensor, keys: Tensor, queue: str) -> tuple[Tensor, Tensor]:
+        """Of rows [N D]: mean InfoNCE against their keys and a queue, and the share whose key beats every negative."""
+        logits = row_logits(queries, keys, self.queues[queue].keys, self.settings.temperature)
+        return separate_terms(logits).mean(), logits.top1
 
     def key_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the key encoder takes, each beginning with [B]."""
@@ -207,6 +249,16 @@ class KeyMethod(Method):
             }
         for name, keys in queued.items():
             self.queues[name].enqueue(keys.flatten(0, 1))
+
+
+def need_strides(backbone: str, strides: Iterable[int]) -> None:
+    """ValueError unless the network has maps of these strides, px."""
+    found = facts_of(backbone).channels
+    if not set(strides) <= set(found):
+        raise ValueError(
+            f"maps of the strides {', '.join(map(str, strides))} px are compared, and {backbone} has others. Found: "
+            f"{', '.join(map(str, found))}; set --backbone resnet50, say"
+        )
 
 
 def queue_size(name: str, asked: int | None, per_step: int) -> int:

@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: steps on its share of fixed global batches, or one collective after the other; rank 0 writes.
 
-torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|moco|collectives ...]
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|moco|collectives|NAME OF A METHOD ...]
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from inscon.methods import moco
 from inscon.methods.method import resolve
 from inscon.nn.norm import KeyShuffle
 from pipelines.finish import assemble
-from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon
+from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon, small_rivals
 
 BATCH = 16
-STEPS = {"frozen": 2, "four": 2, "fp16": 1}
-"""Of training, where it isn't three."""
+STEPS = {"live": 3, "moco": 3, "fp16": 1}
+"""Of training, where it isn't two."""
 
 
 def share_of_batch(settings, step, rank, world_size):
@@ -48,7 +48,10 @@ def share_of_batch(settings, step, rank, world_size):
 
 def steps(mode, rank, world_size):
     """Some steps of training."""
-    settings = moco.Settings(queue_size=2 * BATCH) if mode == "moco" else small_inscon(BATCH, key_momentum=0.9)
+    others = {"moco": moco.Settings(queue_size=2 * BATCH), **small_rivals(BATCH)}
+    # With the negatives of one process on every level
+    others["resim"] = dataclasses.replace(others["resim"], gathered_strides=(16, 8))
+    settings = others.get(mode) or small_inscon(BATCH, key_momentum=0.9)
     # As many images per BatchNorm group either way: a rank's share, or the split of one process
     model = ModelConfig(backbone="test_resnet", split_size=4 if mode == "four" else 8)
     config = resolve(Config(method=settings, views=VIEWS, model=model, optim=OptimConfig(batch_size=BATCH)), world_size)
@@ -58,7 +61,7 @@ def steps(mode, rank, world_size):
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9)
     record = {"losses": []}
-    for step in range(STEPS.get(mode, 3)):
+    for step in range(STEPS.get(mode, 2)):
         gradients.zero()
         losses = backward(method, share_of_batch(settings, step, rank, world_size), step, 3)[1]
         gradients.average()

@@ -12,7 +12,12 @@ import torch
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-MODES = {1: ("frozen", "live", "moco", "four"), 2: ("frozen", "live", "moco", "fp16", "collectives"), 4: ("four",)}
+RIVALS = ("densecl", "resim", "detco", "infomin")
+MODES = {
+    1: ("frozen", "live", "moco", "four", *RIVALS),
+    2: ("frozen", "live", "moco", "fp16", "collectives", *RIVALS),
+    4: ("four",),
+}
 """Number of ranks -> what they do, one after the other: starting them takes longer."""
 
 
@@ -34,9 +39,9 @@ def run(tmp_path_factory):
     return lambda mode, ranks: start(ranks)[mode]
 
 
-@pytest.mark.parametrize("mode", ["frozen", "live", "moco"])
+@pytest.mark.parametrize("mode", ["frozen", "live", "moco", *RIVALS])
 def test_two_ranks_equal_one_process_on_the_joined_batch(run, mode):
-    """frozen: BatchNorm in eval mode. live, moco: two ranks shuffle, one process splits into the same groups of images."""
+    """frozen: BatchNorm in eval mode. Else two ranks shuffle, and one process splits into the same groups of images."""
     one, two = run(mode, 1), run(mode, 2)
     for a, b in zip(one["losses"], two["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-9)

@@ -34,7 +34,7 @@ def test_methods_are_found_by_name():
 
 @pytest.mark.parametrize("name", ["simsiam_of_mine", "json", "inscon.nn.norm", "method"])
 def test_what_is_no_method_is_refused(name):
-    with pytest.raises(ValueError, match=f"no method {name}; set --method to one of inscon, moco, or to a module"):
+    with pytest.raises(ValueError, match=f"no method {name}; set --method to one of .*inscon, .*or to a module"):
         methods.settings_of(name)
 
 
@@ -55,7 +55,7 @@ def opened(settings, steps, batch=8, view_size=64, **model):
             method=settings,
             loader=LoaderConfig(pipeline="synthetic"),
             views=ViewConfig(view_size=view_size),
-            model=ModelConfig(backbone="resnet18", **model),
+            model=ModelConfig(**{"backbone": "resnet18", **model}),
             optim=OptimConfig(batch_size=batch),
         ),
         1,

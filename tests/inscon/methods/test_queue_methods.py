@@ -1,0 +1,164 @@
+"""What DenseCL, ReSim, DetCo and InfoMin share: trained by any pipeline, resumed to the bit, never waiting, what a step costs."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from inscon import train
+from inscon.config import Config, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from inscon.gradients import FlatGradients
+from inscon.methods.method import resolve
+from inscon.recipes import RECIPES
+from inscon.report.flops import step_flops
+from tests.inscon.methods.steps import BATCH, SIDE, backward, logged, make_batch, make_method, small_rivals, take_steps
+from tests.inscon.methods.test_method import ChannelsLast, NobodyWaits, opened
+from tests.pipelines.conftest import assert_same, batches, write_shards
+
+RIVALS = small_rivals()
+each = pytest.mark.parametrize("name", RIVALS)
+
+
+def small(name):
+    """(method, batch) in float32."""
+    method = make_method(RIVALS[name], dtype=torch.float32, backbone="test_resnet")
+    return method, make_batch(RIVALS[name], dtype=torch.float32)
+
+
+@each
+def test_a_method_trains_on_what_it_asks_for(name):
+    """Views of its own sizes by a pipeline; a gradient for every weight, and a loss that falls while keys and queues stay."""
+    method, pipeline = opened(RIVALS[name], steps=1, backbone="test_resnet")
+    with pipeline:
+        batch = next(iter(pipeline))
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer, figures = torch.optim.SGD(trained, lr=0.02, momentum=0.9), []
+    method.schedule(0, 8)
+    prepared = method.prepare(batch)
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses = {}
+        for piece in method.pieces(batch, prepared):
+            losses[piece.name] = piece.losses()
+            losses[piece.name].total.backward()
+        figures.append(logged(losses))
+        optimizer.step()
+    assert figures[-1]["loss"] < figures[0]["loss"]
+    assert not any(value.requires_grad or value.ndim for value in figures[0].values())
+    # In the first step the branches of timm's blocks are zero, and what lies before them has no gradient.
+    assert all(p.grad.abs().sum() > 0 for p in trained)
+
+
+@each
+def test_a_step_asks_the_device_nothing(name, monkeypatch):
+    method, batch = small(name)
+    for asking in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, asking, lambda *_, asking=asking: pytest.fail(f"{asking} waits"))
+    with NobodyWaits():
+        backward(method, batch)
+        method.after_update()
+
+
+@each
+def test_no_layer_leaves_channels_last(name):
+    """Nor do patches on their way to the keys' BatchNorm groups."""
+    method, batch = small(name)
+    method = method.to(memory_format=torch.channels_last)
+    FlatGradients(method.parameters()).zero()
+    with ChannelsLast() as watch:
+        backward(method, batch)
+    assert watch.seen > 50 and not watch.astray, watch.astray[:5]
+
+
+@each
+def test_a_state_dict_holds_the_whole_method(name):
+    method, batch = small(name)
+    take_steps(method, [batch])
+    other = make_method(RIVALS[name], seed=7, dtype=torch.float32, backbone="test_resnet")
+    other.load_state_dict(copy.deepcopy(method.state_dict()))
+    made, expected = take_steps(other, [batch]), take_steps(method, [batch])
+    assert logged(made[0]) == logged(expected[0])
+    assert {n: q.pointer for n, q in other.queues.items()} == {n: q.pointer for n, q in method.queues.items()}
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), method.parameters(), strict=True))
+
+
+def run(settings, run_dir, stop=None):
+    """Four steps, with a checkpoint after the second; `stop`: the step at which the power fails."""
+    config = resolve(
+        Config(
+            method=settings, views=ViewConfig(view_size=SIDE), model=ModelConfig(backbone="test_resnet"),
+            optim=OptimConfig(batch_size=BATCH, epochs=2),
+            run=RunConfig(run_dir=run_dir, log_every=1, checkpoint_every=2, tensorboard=False),
+        ), 1,
+    )  # fmt: skip
+    training = train.set_up(config, torch.device("cpu"), "set A")
+
+    def loader():
+        for step in range(training.step, 4):
+            if step == stop:
+                raise RuntimeError("power cut")
+            yield make_batch(settings, step, dtype=torch.float32, views=ViewConfig(view_size=SIDE))
+
+    train.train(training, loader(), 2, 4)
+    return training.state_dict()
+
+
+@pytest.mark.slow
+@each
+def test_a_crash_and_a_resume_equal_the_undisturbed_run_bit_for_bit(name, tmp_path):
+    """DenseCL's weight rises at step 3, which the resumed run alone sees."""
+    settings = RIVALS[name]
+    if name == "densecl":
+        settings = dataclasses.replace(settings, dense_from_step=3)
+    undisturbed = run(settings, tmp_path / "a")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(settings, tmp_path / "b", stop=3)
+    resumed = run(settings, tmp_path / "b")
+    assert_equal(resumed["model"], undisturbed["model"])
+    assert_equal(resumed["optimizer"]["state"], undisturbed["optimizer"]["state"])
+
+
+def assert_equal(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_equal(one[name], other[name])
+    else:
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.mark.slow
+@each
+def test_engines_make_equal_batches_and_equal_losses(name, shards):
+    views, found = RIVALS[name].view_specs(ViewConfig(view_size=SIDE)), {}
+    for engine in ("reference", "dali", "ffcv"):
+        made = batches(engine, shards, 2, views=views, mosaics=None)
+        method = make_method(RIVALS[name], dtype=torch.float32, backbone="test_resnet")
+        found[engine] = made, [logged(own)["loss"].item() for own in take_steps(method, made)]
+    for engine in ("dali", "ffcv"):
+        for ours, theirs in zip(found[engine][0], found["reference"][0], strict=True):
+            assert_same(ours, theirs, by_pil=True)
+        assert found[engine][1] == pytest.approx(found["reference"][1], rel=1e-4)
+
+
+FORWARD = 4.09e9
+"""Multiplications of ResNet-50 at 224 px."""
+
+
+@pytest.mark.parametrize(("recipe", "networks", "rows", "negatives", "dim"), [
+    ("densecl_r50", 1.40, 49, 65536, 128),  # every place against a queue
+    ("resim_r50", 1.58, 64, 32 * 26**2, 256),  # every window against the places of 32 images
+    ("detco_r50", 2.31, 0, 0, 0),
+    ("infomin_r50", 2.07, 0, 0, 0),
+])  # fmt: skip
+def test_what_an_image_costs(recipe, networks, rows, negatives, dim):
+    """Passes through the networks, by hand, and the products of rows with negatives where they weigh: made, and differentiated."""
+    expected = networks + 3 * rows * negatives * dim / (3 * FORWARD)
+    assert step_flops(resolve(RECIPES[recipe](), 1)).trainings == pytest.approx(expected, rel=0.05)
