@@ -36,6 +36,8 @@ class Windows(NamedTuple):
     """px."""
     step: int
     """px between the corners of neighbors."""
+    of_all_ranks: bool
+    """Whether negatives are of all ranks' images; else, for there are more places, of the own rank's or its BatchNorm groups'."""
 
     def boxes(self, view_size: int) -> Float[Tensor, "n 4"]:
         """Row by row, px of the view."""
@@ -44,7 +46,7 @@ class Windows(NamedTuple):
         return torch.cat([corners, corners + self.side], 1) * (view_size / 224)
 
 
-GRIDS: Mapping[int, Windows] = {16: Windows(6, 48, 32), 8: Windows(8, 32, 24)}
+GRIDS: Mapping[int, Windows] = {16: Windows(6, 48, 32, of_all_ranks=True), 8: Windows(8, 32, 24, of_all_ranks=False)}
 """By the stride of the map that they are pooled from, px."""
 PYRAMID = (8, 16, 32)
 """Strides of the maps that the pyramid is built of, px."""
@@ -60,8 +62,6 @@ class Settings(moco.Settings):
 
     pyramid_dim: int = 256
     """Channels of the feature pyramid, and length of a window's vector."""
-    gathered_strides: tuple[int, ...] = (16,)
-    """On which levels the places of all ranks' keys are negatives, px; on the others, which have more places, the own rank's."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,6 +104,7 @@ class ReSim(moco.MoCo):
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
         self.view_size = config.views.view_size
+        self.norm_groups = rank_batch_size // (config.model.split_size or rank_batch_size)
         for stride, grid in GRIDS.items():
             self.register_buffer(f"windows_{stride}", grid.boxes(self.view_size), persistent=False)
 
@@ -127,11 +128,14 @@ class ReSim(moco.MoCo):
         queries = unit(pool_windows(query_map, windows, 1 / stride)).flatten(0, 1)
         positives = unit(pool_windows(key_map, regions, 1 / stride)).flatten(0, 1)
         places = F.avg_pool2d(key_map, POOLED, stride=1).permute(0, 2, 3, 1).flatten(0, 2)
-        negatives = distributed.gather(unit(places)) if stride in self.settings.gathered_strides else unit(places)
-        logits = row_logits(queries, positives, negatives, self.settings.temperature)
-        weights, found = used.flatten(), logits.positive.detach() > logits.hardest_negative
-        weights = weights * distributed.world_size() / distributed.gather(weights.sum()[None]).sum().clamp(min=1)
-        return (separate_terms(logits) * weights).sum(), (found * weights).sum()
+        everywhere = GRIDS[stride].of_all_ranks
+        rows = queries, positives, distributed.gather(unit(places)) if everywhere else unit(places)
+        groups = zip(*(tensor.chunk(1 if everywhere else self.norm_groups) for tensor in rows))
+        logits = [row_logits(*group, self.settings.temperature) for group in groups]
+        terms = torch.cat([separate_terms(own) for own in logits])
+        found = torch.cat([own.positive.detach() > own.hardest_negative for own in logits])
+        weights = used.flatten() * distributed.world_size() / distributed.gather(used.sum()[None]).sum().clamp(min=1)
+        return (terms * weights).sum(), (found * weights).sum()
 
     def windows_in_both(self, batch: Batch, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Windows, px of the query view [B n 4]; the same regions, px of the key view [B n 4]; 1 where the latter lies within its

@@ -49,8 +49,6 @@ def share_of_batch(settings, step, rank, world_size):
 def steps(mode, rank, world_size):
     """Some steps of training."""
     others = {"moco": moco.Settings(queue_size=2 * BATCH), **small_rivals(BATCH)}
-    # With the negatives of one process on every level
-    others["resim"] = dataclasses.replace(others["resim"], gathered_strides=(16, 8))
     settings = others.get(mode) or small_inscon(BATCH, key_momentum=0.9)
     # As many images per BatchNorm group either way: a rank's share, or the split of one process
     model = ModelConfig(backbone="test_resnet", split_size=4 if mode == "four" else 8)

@@ -13,7 +13,7 @@ from inscon.methods.method import resolve
 from inscon.recipes import RECIPES
 from inscon.report.flops import step_flops
 from tests.inscon.methods.steps import BATCH, SIDE, backward, logged, make_batch, make_method, small_rivals, take_steps
-from tests.inscon.methods.test_method import ChannelsLast, NobodyWaits, opened
+from tests.inscon.methods.test_method import ChannelsLast, NobodyWaits, on_gpu, opened
 from tests.pipelines.conftest import assert_same, batches, write_shards
 
 RIVALS = small_rivals()
@@ -58,6 +58,35 @@ def test_a_step_asks_the_device_nothing(name, monkeypatch):
     with NobodyWaits():
         backward(method, batch)
         method.after_update()
+
+
+@each
+def test_half_precision_changes_digits_alone(name):
+    method, batch = small(name)
+    method.schedule(0, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = logged({piece.name: piece.losses() for piece in method.pieces(batch, method.prepare(batch))})
+    whole = logged(backward(method, batch)[1])
+    for loss in (loss for loss in whole if loss.startswith("loss")):
+        assert half[loss].dtype == torch.float32 and half[loss].item() == pytest.approx(whole[loss].item(), rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@each
+def test_a_step_on_a_gpu_equals_the_cpus_and_never_waits(name):
+    cpu, batch = small(name)
+    gpu, there = small(name)[0].to("cuda", memory_format=torch.channels_last), on_gpu(batch)
+    expected, made = logged(backward(cpu, batch)[1]), logged(backward(gpu, there)[1])
+    for loss in (loss for loss in expected if loss.startswith("loss")):
+        assert made[loss].item() == pytest.approx(expected[loss].item(), rel=1e-2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            backward(gpu, there)
+        gpu.after_update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @each
