@@ -25,7 +25,7 @@ LEVELS = (4, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(JigsawSettings, moco.Settings):
-    """DetCo without RandAugment. Patches lie row by row."""
+    """DetCo without RandAugment. That patches are cut as InfoMin's, and lie row by row, is unchecked."""
 
     level_weights: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)
     """Of the three losses of each level, res2 to res5. Unchecked."""

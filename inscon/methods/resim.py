@@ -47,7 +47,7 @@ class Windows(NamedTuple):
 
 
 GRIDS: Mapping[int, Windows] = {16: Windows(6, 48, 32, of_all_ranks=True), 8: Windows(8, 32, 24, of_all_ranks=False)}
-"""By the stride of the map that they are pooled from, px."""
+"""By the stride of the map that they are pooled from, px. That they begin in the view's corner is unchecked."""
 PYRAMID = (8, 16, 32)
 """Strides of the maps that the pyramid is built of, px."""
 POOLED = 3
@@ -58,7 +58,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(moco.Settings):
-    """ReSim-FPN; three losses of equal weight and one temperature."""
+    """ReSim-FPN; three losses with one temperature and, unchecked, of equal weight."""
 
     pyramid_dim: int = 256
     """Channels of the feature pyramid, and length of a window's vector."""
