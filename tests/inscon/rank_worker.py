@@ -22,7 +22,7 @@ from pipelines.finish import assemble
 from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon
 
 BATCH = 16
-STEPS = {"frozen": 2, "four": 2, "fp16": 1}
+STEPS = {"frozen": 2, "four": 2, "fp16": 1, "simclr": 2, "byol": 2, "pixpro": 2}
 """Of training, where it isn't three."""
 METHODS = {
     "moco": moco.Settings(queue_size=2 * BATCH),
