@@ -3,7 +3,6 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ OTHER = {"first": "second", "second": "first"}
 class Settings(MethodSettings):
     """BYOL: two views that are colored differently, a predictor, a slow target, no negatives."""
 
-    norm_of_all: ClassVar[bool] = True
+    norm_of_all = True
 
     embedding_dim: int = 256
     """D of projection and prediction."""

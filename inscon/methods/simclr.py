@@ -1,7 +1,6 @@
 """SimCLR v1 (Chen et al., arXiv 2002.05709): of all views in the batch of all ranks, each must find the other one of its image."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,7 @@ from inscon.plan import ViewSpec
 class Settings(MethodSettings):
     """SimCLR: two views, no queue and no slow copy."""
 
-    norm_of_all: ClassVar[bool] = True
+    norm_of_all = True
 
     embedding_dim: int = 128
     """D of the head, which has two layers and no BatchNorm; unchecked against the paper."""
