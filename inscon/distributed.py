@@ -46,13 +46,13 @@ def gather(tensor: Tensor) -> Tensor:
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
     """As `gather`; each rank gets the gradient of its own share, the sum over the losses of all ranks. All ranks must go back."""
-    return _Gather.apply(tensor)
+    return tensor if world_size() == 1 or tensor.is_meta else _Gather.apply(tensor)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        return gather(tensor).view_as(tensor) if world_size() == 1 else gather(tensor)
+        return gather(tensor)
 
     @staticmethod
     @once_differentiable

@@ -56,7 +56,8 @@ class Health:
         if steps < 1:
             return {}, []
         figures, found = self._of_followers(now) if self._slow else {}, {}
-        if figures.get("key_moved") == 0 and not all(follower.fading for follower in self._method.followers):
+        fading = all(follower.fading for follower in self._method.followers)
+        if figures.get("key_moved") == 0 and figures["key_distance"] > 0 and not fading:
             found["stale"] = (
                 f"the slow copy of the network has not moved in {steps} steps: its keys or targets are of one that learns nothing "
                 f"(is its momentum, {self._method.followers[0].momentum}, 1?)"

@@ -71,12 +71,12 @@ class PixPro(byol.BYOL):
         """From -2 to 2 for each view, and 0 to 4 of its images as wholes."""
         made, target = self.online(batch.views[name].pixels), targets[OTHER[name]]
         near = self.pairs(name, batch, made["pixel"].shape[-1])
-        places = rows(target["pixel"])
+        places = unit(rows(target["pixel"]))
         total = loss = pair_loss(self.propagated(made["pixel"]), places, near)
         logged = {f"loss_{name}": loss.detach(), f"length_{name}": places.mean((0, 1)).norm()}
         if self.settings.instance:
             predicted = self.predictor["instance"](made["instance"])
-            one, other = (unit(maps.mean((2, 3))) for maps in (predicted, target["instance"]))
+            one, other = (unit(rows(maps).mean(1)) for maps in (predicted, target["instance"]))
             of_images = 2 - 2 * (one * other).sum(1).mean()
             logged[f"loss_{name}_instance"] = of_images.detach()
             total = loss + self.settings.instance_weight * of_images
@@ -93,14 +93,14 @@ class PixPro(byol.BYOL):
 
     def propagated(self, maps: Float[Tensor, "B D h w"]) -> Float[Tensor, "B c D"]:
         """y_i = sum_j max(cos(x_i, x_j), 0)^sharpness g(x_j), of unit length; g(x_j) has it too."""
-        x, g = rows(maps), rows(self.predictor["pixel"](maps))
+        x, g = unit(rows(maps)), unit(rows(self.predictor["pixel"](maps)))
         with full_precision(x.device):
             return unit((x @ x.mT).clamp(min=0).pow(self.settings.sharpness) @ g)
 
 
 def rows(maps: Float[Tensor, "B D h w"]) -> Float[Tensor, "B c D"]:
-    """The features of each place, row by row, of unit length."""
-    return unit(maps.flatten(2).mT)
+    """The features of each place, row by row; of a channels-last map, so that the gradient goes back channels last too."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def pair_loss(

@@ -18,6 +18,7 @@ from inscon.gradients import FlatGradients
 from inscon.methods import byol, moco, pixpro, simclr
 from inscon.methods.method import resolve
 from inscon.nn.norm import KeyShuffle, sync_batch_norm
+from inscon.report.flops import step_flops
 from pipelines.finish import assemble
 from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon
 
@@ -176,6 +177,12 @@ def gathered(rank, world_size):
     return {"everything": everything.detach(), "gradient": distributed.gather(own.grad)}
 
 
+def counted(world_size):
+    """Cost of an image of a method with collectives in its step, which tensors without contents do not take part in."""
+    model, optim = ModelConfig(backbone="test_resnet"), OptimConfig(batch_size=BATCH)
+    return step_flops(resolve(Config(method=METHODS["simclr"], model=model, optim=optim), world_size)).trainings
+
+
 def averaged(rank, compression):
     """Gradients of a small network on this rank's own numbers, averaged; one parameter is used by rank 1 alone, one by none."""
     torch.manual_seed(0)
@@ -209,6 +216,7 @@ def collectives(rank, world_size):
         "shuffled": shuffled(rank, world_size),
         "synced": synced(rank, world_size),
         "gathered": gathered(rank, world_size),
+        "counted": counted(world_size),
         "averaged": {compression: averaged(rank, compression) for compression in ("none", "fp16", "bf16")},
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.inscon.rank_worker import to_normalize
+from tests.inscon.rank_worker import counted, to_normalize
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 
@@ -124,5 +124,6 @@ def test_what_is_gathered_gets_the_gradient_of_every_ranks_loss(run):
 
 
 def test_the_few_collectives_beside_them(run):
+    assert run("collectives", 2)["counted"] == counted(1)
     two = run("collectives", 2)
     assert two["stop"] is True and two["worst"] == {"rank": 1.0} and two["total"] == {"rank": 3.0}

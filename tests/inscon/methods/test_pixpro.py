@@ -166,4 +166,4 @@ def test_features_at_right_angles_propagate_nothing():
     method = small()
     maps = torch.eye(12, dtype=torch.float64)[:, :9].view(1, 12, 3, 3).contiguous() * 3
     expected = unit(method.predictor["pixel"](maps).flatten(2).mT)
-    torch.testing.assert_close(method.propagated(maps), expected)
+    torch.testing.assert_close(method.propagated(maps.requires_grad_()), expected)
