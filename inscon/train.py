@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from inscon import checkpoint, distributed, guard
 from inscon.batch import Batch
@@ -18,6 +17,7 @@ from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
 from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, window
 from inscon.methods.method import Method
+from inscon.nn.norm import sync_batch_norm
 from inscon.optim import learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
@@ -70,8 +70,6 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     Raises ValueError or CheckpointError, before any work, with the value found and what to set.
     """
     precision, world = choose_precision(config.optim.precision, device), distributed.world_size()
-    if config.model.norm == "sync" and device.type == "cpu" and world > 1:
-        raise ValueError("norm=sync over several ranks needs GPUs. Found: cpu; set --norm shuffle")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
@@ -80,7 +78,7 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     torch.manual_seed(config.run.seed)
     method = config.method.build(config, config.optim.batch_size // world)
     if config.model.norm == "sync" and world > 1:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        sync_batch_norm(method, config.model.backbone)
     method = method.to(device=device, memory_format=torch.channels_last)
     optimizer, name = make_optimizer(method.param_groups(), config.optim, device)
     training = Training(

@@ -88,7 +88,7 @@ class DenseCL(moco.MoCo):
 @torch.no_grad()
 def best_matches(query: Float[Tensor, "B s F"], key: Float[Tensor, "B t F"]) -> Int[Tensor, "B s"]:
     """The key place whose features, unit vectors, are most like those of each query place of the same image; in full precision."""
-    with full_precision(query):
+    with full_precision(query.device):
         return (query @ key.transpose(1, 2)).argmax(-1)
 
 

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -41,7 +42,8 @@ class Losses:
     """What is minimized."""
     logged: dict[str, Float[Tensor, ""]]
     """Figures by name, means over the images. "loss_NAME": a part of the total, before its weight. "top1_NAME": share of queries
-    whose positive beats every negative, 0..1; above 99 % says that BatchNorm leaks."""
+    whose positive beats every negative, 0..1; above 99 % says that BatchNorm leaks. "length_NAME": of a batch's mean embedding,
+    0..1; near 1 all images look alike."""
 
 
 def add_up(terms: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float | Tensor] | None = None) -> Losses:
@@ -63,6 +65,9 @@ class Piece:
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
     """Base of a method's own settings: a frozen dataclass, its fields flags with reasons."""
+
+    norm_of_all: ClassVar[bool] = False
+    """Whether BatchNorm is to see the whole batch (norm=auto is sync), as there are no keys that it could give away."""
 
     def resolved(self, config: Config) -> "MethodSettings":
         """The same with every None that depends on the batch filled in. ValueError for what does not go together."""
@@ -148,17 +153,38 @@ class Method(nn.Module):
 
 
 class Follower:
-    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision."""
+    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision.
+
+    m is `momentum`, or what `schedule` has set last.
+    """
 
     def __init__(self, slow: nn.Module, fast: nn.Module, momentum: float, renamed: Callable[[str], str] = str):
         by_name = dict(fast.named_parameters())
         self.slow = [parameter for _, parameter in slow.named_parameters()]
         self.fast = [by_name[renamed(name)] for name, _ in slow.named_parameters()]
         self.momentum = momentum
+        self._share: Float[Tensor, ""] | None = None
+
+    def schedule(self, momentum: float) -> None:
+        """Of the next move; on the device, so that a captured one reads it."""
+        self.momentum = momentum
+        if self._share is None or self._share.device != self.slow[0].device:
+            self._share = torch.empty((), dtype=self.slow[0].dtype, device=self.slow[0].device)
+        self._share.fill_(1 - momentum)
 
     @torch.no_grad()
     def move(self) -> None:
-        torch._foreach_lerp_(self.slow, self.fast, 1 - self.momentum)
+        if self._share is None:
+            torch._foreach_lerp_(self.slow, self.fast, 1 - self.momentum)
+        else:
+            apart = torch._foreach_sub(self.fast, self.slow)
+            torch._foreach_mul_(apart, self._share)
+            torch._foreach_add_(self.slow, apart)
+
+    @property
+    def fading(self) -> bool:
+        """Whether a schedule has come so close to 1 that weights in float32 need not move any more."""
+        return self._share is not None and self.momentum > 1 - 1e-5
 
 
 def slow_copy(module: nn.Module) -> nn.Module:
@@ -287,12 +313,7 @@ def resolve(config: Config, world_size: int) -> Config:
             f"{batch}; set --batch-size {max(batch // unit, 1) * unit}"
         )
     per_rank = batch // world_size
-    norm = model.norm
-    if not facts_of(model.backbone).has_batch_norm:
-        norm = "none"
-    elif norm == "auto":
-        alone = world_size == 1 or (per_rank >= 4 * NORM_GROUP and per_rank % NORM_GROUP == 0)
-        norm = "split" if alone else "shuffle"
+    norm = _norm(config, per_rank, world_size)
     if norm == "shuffle" and world_size == 1:
         raise ValueError(
             "norm=shuffle permutes images over ranks and needs at least 2. Found: 1 rank; set --norm split"
@@ -305,6 +326,20 @@ def resolve(config: Config, world_size: int) -> Config:
     for side in sorted({spec.side for spec in specs} | canvases):
         check_side(model.backbone, side)
     return config
+
+
+def _norm(config: Config, per_rank: int, world_size: int) -> str:
+    asked = config.model.norm
+    if config.method.norm_of_all:
+        if asked in ("split", "shuffle"):
+            raise ValueError(f"norm={asked} parts keys from their queries, and this method has none; set --norm sync")
+        return "sync" if asked == "auto" else asked
+    if not facts_of(config.model.backbone).has_batch_norm:
+        return "none"
+    if asked == "auto":
+        alone = world_size == 1 or (per_rank >= 4 * NORM_GROUP and per_rank % NORM_GROUP == 0)
+        return "split" if alone else "shuffle"
+    return asked
 
 
 def _split_size(asked: int | None, per_rank: int) -> int:

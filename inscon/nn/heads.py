@@ -22,3 +22,20 @@ def map_head(features: int, embedding_dim: int, mlp: bool) -> nn.Module:
     if not mlp:
         return nn.Conv2d(features, embedding_dim, 1)
     return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(), nn.Conv2d(features, embedding_dim, 1))
+
+
+def normed_head(features: int, hidden: int, embedding_dim: int) -> nn.Module:
+    """Head on pooled features `[B F]` with BatchNorm (BYOL), which makes a bias before it idle."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, embedding_dim)
+    )
+
+
+def normed_map_head(features: int, hidden: int, embedding_dim: int) -> nn.Module:
+    """Head on maps `[B F h w]`: the same with 1x1 convolutions (PixPro)."""
+    return nn.Sequential(
+        nn.Conv2d(features, hidden, 1, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(),
+        nn.Conv2d(hidden, embedding_dim, 1),
+    )

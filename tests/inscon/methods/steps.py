@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import timm
 import torch
 
 from inscon.batch import Batch, View
@@ -31,6 +32,13 @@ def make_method(settings, seed=0, dtype=torch.float64, **config) -> Method:
     config = make_config(settings, **config)
     torch.manual_seed(seed)
     return config.method.build(config, config.optim.batch_size).to(dtype).train()
+
+
+def timms(backbone) -> torch.nn.Module:
+    """timm's own test_resnet, pooling included, of the weights of ours, in float64."""
+    network = timm.create_model("test_resnet", num_classes=0).double()
+    network.load_state_dict({name: value.clone() for name, value in backbone.network.state_dict().items()})
+    return network.train()
 
 
 def small_inscon(batch=BATCH, **settings) -> inscon.Settings:
