@@ -16,7 +16,8 @@ from inscon.config import Changeable
 
 VERSION = 2
 _ELASTIC = {"max_steps", "optimizer", "graph", "precision", "gradient_compression", "norm", "split_size"}
-"""Settings that may change between a run and its continuation; so may all of `loader`, and of `run` all but the seed."""
+"""Settings that may change between a run and its continuation, but for LARS, which is another optimizer and not another
+implementation; so may all of `loader`, and of `run` all but the seed."""
 
 
 class CheckpointError(ValueError):
@@ -97,7 +98,10 @@ def check_continues(contents: dict, path: Path, config: dict, data: str) -> list
         (group, name): (before, now.get(name))
         for group, now in config.items()
         for name, before in contents.get("config", {}).get(group, {}).items()
-        if before != now.get(name) and group != "loader" and name not in _ELASTIC and (group != "run" or name == "seed")
+        if before != now.get(name)
+        and group != "loader"
+        and (group != "run" or name == "seed")
+        and (name not in _ELASTIC or "lars" in (before, now.get(name)))
     }
     asked = {("optim", name) for name in config["run"].get("change_on_resume", ())}
     said = [f"{'.'.join(key)} was {old!r} and is {new!r}" for key, (old, new) in changed.items() if key not in asked]

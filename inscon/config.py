@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from inscon.guard import check_ranges
 from inscon.plan import ColorSpec, OverlapRule, ViewSpec
 
-Changeable = Literal["lr", "momentum", "weight_decay", "epochs", "schedule"]
+Changeable = Literal["lr", "momentum", "weight_decay", "epochs", "schedule", "warmup_epochs"]
 """Settings of the optimizer that a resumed run may change where it says so."""
 
 
@@ -86,11 +86,11 @@ class ViewConfig(ColorSpec):
         """What happens to colors."""
         return ColorSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ColorSpec)})
 
-    def spec(self, name: str, overlap: OverlapRule | None = None) -> ViewSpec:
-        """A view as these settings say."""
+    def spec(self, name: str, overlap: OverlapRule | None = None, **color: float) -> ViewSpec:
+        """A view as these settings say; `color` are fields of ColorSpec in which it differs."""
         return ViewSpec(
             name=name, size=self.view_size, scale=self.scale, ratio=self.ratio, flip=self.flip_probability,
-            color=self.color(), overlap=overlap,
+            color=dataclasses.replace(self.color(), **color), overlap=overlap,
         )  # fmt: skip
 
     def overlap(self, view: str) -> OverlapRule:
@@ -108,7 +108,8 @@ class ModelConfig:
     """A ResNet, ResNeXt or Wide ResNet of torchvision, or a network of timm that gives feature maps (convnext_tiny, say)."""
     norm: Literal["auto", "shuffle", "split", "sync", "none"] = "auto"
     """BatchNorm. auto: split within a rank's batch where it holds four groups of 32 or there is one rank, so that no image
-    travels; else shuffle over the ranks (METHOD 13). none: as it is, also what a backbone without BatchNorm gets."""
+    travels; else shuffle over the ranks (METHOD 13). Methods without keys want sync, over the whole batch of all ranks. none: as
+    it is, also what a backbone without BatchNorm gets."""
     split_size: int | None = None
     """Images per BatchNorm group of norm=split. None: 32 as on 8 GPUs, or a quarter of the batch if that is less."""
 
@@ -129,10 +130,15 @@ class OptimConfig:
     """Of SGD."""
     weight_decay: float = 1e-4
     """On every parameter, biases and BatchNorm included, as MoCo."""
+    decay_norm_and_bias: bool = True
+    """false: no weight decay on vectors, which biases and the weights of BatchNorm are, as the recipes with LARS have it."""
     schedule: Literal["cosine-epoch", "cosine-step"] = "cosine-epoch"
     """The learning rate follows a cosine, changed once per epoch (MoCo) or at every step."""
-    optimizer: Literal["auto", "torch-fused", "foreach", "apex"] = "auto"
-    """Which implementation of SGD. auto: torch's fused kernels, the only ones that a CUDA graph can hold. apex: NVIDIA's."""
+    warmup_epochs: int = 0
+    """Over so many the rate rises from 0, in a line, step by step; the cosine takes the rest."""
+    optimizer: Literal["auto", "torch-fused", "foreach", "apex", "lars"] = "auto"
+    """Which implementation of SGD. auto: torch's fused kernels, the only ones of them that a CUDA graph can hold. apex: NVIDIA's.
+    lars: SGD whose steps are as long as each weight's own length asks for, for batches of thousands."""
     graph: Literal["auto", "off"] = "auto"
     """auto: on a GPU a step is captured as one CUDA graph and replayed, so that the host has nothing to launch. off: never."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
@@ -142,6 +148,11 @@ class OptimConfig:
 
     def __post_init__(self):
         check_ranges(self, batch_size=1, epochs=1, max_steps=1, lr=0, momentum=0, weight_decay=0)
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs must lie in 0..{self.epochs - 1}, below the {self.epochs} epochs of the run. Found: "
+                f"{self.warmup_epochs}; set --warmup-epochs 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from inscon import guard
 
@@ -41,6 +42,29 @@ def gather(tensor: Tensor) -> Tensor:
     """Every rank's `[n ...]` as one `[world*n ...]`, in the order of ranks; without gradient."""
     arriving = start_gather(tensor)
     return tensor if arriving is None else arriving()
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """As `gather`; each rank gets the gradient of its own share, the sum over the losses of all ranks. All ranks must go back."""
+    return tensor if world_size() == 1 or tensor.is_meta else _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient.clone()).chunk(world_size())[rank()]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The tensor, now each rank's sum of all; without gradient."""
+    if world_size() > 1 and not tensor.is_meta:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @torch.no_grad()

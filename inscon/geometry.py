@@ -62,6 +62,26 @@ def into_view(box, crop_box, flipped, view_size: int):
     return xp.where(flipped[..., None], mirror(inside, view_size), inside)
 
 
+def from_view(box, crop_box, flipped, view_size: int):
+    """The way back: boxes `[... 4]` in px of the view into source px; arguments as `into_view`."""
+    xp = _namespace(crop_box)
+    seen = xp.where(flipped[..., None], mirror(box, view_size), box)
+    low, extent = crop_box[..., :2], crop_box[..., 2:] - crop_box[..., :2]
+    return xp.concatenate([low + corner * extent / view_size for corner in (seen[..., :2], seen[..., 2:])], -1)
+
+
+def cell_centers(crop_box, flipped, cells: int):
+    """Where the centers of `cells` x `cells` equal parts of a view lie, `[B cells*cells 2]` x y in source px, row by row as the
+    encoder sees them: in a `flipped` view x runs backwards. `crop_box [B 4]` in source px, `flipped [B]` bool; torch tensors.
+    """
+    steps = (torch.arange(cells, device=crop_box.device, dtype=crop_box.dtype) + 0.5) / cells
+    along_x = torch.where(flipped[:, None], 1 - steps, steps)
+    low, extent = crop_box[:, None, :2], (crop_box[:, 2:] - crop_box[:, :2])[:, None]
+    x = along_x[:, None, :].expand(-1, cells, -1).flatten(1)
+    y = steps[:, None].expand(cells, cells).flatten().expand_as(x)
+    return low + torch.stack([x, y], -1) * extent
+
+
 def mirror(box, view_size: int):
     """Boxes `[... 4]` after their view of width `view_size` px was mirrored left to right."""
     xp = _namespace(box)

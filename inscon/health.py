@@ -1,6 +1,6 @@
 """Is the run normal? What shows, between two log lines, the faults that raise no exception (docs/healthy-run.md).
 
-A key encoder that stands still, a queue that isn't renewed, embeddings that fall into one point, BatchNorm that gives the
+A slow copy that stands still, a queue that isn't renewed, embeddings that fall into one point, BatchNorm that gives the
 answer away: losses go on and look like losses. Looking costs some small kernels and one wait for the device per log line.
 """
 
@@ -22,6 +22,8 @@ CONCENTRATED = 0.98
 """Length of the mean key, 0..1; with it, the keys of all images are one point within some 10 degrees."""
 TURNS = 2
 """How often a queue must have been filled before its keys are judged: an untrained network's all look alike."""
+SETTLED = 512
+"""Steps after which embeddings that join no queue are judged: two turns of a queue of 65536 keys at 256 a step."""
 RENEWED = 0.5
 """Least share of the keys that should have been replaced which must have been."""
 
@@ -47,17 +49,25 @@ class Health:
 
         Figures: `key_moved`, share of the slow copies' tensors that changed since the last look; `key_distance`, between their
         weights and those they follow, of the latter's length; by queue, `queue_renewed`, share of the keys that should have been
-        replaced since and were, and `queue_mean_length`, 0 (keys in all directions) to 1 (all keys are one).
+        replaced since and were, and `queue_mean_length`, 0 (keys in all directions) to 1 (all keys are one). Of a method without
+        queues, the figures "length_NAME" that its losses come with are judged like the latter.
         """
         steps, now = step - self._step, self._fingerprints()
         if steps < 1:
             return {}, []
         figures, found = self._of_followers(now) if self._slow else {}, {}
-        if figures.get("key_moved") == 0:
+        fading = all(follower.fading for follower in self._method.followers)
+        if figures.get("key_moved") == 0 and figures["key_distance"] > 0 and not fading:
             found["stale"] = (
-                f"the key encoder has not moved in {steps} steps: its keys come from a network that learns nothing (is "
-                f"key_momentum, {self._method.followers[0].momentum}, 1?)"
+                f"the slow copy of the network has not moved in {steps} steps: its keys or targets are of one that learns nothing "
+                f"(is its momentum, {self._method.followers[0].momentum}, 1?)"
             )
+        for name in (name for name in values if name.startswith("length_") and step >= SETTLED):
+            if values[name] > CONCENTRATED:
+                found[f"collapsed {name}"] = (
+                    f"the {name.removeprefix('length_')} embeddings have collapsed: the mean of a batch is {values[name]:.3f} long "
+                    "where 1 says that all are the same; go on with a lower --lr and --change-on-resume lr, or begin again"
+                )
         for name, queue in self._method.queues.items():
             size = len(queue.keys)
             expected = min(steps * queue.per_step, size)

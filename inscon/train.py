@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from inscon import checkpoint, distributed, guard
 from inscon.batch import Batch
@@ -20,6 +19,7 @@ from inscon.health import Health
 from inscon.host_memory import keep_freed_memory
 from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, window
 from inscon.methods.method import Method
+from inscon.nn.norm import sync_batch_norm
 from inscon.optim import asks_the_host, learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
@@ -79,8 +79,6 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     Raises ValueError or CheckpointError, before any work, with the value found and what to set.
     """
     precision, world = choose_precision(config.optim.precision, device), distributed.world_size()
-    if config.model.norm == "sync" and device.type == "cpu" and world > 1:
-        raise ValueError("norm=sync over several ranks needs GPUs. Found: cpu; set --norm shuffle")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
@@ -89,9 +87,10 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     torch.manual_seed(config.run.seed)
     method = config.method.build(config, config.optim.batch_size // world)
     synced = config.model.norm == "sync" and world > 1
-    fused = device.type == "cuda" and fuse_norms(method, device, synced)
-    if synced and not fused:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    if device.type == "cuda":
+        fuse_norms(method, device, synced)
+    if synced:
+        sync_batch_norm(method, config.model.backbone)
     method = method.to(device=device, memory_format=torch.channels_last)
     optimizer, name = make_optimizer(method.param_groups(), config.optim, device)
     training = Training(
@@ -119,7 +118,7 @@ def _graph(training: Training) -> GraphedStep | None:
     return None
 
 
-def fuse_norms(method: Method, device: torch.device, synced: bool) -> bool:
+def fuse_norms(method: Method, device: torch.device, synced: bool) -> None:
     """Have `method`, which will be on `device`, normalize, add and cut off at once where the device runs these kernels, or say
     why it does not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
     try:
@@ -130,9 +129,8 @@ def fuse_norms(method: Method, device: torch.device, synced: bool) -> bool:
         reason = str(error)
     if reason is None:
         fuse(method, synced)
-        return True
-    guard.say_once(f"the BatchNorm kernels do not serve on {device} ({reason}); PyTorch's own ones take longer")
-    return False
+    else:
+        guard.say_once(f"the BatchNorm kernels do not serve on {device} ({reason}); PyTorch's own ones take longer")
 
 
 def train(

@@ -5,8 +5,9 @@
     python scripts/train.py --method moco --backbone convnext_tiny --data SHARDS     # another method, another network
     python scripts/train.py --recipe smoke --data SHARDS --epochs 5                  # any field of a recipe is a flag
 
-`--recipe` is imagenet_r50 (the default), moco_v2, moco_v1, smoke, or r2 to r8 (docs/reproduce.md). `--method` starts from the
-defaults of a method instead, whose own settings are flags too; `--help` lists every setting with its reason.
+`--recipe` is imagenet_r50 (the default), one of the rivals (docs/methods.md), smoke, or r2 to r8 (docs/reproduce.md). `--method`
+starts from the first recipe of a method instead, or its defaults if there is none; its own settings are flags too, and `--help`
+lists every setting with its reason.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from pipelines.feed import Feed, open_index
 
 
 def parse(arguments: list[str]) -> Config:
-    """The recipe named by --recipe, or the defaults of --method, with every flag on top."""
+    """The recipe named by --recipe, or the first one of --method or its defaults, with every flag on top."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=[*RECIPES, *GONE])
     first.add_argument("--method")
@@ -43,7 +44,8 @@ def parse(arguments: list[str]) -> Config:
     if chosen.method is not None and type(start.method) is not (settings := methods.settings_of(chosen.method)):
         if chosen.recipe is not None:
             raise ValueError(f"the recipe {chosen.recipe} is not of the method {chosen.method}; set one of the two")
-        start = Config(method=settings())
+        recipes = (recipe() for recipe in RECIPES.values())
+        start = next((made for made in recipes if type(made.method) is settings), Config(method=settings()))
     return tyro.cli(
         Config[type(start.method)], default=start, args=rest, prog="scripts/train.py", description=__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),

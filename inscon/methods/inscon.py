@@ -14,10 +14,10 @@ from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
 from inscon.methods import moco
-from inscon.methods.method import Follower, KeyMethod, Keys, Losses, Piece, queue_size, slow_copy
+from inscon.methods.method import Follower, KeyMethod, Keys, Losses, Piece, add_up, queue_size
 from inscon.nn.backbones import Backbone, facts_of
 from inscon.nn.heads import instance_head, map_head
-from inscon.nn.loss import group_terms, row_logits, separate_terms, unit
+from inscon.nn.loss import group_terms, row_logits, unit
 from inscon.nn.norm import frozen_statistics
 from inscon.nn.pooling import precise_roi_pool
 from inscon.plan import Mosaics, ViewSpec
@@ -163,7 +163,7 @@ class InsCon(KeyMethod):
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
         s: Settings = self.settings
-        self.key_encoder = self._make_key_encoder()
+        self.key_encoder = self.build_key_encoder()
         source = "heads.single." if "single" in s.heads else "heads.multi."
         renamed = lambda name: name.replace("heads.single.", source)  # noqa: E731
         self.followers = (Follower(self.key_encoder, self.query_encoder, s.key_momentum, renamed),)
@@ -179,9 +179,9 @@ class InsCon(KeyMethod):
     def build_encoder(self, backbone: Backbone) -> Encoder:
         return Encoder(backbone, self.settings)
 
-    def _make_key_encoder(self) -> Encoder:
+    def build_key_encoder(self) -> Encoder:
         """The query encoder's twin: its instance head and its cell head (METHOD 3)."""
-        twin = slow_copy(self.query_encoder)
+        twin = super().build_key_encoder()
         if "multi" in twin.heads:
             multi = twin.heads.pop("multi")
             if "single" not in twin.heads:
@@ -202,27 +202,18 @@ class InsCon(KeyMethod):
 
     def _single_views(self, batch: Batch, keys: dict[str, Tensor]) -> Losses:
         s, view, overlap = self.settings, batch.views["query"], batch.overlaps["query", "key"]
-        query, losses, top1 = self.query_encoder(view.pixels, overlap.first_box, view.flipped), {}, {}
+        query, terms = self.query_encoder(view.pixels, overlap.first_box, view.flipped), {}
         if "single" in query:
-            logits = row_logits(query["single"], keys["single"], self.queues["single"].keys, s.temperature)
-            losses["single"], top1["single"] = separate_terms(logits).mean(), logits.top1
+            terms["single"] = self.contrast(query["single"], keys["single"], "single")
         if "cell" in query:
             cells = query["cell"].flatten(0, 1), keys["cell"].flatten(0, 1)
             logits = row_logits(*cells, self.queues["cell"].keys, s.cell_temperature)
             # Over all images, also those without an overlap, so that ranks agree.
-            losses["cell"] = (group_terms(logits, s.cells, s.aggregate) * overlap.weight).mean()
-            top1["cell"] = logits.top1
-        return _sum(losses, top1)
+            terms["cell"] = (group_terms(logits, s.cells, s.aggregate) * overlap.weight).mean(), logits.top1
+        return add_up(terms)
 
     def _mosaics(self, batch: Batch, keys: dict[str, Tensor]) -> Losses:
         s, query = self.settings, self.query_encoder.forward_mosaic(batch.mosaic)
         positives = keys["single"][self.tile_order.flatten()]
         logits = row_logits(query.flatten(0, 1), positives, self.queues["single"].keys, s.temperature)
-        return _sum({"multi": group_terms(logits, 4, s.aggregate).mean()}, {"multi": logits.top1})
-
-
-def _sum(losses: dict[str, Tensor], top1: dict[str, Tensor]) -> Losses:
-    """1:1:1 (equation 4)."""
-    logged = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
-    logged |= {f"top1_{name}": share for name, share in top1.items()}
-    return Losses(total=torch.stack(list(losses.values())).sum(), logged=logged)
+        return add_up({"multi": (group_terms(logits, 4, s.aggregate).mean(), logits.top1)})

@@ -13,8 +13,9 @@ One step, in order:
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,9 +25,10 @@ from inscon import distributed
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.nn.backbones import Backbone, build_backbone, check_side, facts_of
+from inscon.nn.loss import row_logits, separate_terms
 from inscon.nn.norm import KeyShuffle
 from inscon.nn.queue import KeyQueue
-from inscon.plan import Mosaics, ViewSpec
+from inscon.plan import ColorSpec, Grid, Mosaics, ViewSpec
 
 NORM_GROUP = 32
 """Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
@@ -39,8 +41,17 @@ class Losses:
     total: Float[Tensor, ""]
     """What is minimized."""
     logged: dict[str, Float[Tensor, ""]]
-    """Figures by name, means over the images. "loss_NAME": a part of the total. "top1_NAME": share of queries whose positive beats
-    every negative, 0..1; above 99 % says that BatchNorm leaks."""
+    """Figures by name, means over the images. "loss_NAME": a part of the total, before its weight. "top1_NAME": share of queries
+    whose positive beats every negative, 0..1; above 99 % says that BatchNorm leaks. "length_NAME": of a batch's mean embedding,
+    0..1; near 1 all images look alike."""
+
+
+def add_up(terms: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float | Tensor] | None = None) -> Losses:
+    """Losses by name, each with its top-1 share, times their weights; all alike without `weights` (equation 4)."""
+    weights = weights or dict.fromkeys(terms, 1.0)
+    logged = {f"loss_{name}": loss.detach() for name, (loss, _) in terms.items()}
+    logged |= {f"top1_{name}": share for name, (_, share) in terms.items()}
+    return Losses(total=torch.stack([weights[name] * loss for name, (loss, _) in terms.items()]).sum(), logged=logged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,9 @@ class Piece:
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
     """Base of a method's own settings: a frozen dataclass, its fields flags with reasons."""
+
+    norm_of_all: ClassVar[bool] = False
+    """Whether BatchNorm is to see the whole batch (norm=auto is sync), as there are no keys that it could give away."""
 
     def resolved(self, config: Config) -> "MethodSettings":
         """The same with every None that depends on the batch filled in. ValueError for what does not go together."""
@@ -74,6 +88,30 @@ class MethodSettings:
     def build(self, config: Config, rank_batch_size: int) -> "Method":
         """The method, for a resolved `config` that holds these settings."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class JigsawSettings(MethodSettings):
+    """Of methods with patches: a crop of their own, cut into 3x3 fields, and from each field a patch at a random place (PIRL)."""
+
+    jigsaw_size: int = 255
+    """Side that the crop is resized to before it is cut, px."""
+    patch_size: int = 64
+    """Side of a patch, px: a multiple of 16, at most a third of jigsaw_size."""
+    jigsaw_scale: tuple[float, float] = (0.6, 1.0)
+    """Range of the crop's share of the image area."""
+
+    @property
+    def patch_count(self) -> int:
+        """P, of an image."""
+        return Grid.cells**2
+
+    def patches(self, views: ViewConfig, name: str, color: ColorSpec, shuffled: bool = False) -> ViewSpec:
+        """The view `name`; `shuffled`: an image's patches come in a random order."""
+        grid = Grid(patch=self.patch_size, shuffled=shuffled)
+        return dataclasses.replace(
+            views.spec(name), size=self.jigsaw_size, scale=self.jigsaw_scale, color=color, grid=grid
+        )
 
 
 class Method(nn.Module):
@@ -119,17 +157,38 @@ class Method(nn.Module):
 
 
 class Follower:
-    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision."""
+    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision.
+
+    m is `momentum`, or what `schedule` has set last.
+    """
 
     def __init__(self, slow: nn.Module, fast: nn.Module, momentum: float, renamed: Callable[[str], str] = str):
         by_name = dict(fast.named_parameters())
         self.slow = [parameter for _, parameter in slow.named_parameters()]
         self.fast = [by_name[renamed(name)] for name, _ in slow.named_parameters()]
         self.momentum = momentum
+        self._share: Float[Tensor, ""] | None = None
+
+    def schedule(self, momentum: float) -> None:
+        """Of the next move; on the device, so that a captured one reads it."""
+        self.momentum = momentum
+        if self._share is None or self._share.device != self.slow[0].device:
+            self._share = torch.empty((), dtype=self.slow[0].dtype, device=self.slow[0].device)
+        self._share.fill_(1 - momentum)
 
     @torch.no_grad()
     def move(self) -> None:
-        torch._foreach_lerp_(self.slow, self.fast, 1 - self.momentum)
+        if self._share is None:
+            torch._foreach_lerp_(self.slow, self.fast, 1 - self.momentum)
+        else:
+            apart = torch._foreach_sub(self.fast, self.slow)
+            torch._foreach_mul_(apart, self._share)
+            torch._foreach_add_(self.slow, apart)
+
+    @property
+    def fading(self) -> bool:
+        """Whether a schedule has come so close to 1 that weights in float32 need not move any more."""
+        return self._share is not None and self.momentum > 1 - 1e-5
 
 
 def slow_copy(module: nn.Module) -> nn.Module:
@@ -170,6 +229,10 @@ class KeyMethod(Method):
         """With `backbone` as a submodule of that name."""
         raise NotImplementedError
 
+    def build_key_encoder(self) -> nn.Module:
+        """The query encoder's twin, or those parts of it that keys need."""
+        return slow_copy(self.query_encoder)
+
     @property
     def backbone(self) -> Backbone:
         return self.query_encoder.backbone
@@ -177,6 +240,11 @@ class KeyMethod(Method):
     def add_queue(self, name: str, size: int, embedding_dim: int, per_step: int) -> None:
         queue = self.queues[name] = KeyQueue(size, embedding_dim, per_step)
         self.add_module(f"queue_{name}", queue)
+
+    def contrast(self, queries: Tensor, keys: Tensor, queue: str) -> tuple[Tensor, Tensor]:
+        """Of rows [N D]: mean InfoNCE against their keys and a queue, and the share whose key beats every negative."""
+        logits = row_logits(queries, keys, self.queues[queue].keys, self.settings.temperature)
+        return separate_terms(logits).mean(), logits.top1
 
     def key_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the key encoder takes, each beginning with [B]."""
@@ -213,6 +281,16 @@ class KeyMethod(Method):
             self.queues[name].enqueue(keys.flatten(0, 1))
 
 
+def need_strides(backbone: str, strides: Iterable[int]) -> None:
+    """ValueError unless the network has maps of these strides, px."""
+    found = facts_of(backbone).channels
+    if not set(strides) <= set(found):
+        raise ValueError(
+            f"maps of the strides {', '.join(map(str, strides))} px are compared, and {backbone} has others. Found: "
+            f"{', '.join(map(str, found))}; set --backbone resnet50, say"
+        )
+
+
 def queue_size(name: str, asked: int | None, per_step: int) -> int:
     """`asked`, or 65536, in whole global batches, so that a step's keys always lie in one piece (METHOD 11)."""
     if asked is None:
@@ -239,12 +317,7 @@ def resolve(config: Config, world_size: int) -> Config:
             f"{batch}; set --batch-size {max(batch // unit, 1) * unit}"
         )
     per_rank = batch // world_size
-    norm = model.norm
-    if not facts_of(model.backbone).has_batch_norm:
-        norm = "none"
-    elif norm == "auto":
-        alone = world_size == 1 or (per_rank >= 4 * NORM_GROUP and per_rank % NORM_GROUP == 0)
-        norm = "split" if alone else "shuffle"
+    norm = _norm(config, per_rank, world_size)
     if norm == "shuffle" and world_size == 1:
         raise ValueError(
             "norm=shuffle permutes images over ranks and needs at least 2. Found: 1 rank; set --norm split"
@@ -257,6 +330,20 @@ def resolve(config: Config, world_size: int) -> Config:
     for side in sorted({spec.side for spec in specs} | canvases):
         check_side(model.backbone, side)
     return config
+
+
+def _norm(config: Config, per_rank: int, world_size: int) -> str:
+    asked = config.model.norm
+    if config.method.norm_of_all:
+        if asked in ("split", "shuffle"):
+            raise ValueError(f"norm={asked} parts keys from their queries, and this method has none; set --norm sync")
+        return "sync" if asked == "auto" else asked
+    if not facts_of(config.model.backbone).has_batch_norm:
+        return "none"
+    if asked == "auto":
+        alone = world_size == 1 or (per_rank >= 4 * NORM_GROUP and per_rank % NORM_GROUP == 0)
+        return "split" if alone else "shuffle"
+    return asked
 
 
 def _split_size(asked: int | None, per_rank: int) -> int:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
-from inscon.methods.method import Follower, KeyMethod, Keys, Losses, MethodSettings, Piece, queue_size, slow_copy
+from inscon.methods.method import Follower, KeyMethod, Keys, MethodSettings, Piece, add_up, queue_size
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head
-from inscon.nn.loss import row_logits, separate_terms, unit
+from inscon.nn.loss import unit
 from inscon.plan import ViewSpec
 
 
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 class MoCo(KeyMethod):
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
-        self.key_encoder = slow_copy(self.query_encoder)
+        self.key_encoder = self.build_key_encoder()
         self.followers = (Follower(self.key_encoder, self.query_encoder, self.settings.key_momentum),)
         batch_size = config.optim.batch_size
         self.add_queue("single", self.settings.queue_size, self.settings.embedding_dim, batch_size)
@@ -72,10 +72,9 @@ class MoCo(KeyMethod):
         return Encoder(backbone, self.settings)
 
     def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
-        def losses() -> Losses:
-            query, keys = self.query_encoder(batch.views["query"].pixels)["single"], prepared.own["single"]
-            logits = row_logits(query, keys, self.queues["single"].keys, self.settings.temperature)
-            loss = separate_terms(logits).mean()
-            return Losses(total=loss, logged={"loss_single": loss.detach(), "top1_single": logits.top1})
+        return [Piece("query", lambda: add_up({"single": self.single(batch, prepared)}))]
 
-        return [Piece("query", losses)]
+    def single(self, batch: Batch, prepared: Keys) -> tuple[Tensor, Tensor]:
+        """The instance loss and its top-1 share."""
+        query = self.query_encoder(batch.views["query"].pixels)["single"]
+        return self.contrast(query, prepared.own["single"], "single")

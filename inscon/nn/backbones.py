@@ -42,10 +42,10 @@ class Backbone(nn.Module):
         """[N F h w] by stride."""
         raise NotImplementedError
 
-    def pooled(self, maps: dict[int, Tensor]) -> Float[Tensor, "N F"]:
-        """The mean of the last map."""
+    def pooled(self, maps: dict[int, Tensor], stride: int | None = None) -> Float[Tensor, "N F"]:
+        """The mean of the last map, or of that of `stride`."""
         # Over rows of a channels-last map, so that the gradient goes back channels last too.
-        return maps[self.last].permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        return maps[stride or self.last].permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 class _TorchvisionResNet(Backbone):

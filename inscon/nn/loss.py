@@ -23,6 +23,12 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, products are taken in their factors' own precision, whatever autocast is on."""
+    meta = device.type == "meta"  # which has no autocast
+    return contextlib.nullcontext() if meta else torch.autocast(device.type, enabled=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLogits:
     """What the losses need of each query's logits: never the logits themselves."""
@@ -43,8 +49,7 @@ def row_logits(
     queries: Float[Tensor, "N D"], positives: Float[Tensor, "N D"], negatives: Float[Tensor, "K D"], temperature: float
 ) -> RowLogits:
     """Similarities over temperature, reduced per query, never in half precision. No gradient reaches positives or negatives."""
-    meta = queries.device.type == "meta"  # which has no autocast
-    with contextlib.nullcontext() if meta else torch.autocast(queries.device.type, enabled=False):
+    with full_precision(queries.device):
         positive = (queries * positives.detach()).sum(-1) / temperature
         lse, hardest = _Negatives.apply(queries, negatives.detach(), temperature)
     return RowLogits(positive=positive, negative_lse=lse, hardest_negative=hardest)

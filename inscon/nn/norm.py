@@ -89,6 +89,76 @@ class _BatchNormOfGroups(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None, None, None
 
 
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm of `[N F]` or `[N F h w]` whose statistics are taken over the batches of all ranks, which must have equal shapes.
+
+    On one process, and in eval mode, it is plain BatchNorm. All ranks must go forward and back.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # any
+
+    def forward(self, x: Float[Tensor, "N F *hw"]) -> Float[Tensor, "N F *hw"]:
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(x)
+        result, mean, var = _BatchNormOfRanks.apply(x, self.weight, self.bias, self.eps)
+        self.num_batches_tracked.add_(1)
+        count = x.numel() // x.shape[1] * distributed.world_size()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return result
+
+
+class _BatchNormOfRanks(torch.autograd.Function):
+    """(normalized, mean, variance without Bessel's correction); the latter two without gradient.
+
+    Back, with x' = (x - mean) / std and means over all ranks: of_x = weight / std * (g - mean(g) - x' * mean(g * x')). The
+    gradients of weight and bias are those of the own batch, as all gradients are before they are averaged.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), [0, *range(2, x.ndim)], correction=0)
+        means, variances = distributed.gather(torch.stack([mean, var])[None]).unbind(1)
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _mean, _var):
+        x, weight, mean, var = ctx.saved_tensors
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+        )
+        count = x.numel() // x.shape[1] * distributed.world_size()
+        of_product, of_all = (distributed.sum_over_ranks(torch.stack([of_weight, of_bias])) / count).unbind()
+        inverse_std = (var + ctx.eps).rsqrt()
+        by_gradient = weight * inverse_std
+        by_x = -by_gradient * inverse_std * of_product
+        shape = (-1, *[1] * (x.ndim - 2))
+        constant = (-by_gradient * of_all - by_x * mean).view(shape)
+        of_x = torch.addcmul(torch.addcmul(constant, gradient, by_gradient.view(shape)), x, by_x.view(shape))
+        return of_x.to(x.dtype), of_weight, of_bias, None
+
+
+def sync_batch_norm(module: nn.Module, name: str) -> None:
+    """Make every BatchNorm of `module` take its statistics over all ranks. ValueError as `split_batch_norm`."""
+    for norm in module.modules():
+        if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            norm.__class__ = SyncBatchNorm  # of the same parameters, which slow copies know
+        elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and not getattr(
+            norm, "synced", False
+        ):  # by other kernels
+            raise ValueError(
+                f"BatchNorm of {name} cannot be synchronized, as it is fused with something else. Found: {type(norm).__name__}; "
+                "set --norm none, or another --backbone"
+            )
+
+
 def split_batch_norm(module: nn.Module, num_groups: int, name: str) -> None:
     """Make every BatchNorm of `module` take its statistics over `num_groups` parts of a batch. ValueError, with the `name` of the
     network, where there is one that is more than nn.BatchNorm2d."""
@@ -102,7 +172,7 @@ def split_batch_norm(module: nn.Module, num_groups: int, name: str) -> None:
             elif isinstance(child, nn.modules.batchnorm._BatchNorm):
                 raise ValueError(
                     f"BatchNorm of {name} cannot be split into groups, as it is fused with something else. Found: "
-                    f"{type(child).__name__}; set --norm shuffle or sync, on several ranks, or another --backbone"
+                    f"{type(child).__name__}; set --norm shuffle, on several ranks, or another --backbone"
                 )
 
 

@@ -1,4 +1,5 @@
-"""Precise RoI pooling (Jiang et al., IoUNet, ECCV 2018) for one box per image, exact, as two matrix products.
+"""Precise RoI pooling (Jiang et al., IoUNet, ECCV 2018) for one box per image, exact, as two matrix products; for many
+boxes per image and one bin each, as one.
 
 The pooled value of a bin is the integral of the bilinear interpolant of the map over the bin, divided by the bin's
 area. With one box per image that integral separates: `out = Wy F Wx^T / (bin height * bin width)`, where `Wy [G H]` and
@@ -28,8 +29,7 @@ def precise_roi_pool(
 
     Empty boxes give 0 with zero gradient. Raises ValueError for boxes of low precision or an unknown border.
     """
-    if boxes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"boxes must be float32 or float64, since lower precision loses pixels. Found: {boxes.dtype}")
+    _check_boxes(boxes)
     if border not in ("zero", "normalize"):
         raise ValueError(f'border must be "zero" or "normalize". Found: "{border}"')
     height, width = features.shape[-2:]
@@ -40,6 +40,24 @@ def precise_roi_pool(
     rows = wy.to(features.dtype) @ rows.flatten(2)
     cells = wx.to(features.dtype)[:, None] @ rows.unflatten(2, (width, -1))
     return cells.permute(0, 3, 1, 2)
+
+
+def pool_windows(
+    features: Float[Tensor, "B F h w"], boxes: Float[Tensor, "B n 4"], spatial_scale: float
+) -> Float[Tensor, "B n F"]:
+    """The mean of each map over each of its n boxes: `precise_roi_pool` into one cell, the published op, as one matrix product."""
+    _check_boxes(boxes)
+    height, width = features.shape[-2:]
+    scaled = (boxes * spatial_scale).flatten(0, 1)
+    wx = _hat_integrals(scaled[:, 0], scaled[:, 2], 1, width, "zero")
+    wy = _hat_integrals(scaled[:, 1], scaled[:, 3], 1, height, "zero")
+    weights = (wy.transpose(1, 2) * wx).flatten(1).unflatten(0, boxes.shape[:2])
+    return weights.to(features.dtype) @ features.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _check_boxes(boxes: Tensor) -> None:
+    if boxes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"boxes must be float32 or float64, since lower precision loses pixels. Found: {boxes.dtype}")
 
 
 def _hat_integrals(start: Tensor, end: Tensor, bins: int, length: int, border: str) -> Float[Tensor, "B G L"]:

@@ -1,6 +1,6 @@
 """One rank of test_ranks.py: steps on its share of fixed global batches, or one collective after the other; rank 0 writes.
 
-torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|moco|collectives|synchronized ...]
+torchrun --nproc_per_node=2 tests/inscon/rank_worker.py OUT [frozen|live|four|fp16|collectives|synchronized|a method's name ...]
 """
 
 import dataclasses
@@ -16,15 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from inscon import distributed
 from inscon.config import Config, ModelConfig, OptimConfig
 from inscon.gradients import FlatGradients
-from inscon.methods import moco
+from inscon.methods import byol, moco, pixpro, simclr
 from inscon.methods.method import resolve
-from inscon.nn.norm import KeyShuffle
+from inscon.nn.norm import KeyShuffle, sync_batch_norm
+from inscon.report.flops import step_flops
 from pipelines.finish import assemble
-from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon
+from tests.inscon.methods.steps import VIEWS, backward, logged, make_batch, small_inscon, small_rivals
 
 BATCH = 16
-STEPS = {"frozen": 2, "four": 2, "fp16": 1}
-"""Of training, where it isn't three."""
+STEPS = {"live": 3, "moco": 3, "fp16": 1}
+"""Of training, where it isn't two."""
+METHODS = {
+    "moco": moco.Settings(queue_size=2 * BATCH),
+    "simclr": simclr.Settings(),
+    "byol": byol.Settings(hidden_dim=32, target_momentum=0.5),
+    "pixpro": pixpro.Settings(hidden_dim=32, target_momentum=0.5, instance=True),
+} | small_rivals(BATCH)
+"""Of modes that do not train InsCon."""
 
 
 def share_of_batch(settings, step, rank, world_size):
@@ -49,17 +57,19 @@ def share_of_batch(settings, step, rank, world_size):
 
 def steps(mode, rank, world_size):
     """Some steps of training."""
-    settings = moco.Settings(queue_size=2 * BATCH) if mode == "moco" else small_inscon(BATCH, key_momentum=0.9)
+    settings = METHODS.get(mode, small_inscon(BATCH, key_momentum=0.9))
     # As many images per BatchNorm group either way: a rank's share, or the split of one process
     model = ModelConfig(backbone="test_resnet", split_size=4 if mode == "four" else 8)
     config = resolve(Config(method=settings, views=VIEWS, model=model, optim=OptimConfig(batch_size=BATCH)), world_size)
     torch.manual_seed(0)
     method = config.method.build(config, BATCH // world_size).double().train(mode != "frozen")
+    if config.model.norm == "sync" and world_size > 1:
+        sync_batch_norm(method, config.model.backbone)
     gradients = FlatGradients(method.parameters(), "fp16" if mode == "fp16" else "none")
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9)
     record = {"losses": []}
-    for step in range(STEPS.get(mode, 3)):
+    for step in range(STEPS.get(mode, 2)):
         gradients.zero()
         losses = backward(method, share_of_batch(settings, step, rank, world_size), step, 3)[1]
         gradients.average()
@@ -71,6 +81,7 @@ def steps(mode, rank, world_size):
         record["losses"].append(distributed.mean(of_loss))
     record["weights"] = {n: p.detach() for n, p in method.named_parameters()}
     record["queues"] = {name: queue.keys for name, queue in method.queues.items()}
+    record["statistics"] = {name: value for name, value in method.named_buffers() if "running" in name}
     return record
 
 
@@ -113,6 +124,64 @@ def shuffled(rank, world_size):
         and torch.equal(met["flipped"], met["boxes"][:, 0] % 3 == 0),
         "channels_last": {name: met[name].movedim(-3, -1).is_contiguous() for name in ("pixels", "patches")},
     }
+
+
+def synced(rank, world_size):
+    """BatchNorm over the ranks on their shares of random numbers: results and gradients, by the form of what is normalized."""
+    record = {}
+    for name, (x, gradient, norm) in to_normalize().items():
+        network = nn.Sequential(norm)
+        sync_batch_norm(network, name)
+        share = x.chunk(world_size)[rank].detach().requires_grad_()
+        made = network(share)
+        made.backward(gradient.chunk(world_size)[rank])
+        record[name] = {
+            "made": distributed.gather(made.detach()),
+            "of_x": distributed.gather(share.grad),
+            "of_weight": distributed.gather(norm.weight.grad[None]).sum(0),
+            "of_bias": distributed.gather(norm.bias.grad[None]).sum(0),
+            "state": network.state_dict(),
+            "evaluated": network.eval()(x.detach()).detach(),
+            "channels_last": x.ndim < 4 or share.grad.is_contiguous(memory_format=torch.channels_last),
+        }
+    return record
+
+
+def to_normalize():
+    """(x, gradient of the result, BatchNorm) of each form, equal on every rank; x is far from 0."""
+    torch.manual_seed(0)
+    forms = {
+        "1d": ((6, 5), nn.BatchNorm1d),
+        "2d": ((4, 5, 3, 2), nn.BatchNorm2d),
+        "half": ((8, 5, 3, 2), nn.BatchNorm2d),
+    }
+    made = {}
+    for name, (shape, kind) in forms.items():
+        x, gradient, norm = (
+            torch.randn(shape) + 30 * torch.rand(5).view(5, *[1] * (len(shape) - 2)),
+            torch.randn(shape),
+            kind(5),
+        )
+        norm.weight.data.uniform_(0.5, 2), norm.bias.data.normal_()
+        if len(shape) == 4:
+            x, gradient = (t.to(memory_format=torch.channels_last) for t in (x, gradient))
+        dtype = torch.bfloat16 if name == "half" else torch.float32
+        made[name] = x.to(dtype), gradient.to(dtype), norm
+    return made
+
+
+def gathered(rank, world_size):
+    """Each rank's loss weighs what all ranks brought by numbers of its own."""
+    own = (torch.arange(6.0).view(2, 3) + 10 * rank).requires_grad_()
+    everything = distributed.gather_with_gradient(own)
+    (everything * torch.arange(12.0).view(4, 3) * (rank + 1)).sum().backward()
+    return {"everything": everything.detach(), "gradient": distributed.gather(own.grad)}
+
+
+def counted(world_size):
+    """Cost of an image of a method with collectives in its step, which tensors without contents do not take part in."""
+    model, optim = ModelConfig(backbone="test_resnet"), OptimConfig(batch_size=BATCH)
+    return step_flops(resolve(Config(method=METHODS["simclr"], model=model, optim=optim), world_size)).trainings
 
 
 def averaged(rank, compression):
@@ -169,6 +238,9 @@ def collectives(rank, world_size):
         "worst": distributed.worst({"rank": float(rank)}),
         "total": distributed.total({"rank": float(rank + 1)}),
         "shuffled": shuffled(rank, world_size),
+        "synced": synced(rank, world_size),
+        "gathered": gathered(rank, world_size),
+        "counted": counted(world_size),
         "averaged": {compression: averaged(rank, compression) for compression in ("none", "fp16", "bf16")},
     }
 

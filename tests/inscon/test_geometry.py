@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inscon.geometry import area, find_overlap, intersect, into_view, mirror
+from inscon.geometry import area, find_overlap, from_view, intersect, into_view, mirror
 from inscon.nn.pooling import precise_roi_pool
 from inscon.plan import OverlapRule, ViewSpec, plan_views
 
@@ -34,6 +34,9 @@ def test_into_view_scales_and_mirrors(kind):
     seen = into_view(box, crop, flipped, 100)
     assert seen.tolist() == [[20, 10, 60, 30], [40, 10, 80, 30]]
     assert mirror(seen, 100)[1].tolist() == seen[0].tolist()
+    assert from_view(seen, crop, flipped, 100).tolist() == box.tolist()
+    several = from_view(seen[:, None], crop[None], flipped[None], 100)  # [2 1 4] of either view
+    assert several[:, 0].tolist() == [[20, 30, 40, 50], [30, 30, 50, 50]] and several.shape == (2, 2, 4)
 
 
 def test_numpy_and_torch_agree_to_the_last_bit():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from inscon import train
+from inscon.config import Config, ModelConfig, OptimConfig
 from inscon.health import Health
+from inscon.methods import byol
 from inscon.methods.method import Follower, resolve
 from inscon.nn.queue import KeyQueue
 from inscon.recipes import smoke
@@ -50,13 +52,44 @@ def test_a_key_encoder_that_stands_still_is_noticed(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Follower, "move", lambda self: None)
     _, warnings = run(tmp_path)
     assert len(warnings) == 1 and warnings[0]["step"] == 1
-    assert "the key encoder has not moved in 1 steps" in warnings[0]["warning"]
-    assert "warning at step 1: the key encoder has not moved" in capsys.readouterr().out
+    assert "the slow copy of the network has not moved in 1 steps" in warnings[0]["warning"]
+    assert "warning at step 1: the slow copy of the network has not moved" in capsys.readouterr().out
 
 
-def test_so_is_a_key_momentum_of_one(tmp_path):
+def test_so_is_a_momentum_of_one(tmp_path):
     _, warnings = run(tmp_path, key_momentum=1.0)
-    assert [w["step"] for w in warnings] == [1] and "is key_momentum, 1.0, 1?" in warnings[0]["warning"]
+    assert [w["step"] for w in warnings] == [1] and "is its momentum, 1.0, 1?" in warnings[0]["warning"]
+
+
+def without_queue():
+    settings = byol.Settings(hidden_dim=8, embedding_dim=4)
+    optim = OptimConfig(batch_size=8)
+    config = resolve(Config(method=settings, model=ModelConfig(backbone="test_resnet"), optim=optim), 1)
+    return config.method.build(config, 8)
+
+
+@pytest.mark.parametrize(("step", "stale"), [(0, True), (500, True), (999, False)])
+def test_a_momentum_that_a_schedule_brings_to_one_is_no_fault(step, stale):
+    method = without_queue()
+    health = Health(method, step, "sync")
+    method.schedule(step, 1000)
+    assert (
+        health.look(step + 1, {})[1] == []
+    )  # where both are equal there is nothing to follow, as in a warm-up's first step
+    method.online.projector[3].bias.data.add_(1)
+    figures, warnings = health.look(step + 2, {})  # without a move
+    assert figures["key_moved"] == 0 and [("has not moved" in sentence) for sentence in warnings] == [True] * stale
+
+
+def test_embeddings_in_no_queue_that_are_all_alike_are_noticed_once_the_run_has_settled():
+    method, said = without_queue(), []
+    health = Health(method, 0, "sync")
+    for step, length in ((500, 0.999), (520, 0.97), (540, 0.999), (560, 0.999)):
+        method.online.projector[3].bias.data.add_(1)
+        method.after_update()  # or it would be stale
+        said += [(step, sentence) for sentence in health.look(step, {"length_first": length, "length_second": 0.5})[1]]
+    [(step, sentence)] = said
+    assert step == 540 and sentence.startswith("the first embeddings have collapsed: the mean of a batch is 0.999 long")
 
 
 def test_a_queue_that_is_not_renewed_is_noticed(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Two gloo processes against one process on the joined batch, in float64; and what they send each other, by itself."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.inscon.rank_worker import counted, to_normalize
+
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
 WITH_TRITON = ("synchronized",) if find_spec("triton") else ()
+SHUFFLED = ("densecl", "resim", "detco", "infomin")
+SYNCED = ("simclr", "byol", "pixpro")
 MODES = {
-    1: ("frozen", "live", "moco", "four", *WITH_TRITON),
-    2: ("frozen", "live", "moco", "fp16", "collectives", *WITH_TRITON),
+    1: ("frozen", "live", "moco", "four", *SHUFFLED, *SYNCED, *WITH_TRITON),
+    2: ("frozen", "live", "moco", "fp16", "collectives", *SHUFFLED, *SYNCED, *WITH_TRITON),
     4: ("four",),
 }
 """Number of ranks -> what they do, one after the other: starting them takes longer."""
@@ -40,13 +45,14 @@ def run(tmp_path_factory):
     return lambda mode, ranks: start(ranks)[mode]
 
 
-@pytest.mark.parametrize("mode", ["frozen", "live", "moco"])
+@pytest.mark.parametrize("mode", ["frozen", "live", "moco", *SHUFFLED, *SYNCED])
 def test_two_ranks_equal_one_process_on_the_joined_batch(run, mode):
-    """frozen: BatchNorm in eval mode. live, moco: two ranks shuffle, one process splits into the same groups of images."""
+    """frozen: BatchNorm in eval mode. SYNCED: over both ranks, negatives of both. Others: two ranks shuffle, one
+    process splits into the same groups of images."""
     one, two = run(mode, 1), run(mode, 2)
     for a, b in zip(one["losses"], two["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-9)
-    for part in ("gradients", "weights", "queues"):
+    for part in ("gradients", "weights", "statistics" if mode in SYNCED else "queues"):
         assert one[part].keys() == two[part].keys() and len(one[part])
         for name in one[part]:
             torch.testing.assert_close(
@@ -104,6 +110,33 @@ def test_fused_blocks_have_the_statistics_of_all_ranks(run):
         torch.testing.assert_close(two[name].to(expected.dtype), expected, rtol=1e-5, atol=2e-6 * largest, msg=name)
 
 
+@pytest.mark.parametrize("form", ["1d", "2d", "half"])
+def test_batchnorm_over_ranks_is_torchs_on_the_whole_batch(run, form):
+    """Results, gradients and running statistics; vectors and maps far from 0, and maps in bfloat16."""
+    made = run("collectives", 2)["synced"][form]
+    x, gradient, norm = to_normalize()[form]
+    plain = copy.deepcopy(norm).double()
+    whole = x.double().requires_grad_()
+    result = plain(whole)
+    result.backward(gradient.double())
+    digits = {"rtol": 2e-2, "atol": 3e-2} if form == "half" else {"rtol": 1e-5, "atol": 2e-5}
+    assert made["made"].dtype == made["of_x"].dtype == x.dtype and made["channels_last"]
+    expected = {"made": result, "of_x": whole.grad, "of_weight": plain.weight.grad, "of_bias": plain.bias.grad}
+    for name, value in expected.items():
+        torch.testing.assert_close(made[name].double(), value, **digits, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(made["state"][f"0.{name}"].to(value.dtype), value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made["evaluated"].double(), plain.eval()(x.double()), **digits)
+
+
+def test_what_is_gathered_gets_the_gradient_of_every_ranks_loss(run):
+    found = run("collectives", 2)["gathered"]
+    rows = torch.arange(6.0).view(2, 3)
+    assert torch.equal(found["everything"], torch.cat([rows, rows + 10]))
+    assert torch.equal(found["gradient"], torch.arange(12.0).view(4, 3) * (1 + 2))
+
+
 def test_the_few_collectives_beside_them(run):
+    assert run("collectives", 2)["counted"] == counted(1)
     two = run("collectives", 2)
     assert two["stop"] is True and two["worst"] == {"rank": 1.0} and two["total"] == {"rank": 3.0}

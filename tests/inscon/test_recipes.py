@@ -6,6 +6,7 @@ import pytest
 
 from inscon.methods.method import resolve
 from inscon.recipes import GONE, RECIPES
+from inscon.report.flops import step_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -13,7 +14,29 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_resolve(recipe):
     c = resolve(RECIPES[recipe](), 1)
-    assert c.method.queue_size % c.optim.batch_size == 0
+    assert getattr(c.method, "queue_size", 0) % c.optim.batch_size == 0
+
+
+@pytest.mark.parametrize(("recipe", "trainings"), [
+    ("moco_v2", 4 / 3), ("simclr_r50", 2.0), ("byol_r50", 2.67), ("pixpro_r50", 2.96),
+])  # fmt: skip
+def test_the_cost_of_an_image_is_what_the_page_says(recipe, trainings):
+    """Counted, within 5 % of the arithmetic: views, passes, and PixPro's heads on maps."""
+    counted = step_flops(resolve(RECIPES[recipe](), 1)).trainings
+    assert counted == pytest.approx(trainings, rel=0.05)
+    assert f"| {counted:.2f} |" in (ROOT / "docs/methods.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["simclr_r50", "byol_r50", "pixpro_r50"])
+def test_recipes_for_large_batches_use_lars_and_spare_vectors(recipe):
+    config = RECIPES[recipe]()
+    optim = config.optim
+    assert optim.optimizer == "lars" and not optim.decay_norm_and_bias and optim.schedule == "cosine-step"
+    assert 0 < optim.weight_decay <= 1e-5 and optim.warmup_epochs in (5, 10)
+    assert resolve(config, 8).model.norm == resolve(config, 1).model.norm == "sync" and config.views.scale == (
+        0.08,
+        1.0,
+    )
 
 
 def test_moco_v1_and_v2_differ_in_head_temperature_and_colors():

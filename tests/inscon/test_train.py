@@ -399,6 +399,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
             train.set_up(other, CPU, "set A") if "view" not in message else checkpoint.check_continues(
                 checkpoint.load(checkpoint.latest(tmp_path)), "x", other.to_dict(), "set A"
             )
+    with pytest.raises(checkpoint.CheckpointError, match="optim.optimizer was 'auto' and is 'lars'"):
+        train.set_up(changed(config, "optim", optimizer="lars"), CPU, "set A")
     with pytest.raises(checkpoint.CheckpointError, match="the data set was set A and is set B"):
         train.set_up(config, CPU, "set B")
     checkpoint.save(tmp_path / "detector", {"step": 1, "design": {}}, keep=1)  # of a fine-tuning

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
+import timm
 import torch
 
 from inscon.batch import Batch, View
 from inscon.config import Config, ModelConfig, OptimConfig, ViewConfig
 from inscon.geometry import Overlap
-from inscon.methods import inscon
-from inscon.methods.method import Losses, Method, resolve
+from inscon.methods import densecl, detco, infomin, inscon, resim
+from inscon.methods.method import Losses, Method, MethodSettings, resolve
 from inscon.plan import plan_views
 from pipelines.finish import assemble
 
@@ -33,24 +34,45 @@ def make_method(settings, seed=0, dtype=torch.float64, **config) -> Method:
     return config.method.build(config, config.optim.batch_size).to(dtype).train()
 
 
+def timms(backbone) -> torch.nn.Module:
+    """timm's own test_resnet, pooling included, of the weights of ours, in float64."""
+    network = timm.create_model("test_resnet", num_classes=0).double()
+    network.load_state_dict({name: value.clone() for name, value in backbone.network.state_dict().items()})
+    return network.train()
+
+
 def small_inscon(batch=BATCH, **settings) -> inscon.Settings:
     cells = settings.get("cell_grid", 3) ** 2
     return inscon.Settings(**{"queue_size": 3 * batch, "cell_queue_size": 3 * cells * batch, **settings})
 
 
+def small_rivals(batch=BATCH) -> dict[str, MethodSettings]:
+    """The other methods with queues, by name: patches of 16 px, and every loss from the first step on."""
+    queue, jigsaw = {"queue_size": 3 * batch, "key_momentum": 0.9}, {"jigsaw_size": 51, "patch_size": 16}
+    return {
+        "densecl": densecl.Settings(**queue, dense_from_step=0),
+        "resim": resim.Settings(**queue, pyramid_dim=16),
+        "detco": detco.Settings(**queue, **jigsaw),
+        "infomin": infomin.Settings(**queue, **jigsaw),
+    }
+
+
 def make_batch(settings, seed=0, batch=BATCH, dtype=torch.float64, views=VIEWS) -> Batch:
-    """Views of one size whose images share content, so that a leak would have something to find; boxes of a real plan."""
+    """Views whose images share content, so that a leak would have something to find; boxes of a real plan."""
     specs, mosaics = settings.view_specs(views), settings.mosaics()
     plan = plan_views(seed, 0, np.arange(batch), np.full((batch, 2), 300), specs)
     generator = torch.Generator().manual_seed(seed)
     content = torch.randn(batch, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
     made = {}
     for spec in specs:
-        own, noise = plan.views[spec.name], torch.randn(content.shape, generator=generator, dtype=torch.float64)
+        own, lead = plan.views[spec.name], (batch, spec.count) if spec.grid else (batch,)
+        noise = torch.randn(batch * spec.count, 3, spec.side, spec.side, generator=generator, dtype=torch.float64)
+        shown = content.repeat_interleave(spec.count, 0)[..., : spec.side, : spec.side] + 0.5 * noise
+        whole = (slice(None), 0) if spec.grid else slice(None)  # the patches of an image share the crop
         made[spec.name] = View(
-            pixels=(content + 0.5 * noise).to(dtype, memory_format=torch.channels_last),
-            crop_box=torch.from_numpy(own.crop_box),
-            flipped=torch.from_numpy(own.flipped),
+            pixels=shown.to(dtype, memory_format=torch.channels_last).unflatten(0, lead),
+            crop_box=torch.from_numpy(own.crop_box[whole]),
+            flipped=torch.from_numpy(own.flipped[whole]),
         )
     overlaps = {
         pair: Overlap(

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from inscon.nn.heads import instance_head, map_head
+from inscon.nn.heads import instance_head, jigsaw_head, map_head
 
 
 def test_heads_have_mocos_shapes():
@@ -19,3 +19,10 @@ def test_the_map_head_is_the_instance_head_of_each_cell():
     x = torch.randn(2, 16, 3, 3)
     assert cells(x).shape == (2, 8, 3, 3) and isinstance(linear, nn.Sequential)
     torch.testing.assert_close(cells(x), linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_the_jigsaw_head_joins_the_embeddings_of_an_images_patches():
+    head, x = jigsaw_head(16, 8, True, 9), torch.randn(2, 9, 16)
+    each = torch.stack([torch.cat([head[0](patch) for patch in image]) for image in x])
+    torch.testing.assert_close(head(x), each @ head[2].weight.T + head[2].bias)
+    assert head(x).shape == (2, 8) and head[2].weight.shape == (8, 72)

@@ -1,5 +1,7 @@
 """BatchNorm in groups, and who is normalized with whom."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +10,12 @@ from inscon.nn.backbones import build_backbone
 from inscon.nn.norm import (
     KeyShuffle,
     SplitBatchNorm2d,
+    SyncBatchNorm,
     exchange_order,
     frozen_statistics,
     shuffle_order,
     split_batch_norm,
+    sync_batch_norm,
 )
 
 
@@ -51,6 +55,29 @@ def test_gradients_of_split_norm_are_those_of_each_part(dtype, layout):
     if dtype == torch.float64:
         small = torch.randn(4, 5, 2, 2, dtype=dtype).requires_grad_()
         assert torch.autograd.gradcheck(SplitBatchNorm2d(5, num_groups=2).double(), small)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 5)), (nn.BatchNorm2d, (6, 5, 3, 2))])
+def test_norm_over_the_ranks_is_plain_norm_on_one_process(kind, shape):
+    """To the bit, and of the same parameters."""
+    torch.manual_seed(0)
+    plain, x = kind(5, momentum=0.2), torch.randn(shape)
+    network = nn.Sequential(copy.deepcopy(plain))
+    weight = network[0].weight
+    sync_batch_norm(network, "mine")
+    assert type(network[0]) is SyncBatchNorm and network[0].weight is weight
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    network(ours).square().sum().backward(), plain(theirs).square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in network[0].state_dict().items())
+
+
+def test_what_is_more_than_batchnorm_is_not_synchronized():
+    class Fused(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(ValueError, match="BatchNorm of mine cannot be synchronized.* Found: Fused; set --norm none"):
+        sync_batch_norm(nn.Sequential(Fused(4)), "mine")
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from inscon.nn.pooling import precise_roi_pool
+from inscon.nn.pooling import pool_windows, precise_roi_pool
 
 NODES = (-1 / math.sqrt(3), 1 / math.sqrt(3))
 """Two-point Gauss-Legendre integrates a bilinear function exactly, so a sum over unit cells is the exact integral."""
@@ -117,3 +117,24 @@ def test_low_precision_maps_keep_exact_boxes():
         precise_roi_pool(features, boxes.bfloat16(), 3, 1 / 32)
     with pytest.raises(ValueError, match='border must be "zero" or "normalize". Found: "reflect"'):
         precise_roi_pool(features, boxes, 3, 1 / 32, border="reflect")
+
+
+def test_many_boxes_of_a_map_are_one_bin_each():
+    """Windows of two maps, some of which lie outside, have no area or reach past the border."""
+    rng = np.random.default_rng(2)
+    maps, outside = rng.normal(size=(2, 3, 7, 7)), [[-90.0, 0, -40, 40], [50, 50, 50, 90], [-20, 10, 40, 60]]
+    boxes = torch.tensor([BOXES + outside, outside + BOXES], dtype=torch.float64)
+    features = torch.from_numpy(maps).requires_grad_()
+    ours = pool_windows(features, boxes, 1 / 32)
+    assert ours.shape == (2, 8, 3)
+    for image, own in enumerate(boxes.tolist()):
+        for number, box in enumerate(own):
+            expected = [pooled_by_loops(channel, box, 1, 1 / 32)[0, 0] for channel in maps[image]]
+            np.testing.assert_allclose(ours[image, number].detach().numpy(), expected, atol=1e-12)
+    alone = precise_roi_pool(features, boxes[:, 0], 1, 1 / 32)
+    torch.testing.assert_close(ours[:, 0], alone.flatten(1))
+    assert torch.autograd.gradcheck(lambda f: pool_windows(f, boxes, 1 / 32), (features,))
+    last = features.detach().float().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(pool_windows(last, boxes.float(), 1 / 32), ours.detach().float(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="boxes must be float32 or float64.*Found: torch.float16"):
+        pool_windows(last, boxes.half(), 1 / 32)
