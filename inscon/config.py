@@ -135,7 +135,7 @@ class OptimConfig:
     """Over so many the rate rises from 0, in a line, step by step; the cosine takes the rest."""
     optimizer: Literal["auto", "torch-fused", "foreach", "apex", "lars"] = "auto"
     """Which implementation of SGD. auto: NVIDIA's apex where it is really there, else torch's fused kernels. lars: SGD whose
-    steps are as long as each weight's own length asks for, for batches of thousands."""
+    step of each weight tensor is in proportion to that tensor's length, for batches of thousands."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
     """In which format gradients travel between ranks: half the bytes for their last digits. They are summed in it, too."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
