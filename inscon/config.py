@@ -138,7 +138,7 @@ class OptimConfig:
     """Over so many the rate rises from 0, in a line, step by step; the cosine takes the rest."""
     optimizer: Literal["auto", "torch-fused", "foreach", "apex", "lars"] = "auto"
     """Which implementation of SGD. auto: torch's fused kernels, the only ones of them that a CUDA graph can hold. apex: NVIDIA's.
-    lars: SGD whose steps are as long as each weight's own length asks for, for batches of thousands."""
+    lars: SGD whose step of each weight tensor is in proportion to that tensor's length, for batches of thousands."""
     graph: Literal["auto", "off"] = "auto"
     """auto: on a GPU a step is captured as one CUDA graph and replayed, so that the host has nothing to launch. off: never."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"

@@ -77,23 +77,19 @@ class LARS(torch.optim.Optimizer):
 
     def _move(self, weights: list[Tensor], group: dict) -> None:
         velocity, lr, momentum = [self.state[p]["momentum_buffer"] for p in weights], group["lr"], group["momentum"]
-        grad_scale, found_inf = (
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-        )  # while a scaler steps
-        steps = (
-            [p.grad for p in weights]
-            if grad_scale is None
-            else torch._foreach_div([p.grad for p in weights], grad_scale)
-        )
-        steps = torch._foreach_add(steps, weights, alpha=group["weight_decay"])
+        scale, overflow = (
+            getattr(self, name, None) for name in ("grad_scale", "found_inf")
+        )  # of a scaler, while it steps
+        gradients = [p.grad for p in weights]
+        gradients = gradients if scale is None else torch._foreach_div(gradients, scale)
+        steps = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
         if weights[0].ndim > 1:
             lengths, of_steps = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, steps))
             factors = torch.where((lengths > 0) & (of_steps > 0), group["trust"] * lengths / of_steps, 1.0)
             for step, factor in zip(steps, factors.unbind(), strict=True):
                 step.mul_(factor)
-        if found_inf is not None:
-            sound = found_inf == 0
+        if overflow is not None:
+            sound = overflow == 0
             for step in steps:
                 step.copy_(torch.where(sound, step, 0.0))
             lr, momentum = lr * sound, torch.where(sound, momentum, 1.0)

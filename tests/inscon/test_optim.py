@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from inscon.config import OptimConfig
+from inscon.methods.method import Follower, slow_copy
 from inscon.optim import _find_apex_sgd, asks_the_host, learning_rate, make_optimizer, set_learning_rate
 from tests.inscon.methods.test_method import NobodyWaits
 
@@ -151,6 +152,44 @@ def test_lars_asks_the_device_nothing():
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     with NobodyWaits():
         optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_lars_and_a_slow_copy_are_captured_with_rates_that_change():
+    """As one CUDA graph, replayed; against the same steps on the CPU."""
+    rates, momenta, made = [3.0, 2.0, 1.0, 0.5], [0.9, 0.5, 0.7, 1.0], {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).to(device)
+        follower = Follower(slow_copy(net), net, 0.9)
+        config = OptimConfig(optimizer="lars", decay_norm_and_bias=False, weight_decay=0.01)
+        optimizer, _ = make_optimizer(net.parameters(), config, torch.device(device))
+        lr = torch.zeros((), device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+
+        def step(optimizer=optimizer, follower=follower):
+            optimizer.step()
+            follower.move()
+
+        follower.schedule(0.9)
+        if device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        for number, (rate, momentum) in enumerate(zip(rates, momenta, strict=True)):
+            lr.fill_(rate)
+            follower.schedule(momentum)
+            for p in net.parameters():
+                p.grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+            step()
+        made[device] = [p.detach().cpu() for p in (*net.parameters(), *follower.slow)]
+    for cpu, gpu in zip(made["cpu"], made["cuda"], strict=True):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["torch-fused", "foreach", "lars"])

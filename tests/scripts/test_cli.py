@@ -11,7 +11,10 @@ import pytest
 import tyro
 
 from data_prep import make_dali, make_ffcv, make_scenes, verify
+from inscon.config import Config
+from inscon.methods import settings_of
 from inscon.methods.method import resolve
+from inscon.recipes import RECIPES
 from scripts import attention_maps, export, finetune_detection, knn, linear, show_views, throughput_report
 from scripts.train import parse
 
@@ -42,6 +45,9 @@ SWITCHES = {
     "--on-bad-sample substitute": ("loader", "on_bad_sample", "substitute"),
     "--stall-timeout 30": ("loader", "stall_timeout", 30.0),
     "--optimizer foreach": ("optim", "optimizer", "foreach"),
+    "--optimizer lars": ("optim", "optimizer", "lars"),
+    "--no-decay-norm-and-bias": ("optim", "decay_norm_and_bias", False),
+    "--warmup-epochs 10": ("optim", "warmup_epochs", 10),
     "--schedule cosine-step": ("optim", "schedule", "cosine-step"),
     "--precision bf16": ("optim", "precision", "bf16"),
     "--gradient-compression fp16": ("optim", "gradient_compression", "fp16"),
@@ -74,6 +80,21 @@ def test_recipes_can_be_chosen_and_overridden():
         parse(["--recipe", "imagenet"])
     with pytest.raises(SystemExit):
         parse(["--tempratur", "1"])
+
+
+def test_a_method_starts_from_its_first_recipe():
+    for method, recipe in {
+        "moco": "moco_v2",
+        "simclr": "simclr_r50",
+        "byol": "byol_r50",
+        "pixpro": "pixpro_r50",
+    }.items():
+        assert parse(["--method", method]) == RECIPES[recipe]()
+    config = parse(["--method", "pixpro", "--instance", "--second-blur-probability", "0.3", "--lr", "1"])
+    assert config.method.instance and config.method.second_blur_probability == 0.3
+    assert (config.optim.lr, config.optim.optimizer, config.views.blur_probability) == (1.0, "lars", 1.0)
+    toy = "tests.inscon.methods.toy"
+    assert parse(["--method", toy]) == Config(method=settings_of(toy)())
 
 
 def test_every_command_of_the_reproduction_page_exists():

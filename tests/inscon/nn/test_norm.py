@@ -11,6 +11,7 @@ from inscon.nn.norm import (
     KeyShuffle,
     SplitBatchNorm2d,
     SyncBatchNorm,
+    _BatchNormOfRanks,
     exchange_order,
     frozen_statistics,
     shuffle_order,
@@ -70,6 +71,36 @@ def test_norm_over_the_ranks_is_plain_norm_on_one_process(kind, shape):
     network(ours).square().sum().backward(), plain(theirs).square().sum().backward()
     assert torch.equal(ours.grad, theirs.grad)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in network[0].state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 3, 2)])
+def test_gradients_of_norm_over_the_ranks_are_those_of_its_results(shape):
+    torch.manual_seed(0)
+    given = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in (shape, (3,), (3,))]
+    assert torch.autograd.gradcheck(lambda *tensors: _BatchNormOfRanks.apply(*tensors, 1e-5)[0], given)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_its_arithmetic_is_torchs(device, dtype, digits):
+    """Of one rank, channels last, on either device."""
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(8, 5, 4, 4).to(dtype=dtype, memory_format=torch.channels_last) for _ in range(2))
+    plain = nn.BatchNorm2d(5).double()
+    plain.weight.data.uniform_(0.5, 2)
+    theirs, ours = x.double().requires_grad_(), x.to(device).requires_grad_()
+    expected = plain(theirs)
+    weight, bias = (p.detach().float().to(device).requires_grad_() for p in (plain.weight, plain.bias))
+    made, mean, var = _BatchNormOfRanks.apply(ours, weight, bias, plain.eps)
+    expected.backward(gradient.double()), made.backward(gradient.to(device))
+    pairs = [(made, expected), (ours.grad, theirs.grad), (weight.grad, plain.weight.grad), (bias.grad, plain.bias.grad)]
+    for one, other in [*pairs, (mean, x.double().mean((0, 2, 3))), (var, x.double().var((0, 2, 3), correction=0))]:
+        torch.testing.assert_close(one.cpu().double(), other, rtol=digits, atol=digits)
+    assert made.dtype == ours.grad.dtype == dtype and ours.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_what_is_more_than_batchnorm_is_not_synchronized():
