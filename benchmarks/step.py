@@ -164,7 +164,7 @@ class Ours:
         self.training.method.train()
 
     def __call__(self, batch) -> None:
-        train.run_step(self.training, batch)
+        train.update(self.training, batch)
 
 
 class NaiveWithMemoryKept(Naive):

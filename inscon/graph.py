@@ -47,9 +47,8 @@ class CudaGraphs:
             with torch.cuda.stream(self._stream), capture:
                 found = work()
         except RuntimeError as error:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # else no memory that two streams have shared would ever be free again
+            # Else no memory that two streams have shared would ever be free again.
+            with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise NotCaptured(str(error.__context__ or error).splitlines()[0]) from error
 
