@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
         report = measurement.report() | {"predictions": predictions}
         if own.trace:
             measurement.trace(own.trace)
+        measurement.training.close()
         if distributed.rank() == 0:
             publish(report, own.out)
     finally:
