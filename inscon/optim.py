@@ -62,7 +62,7 @@ class LARS(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, parameters, lr: float, momentum: float, weight_decay: float, trust: float = 0.001):
+    def __init__(self, parameters, lr: float | Tensor, momentum: float, weight_decay: float, trust: float = 0.001):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
         _zero_missing_momentum(self)
         self.register_load_state_dict_post_hook(_zero_missing_momentum)

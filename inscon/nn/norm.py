@@ -146,13 +146,11 @@ class _BatchNormOfRanks(torch.autograd.Function):
 
 
 def sync_batch_norm(module: nn.Module, name: str) -> None:
-    """Make every BatchNorm of `module` take its statistics over all ranks. ValueError as `split_batch_norm`."""
+    """Make every plain BatchNorm of `module` take its statistics over all ranks. ValueError as `split_batch_norm`."""
     for norm in module.modules():
         if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
             norm.__class__ = SyncBatchNorm  # of the same parameters, which slow copies know
-        elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and not getattr(
-            norm, "synced", False
-        ):  # by other kernels
+        elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SplitBatchNorm2d):
             raise ValueError(
                 f"BatchNorm of {name} cannot be synchronized, as it is fused with something else. Found: {type(norm).__name__}; "
                 "set --norm none, or another --backbone"
