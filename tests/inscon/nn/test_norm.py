@@ -109,6 +109,9 @@ def test_what_is_more_than_batchnorm_is_not_synchronized():
 
     with pytest.raises(ValueError, match="BatchNorm of mine cannot be synchronized.* Found: Fused; set --norm none"):
         sync_batch_norm(nn.Sequential(Fused(4)), "mine")
+    ours = nn.Sequential(SplitBatchNorm2d(4))  # as whoever made it wants it
+    sync_batch_norm(ours, "mine")
+    assert type(ours[0]) is SplitBatchNorm2d
 
 
 @pytest.mark.parametrize("groups", [1, 2])
