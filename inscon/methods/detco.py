@@ -4,6 +4,7 @@ Written from the paper; the official code of the pre-training was never released
 marked unchecked.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -41,7 +42,7 @@ class Settings(JigsawSettings, moco.Settings):
         return super().resolved(config)
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
-        color = views.color() if self.patch_colors else NO_COLOR
+        color = dataclasses.replace(views.color(), randaugment=0) if self.patch_colors else NO_COLOR
         patches = (self.patches(views, name, color) for name in ("query_patches", "key_patches"))
         return *super().view_specs(views), *patches
 

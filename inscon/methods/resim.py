@@ -69,6 +69,10 @@ class Settings(moco.Settings):
 
     def resolved(self, config: Config) -> "Settings":
         need_strides(config.model.backbone, PYRAMID)
+        if config.views.randaugment:
+            raise ValueError(
+                f"RandAugment moves what boxes tell. Found: {config.views.randaugment}; set --randaugment 0"
+            )
         if config.views.view_size // max(GRIDS) < POOLED:
             raise ValueError(
                 f"the map of stride {max(GRIDS)} px must hold {POOLED}x{POOLED} places. Found: view_size "

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from inscon.config import ViewConfig
 from inscon.methods import detco
 from inscon.plan import NO_COLOR
 from tests.inscon.methods.plain import FEW, Plain, nce, norm
@@ -100,6 +101,8 @@ def test_views_are_two_whole_ones_and_their_patches():
     for name in ("query_patches", "key_patches"):
         assert (specs[name].size, specs[name].side, specs[name].count, specs[name].scale) == (255, 64, 9, (0.6, 1.0))
         assert specs[name].color == VIEWS.color() and not specs[name].grid.shuffled
+    moved = {s.name: s.color.randaugment for s in detco.Settings().view_specs(ViewConfig(randaugment=2))}
+    assert moved == {"query": 2, "key": 2, "query_patches": 0, "key_patches": 0}
     plain = detco.Settings(patch_colors=False).view_specs(VIEWS)
     assert [spec.color == NO_COLOR for spec in plain] == [False, False, True, True]
 

@@ -216,6 +216,8 @@ def test_wrong_settings_are_refused():
         ValueError, match="strides 8, 16, 32 px .* vit_small_patch16_224 has others. Found: 16; set --b"
     ):
         make_config(SETTINGS, backbone="vit_small_patch16_224")
+    with pytest.raises(ValueError, match="RandAugment moves what boxes tell. Found: 2; set --randaugment 0"):
+        make_config(SETTINGS, views=dataclasses.replace(VIEWS, randaugment=2))
     small = dataclasses.replace(VIEWS, view_size=32)
     with pytest.raises(ValueError, match="3x3 places. Found: view_size 32; set --view-size 64 or more"):
         make_config(SETTINGS, views=small)
