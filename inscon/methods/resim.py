@@ -32,10 +32,8 @@ class Windows(NamedTuple):
     """A grid on a view of 224 px; on another one in proportion, so that it covers the same share of the view."""
 
     per_side: int
-    side: int
-    """px."""
-    step: int
-    """px between the corners of neighbors."""
+    side: int  # px
+    step: int  # px between the corners of neighbors
     of_all_ranks: bool
     """Whether negatives are of all ranks' images; else, for there are more places, of the own rank's or its BatchNorm groups'."""
 
