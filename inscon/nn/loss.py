@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26, "meta": 2**40}
 """Logits held at once, by device: 16 MB in float32, about what a CPU's cache holds; 256 MB on a GPU."""
-KEPT_LOGITS = {"cpu": 2**22, "cuda": 2**25, "meta": 0}
+KEPT_LOGITS = {"cpu": 2**22, "cuda": 2**25, "meta": 2**62}
 """Up to so many are kept for the backward pass; more are computed again there, a chunk at a time."""
 
 

@@ -29,7 +29,7 @@ class StepFlops(NamedTuple):
     per_image: float
     """Of one source image in a training step: every pass through every network, heads, losses against queues."""
     trainings: float
-    """The same in units of a forward and backward pass of one view through the backbone: 2.37 for InsCon at 224 px."""
+    """The same in units of a forward and backward pass of one view through the backbone: 2.36 for InsCon at 224 px."""
 
 
 @functools.lru_cache

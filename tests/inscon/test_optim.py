@@ -11,7 +11,6 @@ from torch import nn
 from inscon.config import OptimConfig
 from inscon.methods.method import Follower, slow_copy
 from inscon.optim import _find_apex_sgd, asks_the_host, learning_rate, make_optimizer, set_learning_rate
-from tests.inscon.methods.test_method import NobodyWaits
 
 
 def test_cosine_per_epoch_and_per_step():
@@ -145,6 +144,8 @@ def test_lars_is_its_equation(as_tensor, weight_decay):
 
 
 def test_lars_asks_the_device_nothing():
+    from tests.inscon.methods.test_method import NobodyWaits  # which needs packages that a machine with a GPU may lack
+
     weights, _, optimizer = lars_of()
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     for name, gradient in gradients_of(0).items():

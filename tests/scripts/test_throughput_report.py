@@ -379,15 +379,15 @@ def test_outputs_are_tried_before_the_work(tmp_path):
 def test_predictions_say_what_they_are(capsys):
     assert main(["--predict", "v100x8", "--predict", "h200"]) == 0
     v100, h200 = capsys.readouterr().out.splitlines()
-    # By hand: 58.145 GFLOP of a source image / (3 * 8.1743 of a view) = 2.3711; 8322 / 2.3711 = 3509.8; times 0.9 = 3158.8;
-    # 1281167 * 200 / 3158.8 / 3600 = 22.5
+    # By hand: 57.814 GFLOP of a source image / (3 * 8.1743 of a view) = 2.3576; 8322 / 2.3576 = 3529.9; times 0.9 = 3176.9;
+    # 1281167 * 200 / 3176.9 / 3600 = 22.4
     assert v100.startswith(
-        "PREDICTION, not measured, v100x8: 3,159 images/s, 23 h for 200 epochs of ImageNet (ceiling 3,510"
+        "PREDICTION, not measured, v100x8: 3,177 images/s, 22 h for 200 epochs of ImageNet (ceiling 3,530"
     )
-    assert "images/s = ResNet-50 training images/s / cost of an image * (1 - overhead)" in v100 and "cost 2.37" in v100
+    assert "images/s = ResNet-50 training images/s / cost of an image * (1 - overhead)" in v100 and "cost 2.36" in v100
     assert "DeepLearningExamples" in v100 and "not measured on such a machine" in v100
     assert (
-        h200.startswith("PREDICTION, not measured, h200: 1,788 to 2,214 images/s, 32 to 40 h")
+        h200.startswith("PREDICTION, not measured, h200: 1,798 to 2,227 images/s, 32 to 40 h")
         and "measured on one H200" in h200
     )
 
