@@ -148,6 +148,23 @@ def test_a_follower_moves_towards_its_leader_by_name():
     torch.testing.assert_close(slow[0].weight, fast[0].weight)
 
 
+def test_a_followers_momentum_may_change_from_step_to_step():
+    """By numbers that the device holds in one place, as a captured step needs them."""
+    fast, slow = nn.Linear(3, 2), nn.Linear(3, 2)
+    follower, places = Follower(slow, fast, 0.5), set()
+    for momentum in (0.9, 0.0, 1.0):
+        expected = [
+            momentum * s + (1 - momentum) * f for s, f in zip(slow.parameters(), fast.parameters(), strict=True)
+        ]
+        follower.schedule(momentum)
+        follower.move()
+        places.add(follower._share.data_ptr())
+        assert follower.momentum == momentum and follower.fading == (momentum == 1)
+        for p, moved in zip(slow.parameters(), expected, strict=True):
+            torch.testing.assert_close(p, moved)
+    assert len(places) == 1 and not Follower(slow, fast, 1.0).fading
+
+
 @pytest.mark.parametrize("settings", [SMALL_MOCO, small_inscon(), *WITHOUT_QUEUE], ids=["moco", "inscon", *THEIR_NAMES])
 def test_a_state_dict_holds_the_whole_method(settings):
     """Weights, statistics, keys and where the next ones go: from it, a fresh method goes on, bit for bit."""
