@@ -43,9 +43,9 @@ class Settings(MethodSettings):
         check_ranges(self, second_blur_probability=(0, 1), second_solarize_probability=(0, 1))
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
-        colors = {"blur_probability": self.second_blur_probability}
-        colors["solarize_probability"] = self.second_solarize_probability
-        return views.spec("first"), views.spec("second", **colors)
+        blur, solarize = self.second_blur_probability, self.second_solarize_probability
+        second = views.spec("second", blur_probability=blur, solarize_probability=solarize)
+        return views.spec("first"), second
 
     def build(self, config: Config, rank_batch_size: int) -> "BYOL":
         return BYOL(config)
