@@ -241,7 +241,7 @@ def test_the_synthetic_pipeline_needs_no_data(tmp_path):
     (["--shuffle-window", "100"], "--shuffle-window is gone: leave it out .docs/changes.md"),
     (["--colour", "host"], "--colour is called --color now"),
     (["--recipe", "r7"], "the recipe r7 was another name; set --recipe imagenet_r50"),
-    (["--method", "mocov3"], "there is no method mocov3; set --method to one of inscon, moco"),
+    (["--method", "mocov3"], "there is no method mocov3; set --method to one of byol, densecl, "),
     (["--backbone", "resnet51"], "there is no backbone resnet51; set --backbone"),
 ])  # fmt: skip
 def test_wrong_use_gets_one_sentence_before_any_work(shards, tmp_path, flags, message):
