@@ -38,7 +38,7 @@ transfer: $(VENV)/.installed
 	$(BIN)/python benchmarks/transfer.py --out demo/transfer
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -216,7 +216,8 @@ def test_a_run_goes_on_fused_and_plain_again(tmp_path, monkeypatch):
     run(changed(config, "run", run_dir=tmp_path / "plain"), total=2)
     run(config, total=1)
     fused = train.set_up(config, CPU, "set A")
-    assert fused.step == 1 and train.fuse_norms(fused.method, CPU, synced=False)
+    train.fuse_norms(fused.method, CPU, synced=False)
+    assert fused.step == 1
     kinds = {type(module) for module in fused.method.modules() if isinstance(module, torch.nn.BatchNorm2d)}
     assert kinds == {fused_norm.FusedBatchNorm2d}  # of queries and of keys
     train.train(fused, [batch_of(1)], PER_EPOCH, 2)
