@@ -22,7 +22,7 @@ from pipelines import color
 from pipelines.color import BLUR_BITS, BLUR_PASSES, normalization
 from pipelines.compiled import compiled, f32, i32, u8, u32
 from pipelines.randaugment import change_levels, move, smoothed
-from pipelines.vectors import RESIZE_BITS, ROWS, fence, load_block, pointer_to, stream, weigh_block
+from pipelines.vectors import RESIZE_BITS, ROWS, fence, load_block, pointer_to, stream_normalized, weigh_block
 
 RED, GREEN, BLUE = (int(weight) for weight in color.LUMA)
 SUBTRACT, MULTIPLY = normalization(1)
@@ -82,27 +82,15 @@ def _render_at(image, height, width, rows, count, places):
 
 @compiled
 def _write_normalized(view, block, tile, canvas_row):
-    """(level - subtract) * multiply of `view [S S 3]` as float32 at address `block` and, unless it is 0, `tile`.
-
-    Subtracted before multiplied, since a product and a sum would be fused on some machines, and round otherwise.
-    """
+    """`view [S S 3]` as float32, normalized, at address `block` and, unless it is 0, `tile`."""
     side = view.shape[0]
     low, factor = np.empty(3 * side, np.float32), np.empty(3 * side, np.float32)
     for i in range(3 * side):
         low[i], factor[i] = SUBTRACT[i % 3], MULTIPLY[i % 3]
-    row = np.empty(3 * side, np.float32)
     for y in range(side):
-        _normalize(view[y].reshape(-1), low, factor, row)
-        stream(row, block + 12 * side * y)
-        if tile:
-            stream(row, tile + canvas_row * y)
+        below = tile + canvas_row * y if tile else 0
+        stream_normalized(view[y].reshape(-1), low, factor, block + 12 * side * y, below)
     fence()
-
-
-@compiled
-def _normalize(levels, low, factor, out):
-    for i in range(out.shape[0]):
-        out[i] = (f32(levels[i]) - low[i]) * factor[i]
 
 
 @compiled

@@ -13,7 +13,7 @@ ROWS = 8
 """Rows of a picture that are resized together, as blocks of 8x8 pixels of 32 bit: rows share the weights."""
 WORD, BYTE, FLOAT = ir.IntType(32), ir.IntType(8), ir.FloatType()
 PIXELS, BYTES, SUMS = ir.VectorType(WORD, ROWS), ir.VectorType(BYTE, 4 * ROWS), ir.VectorType(WORD, 4 * ROWS)
-FLOATS = ir.VectorType(FLOAT, 16)
+FLOATS, LEVELS = ir.VectorType(FLOAT, 16), ir.VectorType(BYTE, 16)
 RESIZE_BITS = 22
 """Fixed point of resize weights, as PIL's for 8-bit channels."""
 
@@ -56,22 +56,28 @@ def pointer_to(typingctx, address):
 
 
 @intrinsic
-def stream(typingctx, values, address):
-    """Copy `values`, float32, a multiple of 16, to an address, one of 64, past the caches: they would first read what is going to
-    be overwritten, and nobody needs it soon. A `fence` must follow."""
+def stream_normalized(typingctx, levels, low, factor, block, tile):
+    """(level - low) * factor of a row of uint8 `levels`, a multiple of 16, as float32 to the address `block` and, unless it is 0,
+    to `tile`, both of 64: past the caches, which would first read what is going to be overwritten, and nobody needs it soon. A
+    `fence` must follow. Subtracted before multiplied, since a product and a sum would be fused on some machines, and round otherwise."""
 
     def codegen(context, builder, signature, args):
-        [array] = _arrays(context, builder, signature, args, 0)
-        blocks = builder.udiv(builder.extract_value(array.shape, 0), _whole(16))
+        level, less, times = _arrays(context, builder, signature, args, 0, 1, 2)
+        blocks = builder.udiv(builder.extract_value(level.shape, 0), _whole(16))
         marked = builder.module.add_metadata([ir.Constant(WORD, 1)])
         with cgutils.for_range(builder, blocks) as loop:
             at = builder.mul(loop.index, _whole(16))
-            value = builder.load(_pointer(builder, array.data, at, FLOATS), align=4)
-            place = builder.inttoptr(builder.add(args[1], builder.mul(at, _whole(4))), FLOATS.as_pointer())
-            builder.store(value, place, align=64).set_metadata("nontemporal", marked)
+            value = builder.load(_pointer(builder, level.data, at, LEVELS), align=1)
+            value = builder.uitofp(builder.zext(value, ir.VectorType(WORD, 16)), FLOATS)
+            lows, factors = (builder.load(_pointer(builder, row.data, at, FLOATS), align=4) for row in (less, times))
+            value = builder.fmul(builder.fsub(value, lows), factors)
+            for address in args[3:]:
+                with builder.if_then(builder.icmp_signed("!=", address, _whole(0))):
+                    place = builder.inttoptr(builder.add(address, builder.mul(at, _whole(4))), FLOATS.as_pointer())
+                    builder.store(value, place, align=64).set_metadata("nontemporal", marked)
         return context.get_dummy_value()
 
-    return types.void(values, types.intp), codegen
+    return types.void(levels, low, factor, types.intp, types.intp), codegen
 
 
 @intrinsic
