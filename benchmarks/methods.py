@@ -28,11 +28,14 @@ from inscon.report.flops import step_flops
 from inscon.report.measure import machine, versions
 from scripts.train import parse
 
-QUEUE = ("--queue-size", "2048", "--key-momentum", "0.99")
+QUEUE = ("--queue-size", "2048", "--key-momentum", "0.99", "--lr", "0.06")
+RATE = ("--lr", "1", "--warmup-epochs", "1")
 SMALL = {
-    "moco": QUEUE, "inscon": (*QUEUE, "--cell-queue-size", "4608"),
+    "moco": QUEUE, "inscon": (*QUEUE, "--cell-queue-size", "4608"), "densecl": (*QUEUE, "--dense-from-step", "100"),
+    "resim": QUEUE, "detco": QUEUE, "infomin": QUEUE, "simclr": RATE, "byol": RATE, "pixpro": RATE,
 }  # fmt: skip
-"""What a few thousand pictures need that ImageNet does not: queues shorter than the set, copies that follow faster."""
+"""What a few thousand pictures need that ImageNet does not: queues shorter than the set, copies that follow faster, short
+warm-ups."""
 
 
 def command(script: str, *flags: object) -> list[str]:
@@ -65,7 +68,7 @@ def knn(run_dir: Path, train_set: Path, val: Path) -> dict[str, float]:
 
 def measure(name: str, arguments: argparse.Namespace, work: Path) -> dict:
     size = ["--backbone", arguments.backbone, "--view-size", str(arguments.view_size)]
-    size += ["--batch-size", str(arguments.batch_size), "--lr", str(arguments.lr), *SMALL.get(name, ())]
+    size += ["--batch-size", str(arguments.batch_size), *SMALL[name]]
     synthetic, dali = [*size, "--pipeline", "synthetic"], [*size, "--pipeline", "dali", "--data", str(arguments.train)]
     short = {"synthetic": synthetic, "dali": dali}
     rounds = {pipeline: [] for pipeline in short}
@@ -91,24 +94,25 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--view-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--steps", type=int, default=400, help="of the run that kNN is of")
     parser.add_argument("--epochs", type=int, default=4, help="of its schedule")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate-steps", type=int, default=16, help="of the runs that rates are of")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
     arguments = parser.parse_args()
-    results = {}
+    results, settings = (
+        {},
+        {key: str(value) for key, value in vars(arguments).items() if key not in ("train", "val", "out")},
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.methods:
             results[name] = measure(name, arguments, Path(folder))
             print(name, json.dumps(results[name] | {"losses": results[name]["losses"][-1:]}), flush=True)
-    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("train", "val", "out")}
-    report = {
-        "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "settings": settings,
-        "small": SMALL, "results": results,
-    }  # fmt: skip
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            report = {
+                "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(),
+                "settings": settings, "small": SMALL, "results": results,
+            }  # fmt: skip
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,11 @@ def pointer_to(typingctx, address):
 @intrinsic
 def stream_normalized(typingctx, levels, low, factor, block, tile):
     """(level - low) * factor of a row of uint8 `levels`, a multiple of 16, as float32 to the address `block` and, unless it is 0,
-    to `tile`, both of 64: past the caches, which would first read what is going to be overwritten, and nobody needs it soon. A
-    `fence` must follow. Subtracted before multiplied, since a product and a sum would be fused on some machines, and round otherwise."""
+    to `tile`, both of 64: past the caches, which would first read what is going to be overwritten, and nobody needs it soon.
+
+    A `fence` must follow. Subtracted before multiplied, since a product and a sum would be fused on some machines, and round
+    otherwise.
+    """
 
     def codegen(context, builder, signature, args):
         level, less, times = _arrays(context, builder, signature, args, 0, 1, 2)
