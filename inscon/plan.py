@@ -504,6 +504,5 @@ class _Draw:
         """[B *streams.shape 4] float64 in (0, 1): four numbers for each sample and stream."""
         streams = np.asarray(streams)
         ids = self._ids.reshape(-1, *[1] * streams.ndim)
-        ids, streams = np.broadcast_arrays(ids, streams[None])
-        words = philox(self._seed, (ids & 0xFFFFFFFF, ids >> 32, np.full_like(ids, self._epoch), streams))
+        words = philox(self._seed, np.broadcast_arrays(ids & 0xFFFFFFFF, ids >> 32, self._epoch, streams[None]))
         return (np.stack(words, -1) + 0.5) * 2.0**-32
