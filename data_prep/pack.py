@@ -25,7 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
@@ -42,6 +42,7 @@ from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
 from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture, read_header
 from data_prep.sources import Entry, Source, Unreadable, as_bytes, is_packed, kinds_in_words, list_source, open_listing
+from data_prep.store import CACHE_GB, address_of, local_copy
 from inscon import guard
 from inscon.sampling import permute
 
@@ -63,19 +64,24 @@ class PackConfig(Treatment):
 
     data: Path
     """Where the pictures are: a folder of class folders, a flat folder, a list file (path, optional label), a tar of tars
-    (ILSVRC2012_img_train.tar), a WebDataset tar or a folder of them, or a packed set."""
+    (ILSVRC2012_img_train.tar), a WebDataset tar or a folder of them, or a packed set. An address (s3://, https://, ...) of any of
+    these but a list is fetched first."""
     out: Path  # Folder for the packed set; made if need be.
     seed: int | None = None  # Of the one shuffle of all pictures. None: 0, but a packed set keeps its order.
     write_mode: tyro.conf.Suppress[Literal["jpg"]] = "jpg"
     workers: int | None = None
     """Processes that read, check and write; None: as many as there are CPU cores for this process."""
     bad_limit: float = 0.001  # Share of the pictures that may be left out before the run stops; 0: at the first one.
+    cache_dir: Path | None = None  # Where what was fetched is kept. None: inscon/stores in ~/.cache.
+    cache_gb: float = CACHE_GB  # GB (of 10^9 bytes) that may lie there; all of `data` must fit.
     overwrite: bool = False  # Replace the packed set that lies in `out`, or an unfinished one of other settings.
 
     def check(self) -> None:
         """ValueError for settings out of range, and for a source or a target that cannot be one."""
-        guard.check_ranges(self, workers=1, shard_mb=1, short_side=1, max_resolution=1)
+        guard.check_ranges(self, workers=1, shard_mb=1, short_side=1, max_resolution=1, cache_gb=0)
         guard.check_ranges(self, seed=(0, 2**64 - 1), bad_limit=(0, 1), quality=(1, 100))
+        if address_of(self.data):
+            return
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
         if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):
@@ -106,6 +112,7 @@ def pack(config: PackConfig, *, show_progress: bool = False, ranks: Ranks | None
     Raises ValueError, one sentence with the remedy. A run that was stopped, by whatever, is continued.
     """
     config.check()
+    config = replace(config, data=local_copy(config.data, config.cache_dir, config.cache_gb, pictures=True))
     ranks = ranks or Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     console, state = Console(stderr=True, quiet=not show_progress), config.out / STATE_NAME
     if ranks.rank != 0:

@@ -23,7 +23,13 @@ class LoaderConfig:
     """Where batches come from."""
 
     data: Path | None = None
-    """Packed set, written by data_prep/make_dali.py or make_ffcv.py. Needed by every pipeline but `synthetic`."""
+    """Packed set, written by data_prep/make_dali.py or make_ffcv.py: a folder, or an address (s3://, https://, ...) that is fetched
+    before the first step. Needed by every pipeline but `synthetic`."""
+    cache_dir: Path | None = None
+    """Where sets that were fetched are kept. None: inscon/stores in ~/.cache, or in $XDG_CACHE_HOME."""
+    cache_gb: float = 200.0
+    """GB (of 10^9 bytes) that they may take together; the longest unused go first. The set must fit as a whole, for every epoch is
+    one shuffle of all of it."""
     pipeline: Literal["dali", "ffcv", "reference", "synthetic"] = "dali"
     """Which engine executes the plan. All of them deliver the same views. ffcv reads a .beton, JPEGs or raw pixels, on the host."""
     threads: int | None = None
@@ -46,7 +52,7 @@ class LoaderConfig:
     """Seconds, at least 1, without a batch after which the pipeline is given up, with the name of the stage that hangs."""
 
     def __post_init__(self):
-        check_ranges(self, threads=0, prefetch=1, stall_timeout=1, jpeg_engine=(0, 1))
+        check_ranges(self, threads=0, prefetch=1, stall_timeout=1, jpeg_engine=(0, 1), cache_gb=0)
         if self.decode == "mixed" and self.color == "host":
             raise ValueError(
                 "decode=mixed leaves the crops on the GPU, and color=host needs them on the host; set --color device or "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.index import NO_LABEL, DatasetIndex
+from data_prep.store import local_copy
 from inscon.config import LoaderConfig
 from inscon.plan import NO_COLOR, BatchPlan, ViewSpec, plan_center
 from pipelines import open_pipeline
@@ -63,7 +64,7 @@ class LabelledViews:
         scale: tuple[float, float] = (0.08, 1.0), rank: int = 0, world_size: int = 1, labels_needed: bool = True,
         limit: int | None = None, like: "LabelledViews | None" = None,
     ):  # fmt: skip
-        self.index = DatasetIndex.open(data)
+        self.index = DatasetIndex.open(local_copy(data))
         self.labels = torch.from_numpy(self.index.labels(range(len(self.index))))
         """[n] int64, of every sample."""
         if labels_needed and (self.labels == NO_LABEL).any():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_prep.index import DatasetIndex, ShardError
+from data_prep.store import local_copy
 from inscon.config import LoaderConfig
 from inscon.plan import BatchPlan, Mosaics, ViewSpec, check_views, plan_views
 from inscon.sampling import EpochOrder
@@ -176,7 +177,7 @@ def open_index(loader: LoaderConfig) -> "DatasetIndex | MadeUpIndex":
             "loader.data is not set: give the folder that data_prep/make_dali.py or make_ffcv.py wrote, --data SHARDS, or take "
             "--pipeline synthetic, which needs none"
         )
-    return DatasetIndex.open(loader.data)
+    return DatasetIndex.open(local_copy(loader.data, loader.cache_dir, loader.cache_gb))
 
 
 class Engine:

@@ -22,6 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.store import local_copy
 from inscon import distributed, guard, methods, train
 from inscon.config import Config
 from inscon.methods.method import resolve
@@ -97,8 +98,9 @@ def knn_monitor(training: train.Training) -> Callable | None:
     config, device = training.config, training.device
     if config.run.eval_data is None:
         return None
+    data = local_copy(config.run.eval_data, config.loader.cache_dir, config.loader.cache_gb)
     views = LabelledViews(
-        config.run.eval_data, config.views.view_size, 64 * distributed.world_size(), threads=config.loader.threads,
+        data, config.views.view_size, 64 * distributed.world_size(), threads=config.loader.threads,
         device=device, dtype=training.precision.pixel_dtype, rank=distributed.rank(), world_size=distributed.world_size(),
         limit=config.run.eval_pictures,
     )  # fmt: skip
