@@ -72,7 +72,7 @@ class PackConfig(Treatment):
     workers: int | None = None
     """Processes that read, check and write; None: as many as there are CPU cores for this process."""
     bad_limit: float = 0.001  # Share of the pictures that may be left out before the run stops; 0: at the first one.
-    cache_dir: Path | None = None  # Where what was fetched is kept. None: inscon/stores in ~/.cache.
+    cache_dir: Path | None = None  # Where what was fetched is kept. None: inscon-stores in ~/.cache.
     cache_gb: float = CACHE_GB  # GB (of 10^9 bytes) that may lie there; all of `data` must fit.
     overwrite: bool = False  # Replace the packed set that lies in `out`, or an unfinished one of other settings.
 

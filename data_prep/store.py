@@ -1,6 +1,6 @@
 """Data sets in object stores and on web servers: copied into a cache of bounded size, and read there like any local folder.
 
-    local_copy(Path("s3://bucket/shards"))        ->  ~/.cache/inscon/stores/5f0c...
+    local_copy(Path("s3://bucket/shards"))        ->  ~/.cache/inscon-stores/5f0c...
     local_copy(Path("/data/shards"))              ->  /data/shards, untouched
 
 An epoch is one shuffle of the whole set, so its first steps touch nearly every shard. So the whole set is fetched before the first
@@ -20,19 +20,18 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import Progress
 
-from data_prep.index import BETON_NAME, MANIFEST_NAME, Manifest, ShardError, stored_file
+from data_prep.index import BETON_NAME, MANIFEST_NAME, Manifest, ShardError, StoredFile, stored_file
 from inscon import guard
 
 CACHE_GB = 200.0
@@ -50,15 +49,6 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _in_use: list[BinaryIO] = []  # locks of the sets that this process reads
 
 
-class RemoteFile(NamedTuple):
-    """A file of a store."""
-
-    path: str  # there
-    name: str  # in the cache, relative to the set
-    byte_count: int
-    checksum: str = ""  # XXH3-128, hexadecimal; empty where nobody knows it
-
-
 def address_of(data: str | os.PathLike[str]) -> str | None:
     """The address of a store, or None for a path. A `Path` leaves one slash of "s3://"."""
     found = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.+)", os.fspath(data))
@@ -73,7 +63,7 @@ def local_copy(
 
     Args:
         data: a path, or any address that fsspec knows: s3://, gs://, hf://, https://, memory://, ...
-        cache_dir: for all sets. None: ~/.cache/inscon/stores, or in $XDG_CACHE_HOME.
+        cache_dir: for all sets. None: ~/.cache/inscon-stores, or in $XDG_CACHE_HOME.
         cache_gb: 10^9 bytes that may lie there; sets that nobody reads make room, the longest unused first.
         pictures: take pictures or tars too, for packing; else only a packed set will do.
 
@@ -83,9 +73,8 @@ def local_copy(
     if address is None:
         return data
     cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(cache_dir or Path(cache_home, "inscon/stores")).absolute()
+    cache = Path(cache_dir or Path(cache_home, "inscon-stores")).absolute()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         store = Store(address, cache, cache_gb)
         return store.fetch_set() or store.fetch_pictures(pictures)
     except OSError as error:
@@ -115,10 +104,9 @@ class Store:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, MANIFEST_NAME).write_bytes(content)
             try:
-                stored = Manifest.read(Path(folder)).files
+                files = Manifest.read(Path(folder)).files
             except ShardError as error:
                 raise ShardError(f"{self._address}: {error}") from None
-        files = [RemoteFile(f"{self._root}/{s.name}", s.name, s.byte_count, s.checksum) for s in stored]
         folder = self._fetch(content, files)
         with guard.whole_file(folder / MANIFEST_NAME) as file:  # last: a folder that has one is complete
             file.write(content)
@@ -131,17 +119,18 @@ class Store:
                 f"{self._address} is no packed set, it holds no {MANIFEST_NAME}: see to the address, or pack the pictures with "
                 "data_prep/make_dali.py and copy the folder there"
             )
-        is_tar = self._root.endswith(".tar")
-        paths = [{"name": self._root}] if is_tar else self._patiently("", self._listed)
+        found = [{"name": self._root}] if self._root.endswith(".tar") else self._patiently("", self._listed)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            infos = list(pool.map(self._sized, paths))
+            infos = list(pool.map(self._sized, found))
         if not infos:
             raise ValueError(f"{self._address} holds no files: give the address of a folder or of a .tar to --data")
-        names = [info["name"][self._root.rfind("/") + 1 if is_tar else len(self._root) + 1 :] for info in infos]
+        if tar := self._root.endswith(".tar") and self._root.rpartition("/")[2]:
+            self._address, self._root = (path.removesuffix(f"/{tar}") for path in (self._address, self._root))
+        names = [info["name"][len(self._root) + 1 :] for info in infos]
         names = list(map(urllib.parse.unquote, names)) if _is_web(self._address) else names
-        files = [RemoteFile(info["name"], name, info["size"]) for info, name in zip(infos, names, strict=True)]
+        files = [StoredFile(name=n, byte_count=i["size"], sample_count=0, checksum="") for n, i in zip(names, infos)]
         folder = self._fetch(json.dumps(infos, default=str).encode(), files)
-        return folder / names[0] if is_tar else folder
+        return folder / names[0] if tar else folder
 
     def _listed(self) -> list[dict[str, Any]]:
         """What the store says of every file below the address, by name."""
@@ -155,9 +144,7 @@ class Store:
         if info.get("size") is None:
             info = self._patiently(info["name"], lambda: self._fs.info(info["name"]))
         if info["size"] is None:
-            raise ValueError(
-                f"{info['name']} has no size, says its server: copy the pictures to a folder, and pack that"
-            )
+            raise ValueError(f"{info['name']} has no size, says its server: copy the pictures to a folder, pack that")
         return info
 
     def _patiently(self, what: str, ask: Callable[[], Any], come: Callable[[], int] = lambda: 0) -> Any:
@@ -184,7 +171,7 @@ class Store:
                 )
             self._stopped.wait(WAIT_S * 4 ** (failures - 1))
 
-    def _fetch(self, content: bytes, files: list[RemoteFile]) -> Path:
+    def _fetch(self, content: bytes, files: list[StoredFile]) -> Path:
         """The folder in the cache that has all of `files`; those that another process fetches are waited for."""
         folder = self._cache / hashlib.sha256(self._address.encode() + b"\n" + content).hexdigest()[:16]
         for file in files:
@@ -192,10 +179,9 @@ class Store:
                 raise ShardError(f"{self._address} names a file outside of its folder ({file.name}): do not trust it")
         _in_use.append(_claim(folder, sum(file.byte_count for file in files), self._cache_gb, self._address))
         missing = [file for file in files if not _is_here(folder / file.name, file.byte_count)]
-        shown, left = os.environ.get("LOCAL_RANK", "0") == "0", sum(file.byte_count for file in missing)
-        if missing and shown:
-            print(f"Fetching {left / 1e9:.4g} GB of {self._address} into {folder}.", file=sys.stderr, flush=True)
-        console = Console(stderr=True, quiet=not (missing and shown))
+        left, quiet = sum(file.byte_count for file in missing), os.environ.get("LOCAL_RANK", "0") != "0"
+        console = Console(stderr=True, quiet=quiet or not missing, soft_wrap=True, markup=False, highlight=False)
+        console.print(f"Fetching {left / 1e9:.4g} GB of {self._address} into {folder}.")
         with Progress(console=console, transient=True) as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
             task, coming = bar.add_task("", total=left), iter(missing)  # of which every thread takes the next
             self._tell = lambda byte_count: bar.advance(task, byte_count)
@@ -206,56 +192,57 @@ class Store:
                 self._stopped.set()
         return folder
 
-    def _fetch_some(self, folder: Path, coming: Iterator[RemoteFile]) -> None:
-        for remote in coming:
-            path = folder / remote.name
-            while not (self._stopped.is_set() or _is_here(path, remote.byte_count) or self._fetch_one(remote, path)):
+    def _fetch_some(self, folder: Path, coming: Iterator[StoredFile]) -> None:
+        for stored in coming:
+            path = folder / stored.name
+            while not (self._stopped.is_set() or _is_here(path, stored.byte_count) or self._fetch_one(stored, path)):
                 self._stopped.wait(WAIT_S)
 
-    def _fetch_one(self, remote: RemoteFile, path: Path) -> bool:
+    def _fetch_one(self, stored: StoredFile, path: Path) -> bool:
         """Whether the file has come; not, where another process or thread is at it."""
         unfinished = path.with_name(f"{path.name}.unfinished")
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("ab") as file:
             if not _locked(file, unfinished):
                 return False
-            if _is_here(path, remote.byte_count):  # it came while this one was opened
+            if _is_here(path, stored.byte_count):  # it came while this one was opened
                 unfinished.unlink()
                 return True
-            self._download(remote, file, unfinished)
+            self._download(stored, file, unfinished)
             os.replace(unfinished, path)
         return True
 
-    def _download(self, remote: RemoteFile, file: BinaryIO, path: Path) -> None:
+    def _download(self, stored: StoredFile, file: BinaryIO, path: Path) -> None:
         """What lacks of a file. Where its checksum is wrong, all of it once more."""
         self._tell(file.tell())
         for _ in range(2):
-            if file.tell() < remote.byte_count:
-                self._patiently(remote.name, lambda: self._append(remote, file), file.tell)
+            if file.tell() < stored.byte_count:
+                self._patiently(stored.name, lambda: self._append(stored, file), file.tell)
                 file.flush()
-            found = stored_file(path, 0).checksum if remote.checksum else ""
-            if found == remote.checksum:
+            found = stored_file(path, 0).checksum if stored.checksum else ""
+            if found == stored.checksum:
                 return
             self._begin_anew(file)
         raise ShardError(
-            f"{self._address}/{remote.name} came twice with the checksum {found} where {MANIFEST_NAME} says {remote.checksum}: "
+            f"{self._address}/{stored.name} came twice with the checksum {found} where {MANIFEST_NAME} says {stored.checksum}: "
             "copy the set there again, or pack it again"
         )
 
-    def _append(self, remote: RemoteFile, file: BinaryIO) -> None:
+    def _append(self, stored: StoredFile, file: BinaryIO) -> None:
         try:
-            self._copy(remote, file, size=remote.byte_count, block_size=PIECE_BYTES, cache_type="none")
+            self._copy(stored, file, size=stored.byte_count, block_size=PIECE_BYTES, cache_type="none")
         except ValueError:  # fsspec's, of a server that knows no ranges and sends the whole file
             self._begin_anew(file)
-            self._copy(remote, file, block_size=0)
+            self._copy(stored, file, block_size=0)
 
-    def _copy(self, remote: RemoteFile, file: BinaryIO, **options: Any) -> None:
-        with self._fs.open(remote.path, "rb", **options) as source:
+    def _copy(self, stored: StoredFile, file: BinaryIO, **options: Any) -> None:
+        name = urllib.parse.quote(stored.name) if _is_web(self._address) else stored.name
+        with self._fs.open(f"{self._root}/{name}", "rb", **options) as source:
             source.seek(file.tell())
-            while (left := remote.byte_count - file.tell()) > 0:
+            while (left := stored.byte_count - file.tell()) > 0:
                 piece = source.read(min(left, PIECE_BYTES))
                 if not piece or self._stopped.is_set():
-                    raise OSError(f"it ends at byte {file.tell()} of {remote.byte_count}")
+                    raise OSError(f"it ends at byte {file.tell()} of {stored.byte_count}")
                 file.write(piece)
                 self._tell(len(piece))
 
@@ -308,11 +295,11 @@ def _is_here(path: Path, byte_count: int) -> bool:
 
 def _claim(folder: Path, byte_count: int, cache_gb: float, address: str) -> BinaryIO:
     """The lock of a set that takes `byte_count`, with room made for it."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / "door", "ab") as door, contextlib.ExitStack() as stack:
         fcntl.flock(door, fcntl.LOCK_EX)
-        others = sorted(folder.parent.glob("*.lock"), key=lambda path: path.stat().st_mtime)
-        idle, read = [], 0
-        for path in (path for path in others if path.stem != folder.name):
+        own, idle, read = folder.with_suffix(".lock"), [], 0
+        for path in sorted({*folder.parent.glob("*.lock")} - {own}, key=lambda path: path.stat().st_mtime):
             other = stack.enter_context(path.open("r+b"))
             if _locked(other, path):
                 idle.append(path.with_suffix(""))
@@ -331,7 +318,7 @@ def _claim(folder: Path, byte_count: int, cache_gb: float, address: str) -> Bina
             if excess > 0:
                 os.unlink(path)
                 excess -= size
-        mine = folder.with_suffix(".lock").open("w")
+        mine = own.open("w")
         fcntl.flock(mine, fcntl.LOCK_SH)
         mine.write(str(byte_count))
         mine.flush()

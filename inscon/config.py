@@ -26,7 +26,7 @@ class LoaderConfig:
     """Packed set, written by data_prep/make_dali.py or make_ffcv.py: a folder, or an address (s3://, https://, ...) that is fetched
     before the first step. Needed by every pipeline but `synthetic`."""
     cache_dir: Path | None = None
-    """Where sets that were fetched are kept. None: inscon/stores in ~/.cache, or in $XDG_CACHE_HOME."""
+    """Where sets that were fetched are kept. None: inscon-stores in ~/.cache, or in $XDG_CACHE_HOME."""
     cache_gb: float = 200.0
     """GB (of 10^9 bytes) that they may take together; the longest unused go first. The set must fit as a whole, for every epoch is
     one shuffle of all of it."""

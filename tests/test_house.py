@@ -26,6 +26,7 @@ ONE_PLACE = {
     "nvidia": {"pipelines/dali.py"},
     "ffcv": {"pipelines/ffcv.py"},
     "apex": {"inscon/optim.py"},
+    "fsspec": {"data_prep/store.py"},
     "tyro": {"scripts", "data_prep"},
 }
 SOURCES = [p for room in ("inscon", "pipelines", "data_prep", "scripts") for p in sorted((ROOT / room).rglob("*.py"))]

@@ -344,11 +344,12 @@ def test_an_unknown_address_is_a_sentence(tmp_path):
         local_copy(Path("memory://nothing"), tmp_path)
     with pytest.raises(ValueError, match=r"memory://nothing/ is not there"):
         local_copy(Path("memory://nothing"), tmp_path, pictures=True)
+    write(tmp_path / "set")
     (tmp_path / "file").touch()
     with pytest.raises(
-        ValueError, match=rf"memory://x cannot be kept in {tmp_path}/file/cache \(.*Not a directory\).*--cache-dir"
+        ValueError, match=rf"/set cannot be kept in {tmp_path}/file/cache \(.*Not a directory\).*--cache-dir"
     ):
-        local_copy(Path("memory://x"), tmp_path / "file/cache")
+        local_copy(Path(f"file://{tmp_path}/set"), tmp_path / "file/cache")
 
 
 @pytest.fixture(scope="module")

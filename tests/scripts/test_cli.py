@@ -39,6 +39,8 @@ SWITCHES = {
     "--heads single cell": ("method", "heads", ("single", "cell")),
     "--cell-temperature 0.4": ("method", "cell_temperature", 0.4),
     "--data SHARDS": ("loader", "data", Path("SHARDS")),
+    "--cache-dir CACHE": ("loader", "cache_dir", Path("CACHE")),
+    "--cache-gb 500": ("loader", "cache_gb", 500.0),
     "--pipeline reference": ("loader", "pipeline", "reference"),
     "--decode cpu": ("loader", "decode", "cpu"),
     "--color host": ("loader", "color", "host"),

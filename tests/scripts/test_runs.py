@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -224,6 +225,19 @@ def test_a_run_folder_is_one_process_s(shards, tmp_path):
     assert f"(process {os.getpid()} on" in done.stderr and "set another --out" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
+def test_a_run_from_a_store_is_the_run_from_a_folder(data_of, shards, tmp_path, pipeline):
+    files = fsspec.filesystem("memory")
+    files.put(str(data_of(pipeline)), f"/{pipeline}", recursive=True)
+    files.put(str(shards), "/labelled", recursive=True)
+    base = [*SMALL, "--pipeline", pipeline, "--max-steps", "3", "--cache-dir", tmp_path / "cache"]
+    run(*base, "--data", data_of(pipeline), "--run-dir", tmp_path / "folder")
+    run(*base, "--data", f"memory://{pipeline}", "--eval-data", "memory://labelled", "--run-dir", tmp_path / "store")
+    assert losses_of(tmp_path / "store") == losses_of(tmp_path / "folder")
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2
+
+
 def test_the_synthetic_pipeline_needs_no_data(tmp_path):
     run(*SMALL, "--pipeline", "synthetic", "--run-dir", tmp_path, "--max-steps", "2")
     assert len(losses_of(tmp_path)) == 2
@@ -234,6 +248,7 @@ def test_the_synthetic_pipeline_needs_no_data(tmp_path):
     (["--queue-size", "20"], "queue_size must be a multiple of the 8 keys of one step. Found: 20; set --queue-size 16"),
     (["--batch-size", "24", "--queue-size", "24", "--cell-queue-size", "216"], "at least one batch of 24 images. Found: 20"),
     (["--data", "nowhere"], "nowhere.*make_dali.py"),
+    (["--data", "memory://nowhere"], "memory://nowhere is no packed set.*make_dali.py"),
     (["--precision", "fp16"], "precision fp16 needs a GPU. Found: cpu; set --precision fp32"),
     (["--optimizer", "apex"], "needs NVIDIA's apex.*set --optimizer auto"),
     (["--decode", "mixed", "--pipeline", "dali"], "needs a GPU.*--decode cpu"),
