@@ -82,9 +82,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "wrong":
             body = bytes([body[0] ^ 1]) + body[1:]
         if fault == "slow":
-            for piece in itertools.batched(body, len(body) // 10 + 1) if sys.version_info >= (3, 12) else [body]:
+            for start in range(0, len(body), len(body) // 10 + 1):
                 time.sleep(0.02)
-                self.wfile.write(bytes(piece))
+                self.wfile.write(body[start : start + len(body) // 10 + 1])
             return
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
         self.close_connection = fault == "cut"
