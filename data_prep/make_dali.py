@@ -35,5 +35,9 @@ def pack_folder(data: str | os.PathLike[str], out: str | os.PathLike[str], **set
     return pack(DaliConfig(data=Path(data), out=Path(out), **settings))
 
 
-if __name__ == "__main__":
+def command() -> None:
     run("make_dali.py", DaliConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -38,5 +38,9 @@ def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **sett
     return pack(BetonConfig(data=Path(data), out=Path(out), **settings))
 
 
-if __name__ == "__main__":
+def command() -> None:
     run("make_ffcv.py", BetonConfig)
+
+
+if __name__ == "__main__":
+    command()

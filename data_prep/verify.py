@@ -84,5 +84,9 @@ def main() -> int:
     return int(bool(found))
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_script("verify.py", main)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,10 +6,11 @@ in a docstring is row n of the table of readings in docs/method.md.
 """
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from inscon.guard import check_ranges
 from inscon.plan import ColorSpec, OverlapRule, ViewSpec
@@ -173,7 +174,7 @@ class RunConfig:
     log_every: int = 20
     """Steps between log lines; the only moments when the host waits for the device."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; also written at the end and on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints; also written at the end and on SIGTERM, SIGUSR1 or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     change_on_resume: tuple[Changeable, ...] = ()
@@ -206,6 +207,23 @@ class Config(Generic[MethodType]):
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def replaced(self, **settings: Any) -> "Config":
+        """A copy with other settings, by their names in any group: `replaced(data="shards", epochs=5)`. ValueError for a name that
+        no group has."""
+        kinds = {
+            field.name: (group, field.type) for group, held in vars(self).items() for field in dataclasses.fields(held)
+        }
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            if name not in kinds:
+                nearest = ", ".join(difflib.get_close_matches(name, kinds, 3, cutoff=0))
+                raise ValueError(f"there is no setting {name}; the nearest are {nearest}")
+            group, kind = kinds[name]
+            is_path = isinstance(value, str) and Path in (kind, *get_args(kind))
+            groups.setdefault(group, {})[name] = Path(value) if is_path else value
+        made = {group: dataclasses.replace(getattr(self, group), **changed) for group, changed in groups.items()}
+        return dataclasses.replace(self, **made)
 
     def to_dict(self) -> dict:
         """Plain nested dictionaries of JSON types, for config.json and checkpoints; `method.name` says whose settings they are."""

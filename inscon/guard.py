@@ -26,6 +26,8 @@ REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError)
 """What reaches the user as a sentence; OSError includes ChildProcessError and TimeoutError."""
 _READ_S = 3.0
 """Ctrl-C reaches a rank twice, from the terminal and from torchrun: what follows the sentence sooner is no answer to it."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks to stop; Slurm sends SIGUSR1 some time before the end of a job (docs/slurm.md)."""
 _ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at once and loses the steps since the last checkpoint.\n"
 
 _OF_TRAINING = {
@@ -52,11 +54,12 @@ os.environ.setdefault("USER", str(os.getuid()))
 def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     """Run a command and end the process: status 0, or the int that `main` returns; 1 after a refusal, 130 after Ctrl-C.
 
-    A refusal is one line, "`name`: what was found and the remedy". Under torchrun, ranks that would say the same say it once, and
-    only the one that says it fails. INSCON_TRACEBACK=1 shows where it came from instead.
+    A refusal is one line, "`name`: what was found and the remedy", or as the user called it, "inscon train". Under torchrun, ranks
+    that would say the same say it once, and only the one that says it fails. INSCON_TRACEBACK=1 shows where it came from instead.
     """
+    script, name = name, sys.argv[0] if sys.argv[0].startswith("inscon ") else name
     try:
-        refuse_old_flags(name, sys.argv[1:])
+        refuse_old_flags(script, sys.argv[1:])
         returned = main()
         status = returned if isinstance(returned, int) else 0
         sys.stdout.flush()
@@ -231,7 +234,7 @@ def _lock(path: Path) -> BinaryIO | str:
 
 
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C, read by a loop between two steps. Made by `stop_requests`."""
+    """Set by one of `STOPS`, read by a loop between two steps. Made by `stop_requests`."""
 
     requested, name = False, "another rank"
     final = False
@@ -253,12 +256,12 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While it runs, SIGTERM and Ctrl-C only ask to stop.
+    """While it runs, SIGTERM, SIGUSR1 and Ctrl-C only ask to stop; in another thread than the main one they do what they did.
 
-    SIGTERM never does more: Slurm, systemd and torchrun repeat it. A second Ctrl-C raises KeyboardInterrupt.
+    The first two never do more: Slurm, systemd and torchrun repeat them. A second Ctrl-C raises KeyboardInterrupt.
     """
-    stop = StopRequest()
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop, here = StopRequest(), threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, stop) for number in (STOPS if here else ())}
     try:
         yield stop
     finally:
@@ -268,7 +271,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 def ignore_stops() -> None:
     """For the rest of a process that has stopped as asked: those who ask repeat themselves."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 

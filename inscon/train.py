@@ -142,8 +142,8 @@ def train(
 
     What `telemetry` returns, figures of the loader since its last call, goes into the metrics. So do those of `monitor`, which
     evaluates the backbone every `eval_every` steps and at the end and is given what says whether to leave off; its time goes into
-    none. On SIGTERM or Ctrl-C every rank finishes its step, leaves off an evaluation, rank 0 writes a checkpoint, and the function
-    returns True. FloatingPointError for losses or weights that are not finite, which are neither saved nor evaluated.
+    none. On SIGTERM, SIGUSR1 or Ctrl-C every rank finishes its step, leaves off an evaluation, rank 0 writes a checkpoint, and True
+    is returned. FloatingPointError for losses or weights that are not finite, which are neither saved nor evaluated.
     """
     config = training.config
     training.method.train()

@@ -70,7 +70,7 @@ def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Itera
 def worker_init(*_: object) -> None:
     """A DataLoader's `worker_init_fn`: the worker ends with its parent, and only so.
 
-    Ctrl-C in a terminal and Slurm's SIGTERM reach every process of a job, and the parent still wants its last step.
+    Ctrl-C in a terminal and Slurm's signals reach every process of a job, and the parent still wants its last step.
     """
     guard.ignore_stops()
     guard.end_with_parent()
@@ -87,10 +87,11 @@ def shared(item):
 
 
 def _start(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, with a fork server that no SIGTERM or Ctrl-C ends either: it inherits what is blocked here."""
-    resource_tracker.ensure_running()  # now, since it unblocks the same signals when it has started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """`iter(loader)`, with a fork server that none of `guard.STOPS` ends either: it inherits what is blocked here."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, guard.STOPS)
     try:
+        resource_tracker.ensure_running()  # which inherits that too, and unblocks two of them when it has started
+        signal.pthread_sigmask(signal.SIG_BLOCK, guard.STOPS)
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from jaxtyping import Float
@@ -108,5 +109,9 @@ def joined(images: list[Image.Image], down: bool = False) -> Image.Image:
     return sheet
 
 
-if __name__ == "__main__":
+def command() -> None:
     guard.run_script("attention_maps.py", lambda: main(tyro.cli(AttentionConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()

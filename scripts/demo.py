@@ -14,23 +14,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
+from inscon.scripts.attention_maps import joined
 from PIL import ImageOps
 
 from data_prep.make_dali import pack_folder
 from data_prep.make_scenes import make_scenes
 from inscon import guard
 from inscon.methods.method import resolve
+from inscon.scripts import show_views, train
 from inscon.transfer import knn
 from inscon.transfer.export import any_backbone, estimate_statistics
 from pipelines import open_pipeline
 from pipelines.evaluation import LabelledViews
 from pipelines.reference import picture_of
-from scripts import show_views, train
-from scripts.attention_maps import joined
 
 CLASSES, SIDE = 8, 96
 """Kinds of scenes; their typical height and width, px."""

@@ -16,7 +16,8 @@ from typing import Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -68,5 +69,9 @@ def estimate_statistics(config: ExportConfig) -> dict[str, torch.Tensor]:
         return export.estimate_statistics(backbone, batches)
 
 
-if __name__ == "__main__":
+def command() -> None:
     guard.run_script("export.py", lambda: main(tyro.cli(ExportConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from rich.progress import track
@@ -81,5 +82,9 @@ def main(config: KnnConfig) -> dict[str, float]:
     return scores
 
 
-if __name__ == "__main__":
+def command() -> None:
     guard.run_script("knn.py", lambda: main(tyro.cli(KnnConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from inscon.scripts.knn import FrozenConfig, open_frozen
 
 from inscon import distributed, guard
 from inscon.transfer.linear import Probe, Protocol
-from scripts.knn import FrozenConfig, open_frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,5 +66,9 @@ def probe(config: LinearConfig, device: torch.device) -> None:
     say(f"linear probe: {100 * found['top1']:.1f} % of {val} pictures; backbone unchanged.")
 
 
-if __name__ == "__main__":
+def command() -> None:
     guard.run_script("linear.py", lambda: main(tyro.cli(LinearConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()

@@ -16,17 +16,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon.scripts.attention_maps import joined
+from inscon.scripts.train import feed_of, parse
 
 from data_prep.index import DatasetIndex
 from inscon import guard
 from inscon.batch import Batch
+from inscon.config import Config
 from inscon.methods.method import resolve
 from pipelines import open_pipeline
 from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
-from scripts.attention_maps import joined
-from scripts.train import feed_of, parse
 
 CELLS = 3
 """Per side of the grid over what two views share."""
@@ -44,18 +47,25 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> Path:
     chosen, rest = options().parse_known_args(arguments)
-    config = resolve(parse(rest), 1)
+    config = parse(rest)
+    guard.check_output_file(chosen.out)
+    drawn = sheet(config, chosen.step, chosen.images)
+    with guard.whole_file(chosen.out) as file:
+        drawn.save(file, "PNG")
+    views = ", ".join(view.name for view in config.method.view_specs(config.views))
+    print(f"{chosen.out}: {min(chosen.images, config.optim.batch_size)} images of step {chosen.step}: source, {views}")
+    return chosen.out
+
+
+def sheet(config: Config, step: int = 0, images: int = 4) -> Image.Image:
+    """What step `step` of a run as `config` says trains on: its first images, at most the batch. ValueError without shards."""
+    config = resolve(config, 1)
     if config.loader.data is None:
         raise ValueError("there is nothing to draw without shards; set --data SHARDS")
-    guard.check_output_file(chosen.out)
     feed = feed_of(config)
-    with open_pipeline(feed, config.loader, start_step=chosen.step, total_steps=chosen.step + 1) as loader:
+    with open_pipeline(feed, config.loader, start_step=step, total_steps=step + 1) as loader:
         batch = next(iter(loader))
-    images = min(chosen.images, batch.size)
-    with guard.whole_file(chosen.out) as file:
-        draw(batch, feed.index, images).save(file, "PNG")
-    print(f"{chosen.out}: {images} images of step {chosen.step}: source, {', '.join(batch.views)}")
-    return chosen.out
+    return draw(batch, feed.index, min(images, batch.size))
 
 
 def draw(batch: Batch, index: DatasetIndex, images: int) -> Image.Image:
@@ -122,5 +132,9 @@ def to_image(pixels, least_side: int = LEAST_SIDE) -> Image.Image:
     return ImageOps.scale(image, -(-least_side // image.width), Image.NEAREST)
 
 
-if __name__ == "__main__":
+def command() -> None:
     guard.run_script("show_views.py", lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

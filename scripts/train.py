@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.store import local_copy
 from inscon import distributed, guard, methods, train
@@ -48,19 +49,26 @@ def parse(arguments: list[str]) -> Config:
         recipes = (recipe() for recipe in RECIPES.values())
         start = next((made for made in recipes if type(made.method) is settings), Config(method=settings()))
     return tyro.cli(
-        Config[type(start.method)], default=start, args=rest, prog="scripts/train.py", description=__doc__,
+        Config[type(start.method)], default=start, args=rest, description=__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
-    config = parse(arguments)
+    pretrain(parse(arguments), when_stopped=guard.ignore_stops)
+
+
+def pretrain(config: Config, when_stopped: Callable[[], None] = lambda: None) -> bool:
+    """Train as `config` says, from the newest checkpoint in its run_dir, if any; whether a signal or Ctrl-C stopped it.
+
+    What is logged is in run_dir/metrics.jsonl. ValueError, with the remedy, before any work.
+    """
     device = distributed.start()
     try:
         config = resolve(config, distributed.world_size())
         feed = feed_of(config)
         with distributed.hold(config.run.run_dir, "--run-dir"):
-            run(config, feed, device)
+            return run(config, feed, device, when_stopped)
     finally:
         distributed.stop()
 
@@ -74,14 +82,14 @@ def feed_of(config: Config) -> Feed:
     )  # fmt: skip
 
 
-def run(config: Config, feed: Feed, device: torch.device) -> None:
-    """From the newest checkpoint, if any, to the end or a stop; the run folder is this process's own."""
+def run(config: Config, feed: Feed, device: torch.device, when_stopped: Callable[[], None]) -> bool:
+    """From the newest checkpoint, if any, to the end or a stop, of which it returns True; the run folder is this process's own."""
     training = train.set_up(config, device, feed.index.fingerprint)
     total_steps = config.optim.epochs * feed.steps_per_epoch
     total_steps = min(total_steps, config.optim.max_steps or total_steps)
     if training.step >= total_steps:
         print(f"{config.run.run_dir} is finished: step {training.step} of {total_steps}.")
-        return
+        return False
     say = print if distributed.rank() == 0 else lambda _: None
     batches = TrainingBatches(
         feed, config.loader, say, device=device, dtype=training.precision.pixel_dtype, start_step=training.step,
@@ -89,8 +97,12 @@ def run(config: Config, feed: Feed, device: torch.device) -> None:
     )  # fmt: skip
     with contextlib.closing(batches) as loader:
         monitor = knn_monitor(training)
-        if train.train(training, loader, feed.steps_per_epoch, total_steps, telemetry=loader.read, monitor=monitor):
-            guard.ignore_stops()
+        stopped = train.train(
+            training, loader, feed.steps_per_epoch, total_steps, telemetry=loader.read, monitor=monitor
+        )
+        if stopped:
+            when_stopped()
+        return stopped
 
 
 def knn_monitor(training: train.Training) -> Callable | None:
@@ -114,5 +126,9 @@ def knn_monitor(training: train.Training) -> Callable | None:
     return evaluate
 
 
-if __name__ == "__main__":
+def command() -> None:
     guard.run_script("train.py", lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

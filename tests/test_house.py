@@ -20,7 +20,7 @@ FLOORS = {
         "inscon.recipes", "inscon.train", "inscon.meters", "inscon.report", "inscon.checkpoint", "inscon.health",
         "inscon.transfer",
     },
-    5: {"scripts"},
+    5: {"scripts", "inscon.scripts", "inscon.__main__"},
 }  # fmt: skip
 ONE_PLACE = {
     "nvidia": {"pipelines/dali.py"},
@@ -176,8 +176,8 @@ PROGRAMS = {
     path: path.read_text() for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "inscon/plan.py"]
 }
 OF_OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shm_size", "no_build_isolation", "num_gpus",
-             "config_file", "help"}  # fmt: skip
-"""Flags of torchrun, docker, pip, detectron2 and of every program."""
+             "config_file", "help", "nodes", "gpus_per_node", "ntasks_per_node"}  # fmt: skip
+"""Flags of torchrun, docker, pip, detectron2, sbatch and of every program."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -219,4 +219,9 @@ def test_every_setting_has_a_reason():
 def test_every_package_is_installed():
     listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
     rooms = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
-    assert set(re.findall(r'"([\w.]+)"', listed)) == rooms
+    assert set(re.findall(r'"([\w.]+)"', listed)) == rooms | {"inscon._scripts"}
+
+
+def test_scripts_know_each_other_by_the_name_that_an_installation_has():
+    for path in SOURCES:
+        assert not [name for name in imports(path) if name.partition(".")[0] == "scripts"], f"{path}: inscon.scripts"

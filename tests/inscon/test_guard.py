@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -200,6 +201,26 @@ def test_a_worker_ends_with_its_parent(tmp_path, method):
 def stop():
     with guard.stop_requests() as stop:
         yield stop
+
+
+def test_in_another_thread_a_stop_is_what_it_was():
+    """As where a server trains; only the main thread may say what signals do."""
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def train():
+        with guard.stop_requests() as stop:
+            found.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+
+
+def test_sigusr1_is_the_name_of_a_stop(stop):
+    for _ in range(3):
+        signal.raise_signal(signal.SIGUSR1)
+    assert (stop.requested, stop.name) == (True, "SIGUSR1")
 
 
 def test_sigterm_asks_and_never_aborts(stop, capfd):

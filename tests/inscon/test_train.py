@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inscon import checkpoint, train
+from inscon import checkpoint, guard, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from inscon.meters import LossMeter, MetricsLog, Pace, Stopwatch, unsteady
 from inscon.methods import inscon
@@ -110,14 +110,14 @@ def test_a_crash_and_a_resume_equal_the_undisturbed_run_bit_for_bit(tmp_path):
         assert torch.equal(ours["optimizer"]["state"][index]["momentum_buffer"], state["momentum_buffer"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", guard.STOPS)
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number, capsys):
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    handlers = [signal.getsignal(one) for one in guard.STOPS]
     training = run(make_config(tmp_path), spoil=lambda step: step == 2 and os.kill(os.getpid(), number))
     assert training.step == 3
     assert checkpoint.latest(tmp_path).name == "step-00000003.pt"
     assert f"Stopped by {number.name}; the checkpoint of step 3" in capsys.readouterr().out
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [signal.getsignal(one) for one in guard.STOPS] == handlers
     assert run(make_config(tmp_path)).step == 6
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
@@ -127,7 +127,7 @@ def test_what_repeats_a_signal_does_not_lose_the_checkpoint(tmp_path, monkeypatc
     save = checkpoint.save
 
     def save_under_fire(*arguments):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        for number in (*guard.STOPS, signal.SIGTERM):
             signal.raise_signal(number)
         return save(*arguments)
 

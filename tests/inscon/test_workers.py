@@ -91,14 +91,15 @@ def test_signals_to_all_processes_stop_no_worker(tmp_path):
     done = run(
         tmp_path,
         """
-        seen = []
-        for number in (signal.SIGINT, signal.SIGTERM):
+        seen, trees = [], set()
+        for number in guard.STOPS:
             signal.signal(number, lambda number, frame: seen.append(number))
         for item in items(slow):
             print(int(item[0]), flush=True)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            trees.add(frozenset(tree()))
+            for number in (*guard.STOPS, *guard.STOPS):
                 os.killpg(0, number)
-        assert {signal.SIGINT, signal.SIGTERM} == set(seen)
+        assert set(guard.STOPS) == set(seen) and len(trees) == 1
         """,
     )
     assert (done.returncode, done.stdout.split()) == (0, ["0", "1", "2", "3", "4", "5"]), done.stderr

@@ -11,11 +11,12 @@ import pytest
 import tyro
 
 from data_prep import make_dali, make_ffcv, make_scenes, verify
+from inscon.__main__ import COMMANDS
 from inscon.config import Config
 from inscon.methods import settings_of
 from inscon.methods.method import resolve
 from inscon.recipes import RECIPES
-from scripts import attention_maps, export, finetune_detection, knn, linear, show_views, throughput_report
+from scripts import attention_maps, completion, export, finetune_detection, knn, linear, show_views, throughput_report
 from scripts.train import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,16 +155,28 @@ PARSERS = {
     "data_prep/make_ffcv.py": by_tyro(make_ffcv.BetonConfig),
     "data_prep/make_scenes.py": as_function(make_scenes.make_scenes),
     "data_prep/verify.py": as_function(verify.verify),
+    "scripts/completion.py": by_tyro(completion.Completion),
     TRAIN_NET: as_detectron2,
 }
+STARTS = ("python ", "torchrun ", "inscon ", "sbatch ")
+
+
+def script_of(command):
+    """(file, its arguments) of a command, however it is started."""
+    if command[0] == "inscon" or (command[1:] and "inscon" in command and command[command.index("inscon") - 1] == "-m"):
+        word, *arguments = command[command.index("inscon") + 1 :]
+        return f"{COMMANDS[word][0].removeprefix('inscon.').replace('.', '/')}.py", arguments
+    place = next(number for number, word in enumerate(command) if word.endswith((".py", ".sbatch")))
+    return command[place].replace("slurm/train.sbatch", "train.py"), command[place + 1 :]
 
 
 def printed(text):
     """Commands of a page or docstring, in lines of their own or in backticks: each as the shell would split it."""
     joined = text.replace("\\\n", " ")
     lines = [line.strip() for line in joined.splitlines()] + re.findall(r"`((?:python|torchrun) [^`]*)`", joined)
-    commands = [one for line in lines if line.startswith(("python ", "torchrun ")) for one in line.split(" && ")]
-    return [shlex.split(command, comments=True) for command in commands if not command.endswith("/...")]
+    commands = [one for line in lines if line.startswith(STARTS) for one in line.split(" && ")]
+    split = [shlex.split(command, comments=True) for command in commands if not command.endswith("/...")]
+    return [command[: command.index(">")] if ">" in command else command for command in split]
 
 
 def rows_of_tables(text):
@@ -185,10 +198,9 @@ def test_every_printed_command_is_understood(path):
     )
     found = printed(text) + (rows_of_tables(text) if path.name == "reproduce.md" else [])
     for command in found:
-        place = next(number for number, word in enumerate(command) if word.endswith(".py"))
-        script = command[place]
+        script, arguments = script_of(command)
         if script in PARSERS:
-            PARSERS[script](command[place + 1 :])
+            PARSERS[script](arguments)
         else:
             assert script.startswith("benchmarks/") or script == "tools/train.py", f"{path}: who understands {script}?"
     if path.name in ("detection.md", "reproduce.md", "train_net.py"):

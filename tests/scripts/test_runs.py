@@ -75,7 +75,7 @@ def command(*arguments, script="train.py", ranks=0):
 def run(*arguments, script="train.py", ok=True):
     """The script as its command runs it, in this process, which has imported and compiled already what it needs."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in guard.STOPS}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:

@@ -75,7 +75,7 @@ class FineTuning:
             self.iteration = held["step"]
 
     def train(self, checkpoint_every: int = 1000, log_every: int = 20, workers: int = 4) -> str | None:
-        """The iterations that are left. On SIGTERM or Ctrl-C it finishes one, writes a checkpoint and returns the signal's name.
+        """The iterations that are left. On SIGTERM, SIGUSR1 or Ctrl-C it finishes one, writes a checkpoint and returns its name.
 
         Raises FloatingPointError for losses or weights that are not finite; the checkpoints are of iterations before.
         """

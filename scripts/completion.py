@@ -1,0 +1,66 @@
+"""Print what makes a shell complete `inscon`: its commands and their flags, those of every method among them.
+
+inscon completion bash > ~/.local/share/bash-completion/completions/inscon
+"""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import tyro
+
+if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon import config, guard, methods
+from inscon.__main__ import COMMANDS
+from inscon.recipes import RECIPES
+
+TAKES = {
+    "pack": "DaliConfig", "pack-ffcv": "BetonConfig", "verify": "verify", "views": "options", "train": None, "report": "options",
+    "export": "ExportConfig", "knn": "KnnConfig", "linear": "LinearConfig", "detect": "DetectionConfig",
+    "attention": "AttentionConfig",
+}  # fmt: skip
+"""Command -> what its module has the flags in; `options`, or None where there are none, stand beside those of training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A script for a shell."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh"]]
+
+
+def main(asked: Completion) -> None:
+    kinds = [Annotated[kind, tyro.conf.subcommand(word)] for word in TAKES if (kind := flags_of(word))]
+    kinds.append(Annotated[Completion, tyro.conf.subcommand("completion")])
+    tyro.cli(Union[tuple(kinds)], prog="inscon", args=["--tyro-print-completion", asked.shell])  # noqa: UP007
+
+
+def flags_of(word: str):
+    """What tyro makes flags of; None where a package that the command needs is missing."""
+    try:
+        module = importlib.import_module(COMMANDS[word][0])
+    except SystemExit:  # which it says itself when it is called
+        return None
+    name = TAKES[word]
+    if name not in (None, "options"):
+        return vars(module)[name]
+    groups = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind) and kind is not config.Config]
+    groups += map(methods.settings_of, methods.names())
+    found = {field.name: field.type for group in groups for field in dataclasses.fields(group)}
+    own = vars(module.options().parse_args([])) if name else {}
+    found |= {flag: bool if isinstance(default, bool) else str for flag, default in own.items()}
+    found |= {"recipe": Literal[tuple(RECIPES)], "method": Literal[tuple(methods.names())]}
+    fields = [(field, bool, False) if kind is bool else (field, kind | None, None) for field, kind in found.items()]
+    return dataclasses.make_dataclass("Flags", fields)
+
+
+def command() -> None:
+    guard.run_script("completion.py", lambda: main(tyro.cli(Completion, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()
