@@ -35,9 +35,5 @@ def pack_folder(data: str | os.PathLike[str], out: str | os.PathLike[str], **set
     return pack(DaliConfig(data=Path(data), out=Path(out), **settings))
 
 
-def command() -> None:
-    run("make_dali.py", DaliConfig)
-
-
 if __name__ == "__main__":
-    command()
+    run("make_dali.py", DaliConfig)

@@ -38,9 +38,5 @@ def pack_beton(data: str | os.PathLike[str], out: str | os.PathLike[str], **sett
     return pack(BetonConfig(data=Path(data), out=Path(out), **settings))
 
 
-def command() -> None:
-    run("make_ffcv.py", BetonConfig)
-
-
 if __name__ == "__main__":
-    command()
+    run("make_ffcv.py", BetonConfig)

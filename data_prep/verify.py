@@ -84,9 +84,5 @@ def main() -> int:
     return int(bool(found))
 
 
-def command() -> None:
-    run_script("verify.py", main)
-
-
 if __name__ == "__main__":
-    command()
+    run_script("verify.py", main)

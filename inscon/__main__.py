@@ -4,8 +4,7 @@ inscon train --data SHARDS
 torchrun --nproc_per_node=8 -m inscon train --data SHARDS
 """
 
-import importlib
-import re
+import importlib.util
 import sys
 
 from inscon import guard
@@ -24,7 +23,7 @@ COMMANDS = {
     "attention": ("inscon.scripts.attention_maps", "draw what backbones look at"),
     "completion": ("inscon.scripts.completion", "print what completes these words in bash or zsh"),
 }
-"""Word -> the module whose `command` it starts, and what that does. Modules are imported when they are asked for."""
+"""Word -> the module that it runs, and what that does."""
 
 
 def main() -> None:
@@ -34,27 +33,25 @@ def main() -> None:
     elif word not in COMMANDS:
         guard.run_script("inscon", lambda: refuse(word))
     else:
-        sys.argv[:2] = [f"inscon {word}"]
-        module = importlib.import_module(COMMANDS[word][0])
-        module.__doc__ = as_called_here(module.__doc__)
-        module.command()
+        start(word)
 
 
 def screen() -> str:
     """The page of --help."""
     commands = "\n".join(f"  {word:12}{what}" for word, (_, what) in COMMANDS.items())
     return (
-        f"Pre-train backbones for detection without labels.\n\ninscon COMMAND --help explains each of:\n{commands}\n\n"
-        "On several GPUs: torchrun --nproc_per_node=8 -m inscon train --data SHARDS"
+        "Pre-trains backbones for detection without labels. inscon COMMAND --help has\n"
+        "every flag; where it says python scripts/train.py, say, inscon train will do.\n\n"
+        f"{commands}\n\nOn several GPUs: torchrun --nproc_per_node=8 -m inscon train --data SHARDS"
     )
 
 
-def as_called_here(page: str) -> str:
-    """A --help with `inscon train` for `python scripts/train.py`."""
-    for word, (module, _) in COMMANDS.items():
-        file = f"{module.removeprefix('inscon.').replace('.', '/')}.py"
-        page = re.sub(rf"(torchrun .*){file}", rf"\1-m inscon {word}", page.replace(f"python {file}", f"inscon {word}"))
-    return page
+def start(word: str) -> None:
+    """Run the module as `python -m` would, for worker processes too, but under a name that a user knows."""
+    spec = importlib.util.find_spec(COMMANDS[word][0])
+    module = sys.modules["__main__"] = importlib.util.module_from_spec(spec)
+    module.__name__, sys.argv[:2] = "__main__", [f"inscon {word}"]
+    exec(spec.loader.get_code(spec.name), vars(module))
 
 
 def refuse(word: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -109,9 +109,5 @@ def joined(images: list[Image.Image], down: bool = False) -> Image.Image:
     return sheet
 
 
-def command() -> None:
-    guard.run_script("attention_maps.py", lambda: main(tyro.cli(AttentionConfig, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("attention_maps.py", lambda: main(tyro.cli(AttentionConfig, description=__doc__)))

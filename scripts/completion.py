@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Union
 
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import config, guard, methods
@@ -21,22 +21,14 @@ from inscon.recipes import RECIPES
 TAKES = {
     "pack": "DaliConfig", "pack-ffcv": "BetonConfig", "verify": "verify", "views": "options", "train": None, "report": "options",
     "export": "ExportConfig", "knn": "KnnConfig", "linear": "LinearConfig", "detect": "DetectionConfig",
-    "attention": "AttentionConfig",
+    "attention": "AttentionConfig", "completion": "completion",
 }  # fmt: skip
 """Command -> what its module has the flags in; `options`, or None where there are none, stand beside those of training."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A script for a shell."""
-
-    shell: tyro.conf.Positional[Literal["bash", "zsh"]]
-
-
-def main(asked: Completion) -> None:
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh"]]) -> None:
     kinds = [Annotated[kind, tyro.conf.subcommand(word)] for word in TAKES if (kind := flags_of(word))]
-    kinds.append(Annotated[Completion, tyro.conf.subcommand("completion")])
-    tyro.cli(Union[tuple(kinds)], prog="inscon", args=["--tyro-print-completion", asked.shell])  # noqa: UP007
+    tyro.cli(Union[tuple(kinds)], prog="inscon", args=["--tyro-print-completion", shell])  # noqa: UP007
 
 
 def flags_of(word: str):
@@ -58,9 +50,5 @@ def flags_of(word: str):
     return dataclasses.make_dataclass("Flags", fields)
 
 
-def command() -> None:
-    guard.run_script("completion.py", lambda: main(tyro.cli(Completion, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("completion.py", lambda: tyro.cli(completion, description=__doc__))

@@ -14,12 +14,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
-from inscon.scripts.attention_maps import joined
 from PIL import ImageOps
 
 from data_prep.make_dali import pack_folder
@@ -27,6 +26,7 @@ from data_prep.make_scenes import make_scenes
 from inscon import guard
 from inscon.methods.method import resolve
 from inscon.scripts import show_views, train
+from inscon.scripts.attention_maps import joined
 from inscon.transfer import knn
 from inscon.transfer.export import any_backbone, estimate_statistics
 from pipelines import open_pipeline

@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -69,9 +69,5 @@ def estimate_statistics(config: ExportConfig) -> dict[str, torch.Tensor]:
         return export.estimate_statistics(backbone, batches)
 
 
-def command() -> None:
-    guard.run_script("export.py", lambda: main(tyro.cli(ExportConfig, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("export.py", lambda: main(tyro.cli(ExportConfig, description=__doc__)))

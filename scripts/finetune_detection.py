@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -116,9 +116,5 @@ def judge(config: DetectionConfig, device: torch.device) -> None:
         print(kind, *(f" {name} {'-' if value is None else format(value, '.1f')}" for name, value in numbers.items()))
 
 
-def command() -> None:
-    guard.run_script("finetune_detection.py", lambda: main(tyro.cli(DetectionConfig, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("finetune_detection.py", lambda: main(tyro.cli(DetectionConfig, description=__doc__)))

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -82,9 +82,5 @@ def main(config: KnnConfig) -> dict[str, float]:
     return scores
 
 
-def command() -> None:
-    guard.run_script("knn.py", lambda: main(tyro.cli(KnnConfig, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("knn.py", lambda: main(tyro.cli(KnnConfig, description=__doc__)))

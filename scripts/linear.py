@@ -14,13 +14,13 @@ from pathlib import Path
 
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from inscon.scripts.knn import FrozenConfig, open_frozen
 
 from inscon import distributed, guard
+from inscon.scripts.knn import FrozenConfig, open_frozen
 from inscon.transfer.linear import Probe, Protocol
 
 
@@ -66,9 +66,5 @@ def probe(config: LinearConfig, device: torch.device) -> None:
     say(f"linear probe: {100 * found['top1']:.1f} % of {val} pictures; backbone unchanged.")
 
 
-def command() -> None:
-    guard.run_script("linear.py", lambda: main(tyro.cli(LinearConfig, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("linear.py", lambda: main(tyro.cli(LinearConfig, description=__doc__)))

@@ -16,17 +16,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from inscon.scripts.attention_maps import joined
-from inscon.scripts.train import feed_of, parse
 
 from data_prep.index import DatasetIndex
 from inscon import guard
 from inscon.batch import Batch
 from inscon.config import Config
 from inscon.methods.method import resolve
+from inscon.scripts.attention_maps import joined
+from inscon.scripts.train import feed_of, parse
 from pipelines import open_pipeline
 from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
@@ -132,9 +131,5 @@ def to_image(pixels, least_side: int = LEAST_SIDE) -> Image.Image:
     return ImageOps.scale(image, -(-least_side // image.width), Image.NEAREST)
 
 
-def command() -> None:
-    guard.run_script("show_views.py", lambda: main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("show_views.py", lambda: main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import guard
@@ -37,12 +37,11 @@ def main(arguments: list[str]) -> int:
         return show_run(own.run)
     guard.check_ranges(own, **FEWEST)
     # PyTorch and the engines take seconds to import, which no refusal above waits for.
-    from inscon.scripts.train import feed_of, parse
-
     from inscon import distributed
     from inscon.methods.method import resolve
     from inscon.report.flops import step_flops
     from inscon.report.measure import Measurement
+    from inscon.scripts.train import feed_of, parse
 
     config = parse(rest)
     predictions = [predict(name, config, step_flops(resolve(config, 1)).trainings) for name in own.predict]
@@ -109,9 +108,5 @@ def show_run(run: Path) -> int:
     return 0
 
 
-def command() -> None:
-    guard.run_script("throughput_report.py", lambda: main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("throughput_report.py", lambda: main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 
-if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
+if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.store import local_copy
@@ -126,9 +126,5 @@ def knn_monitor(training: train.Training) -> Callable | None:
     return evaluate
 
 
-def command() -> None:
-    guard.run_script("train.py", lambda: main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    command()
+    guard.run_script("train.py", lambda: main(sys.argv[1:]))

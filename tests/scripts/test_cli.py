@@ -155,7 +155,7 @@ PARSERS = {
     "data_prep/make_ffcv.py": by_tyro(make_ffcv.BetonConfig),
     "data_prep/make_scenes.py": as_function(make_scenes.make_scenes),
     "data_prep/verify.py": as_function(verify.verify),
-    "scripts/completion.py": by_tyro(completion.Completion),
+    "scripts/completion.py": as_function(completion.completion),
     TRAIN_NET: as_detectron2,
 }
 STARTS = ("python ", "torchrun ", "inscon ", "sbatch ")

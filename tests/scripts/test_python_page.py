@@ -17,15 +17,22 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs/python.md").read_text()
 SMALLER = {
     "max_steps=100": "max_steps=2, pipeline='reference', threads=0, backbone='test_resnet', batch_size=8, split_size=4, "
     "queue_size=16, cell_queue_size=144, log_every=1, tensorboard=False",
+    "LabelledViews(data, 64).": "LabelledViews(data, 64, pipeline='reference', threads=0).",
     "k=20": "k=5",
 }
 
 
-@pytest.fixture
-def typed(tmp_path, monkeypatch):
-    """The names that the page leaves, from a folder with the sets that it has."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["a notebook's", "--own", "flags"])
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """The names that the page leaves, in a folder with the sets that it has."""
+    tmp_path = tmp_path_factory.mktemp("notebook")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(sys, "argv", ["a notebook's", "--own", "flags"])
+        yield type_page(tmp_path)
+
+
+def type_page(tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 8)):
         for i in range(count):
@@ -42,14 +49,15 @@ def typed(tmp_path, monkeypatch):
     return names
 
 
-def test_the_pages_calls_give_what_it_says(typed, tmp_path, capsys):
+def test_the_pages_calls_give_what_it_says(typed):
     handler = signal.getsignal(signal.SIGINT)
     assert len(typed["packed"]) == 16 and typed["packed"].class_names == ("class_0", "class_1")
     assert isinstance(typed["sheet"], Image.Image) and Path("views.png").is_file()
     assert typed["stopped"] is False
     logged = [json.loads(line)["step"] for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
     assert logged == [1, 2] and typed["facts"]["step"] == 2
-    assert typed["rows"].shape == (8, 2048 // 8) and typed["labels"].tolist().count(0) == 4
+    backbone = typed["backbone"]
+    assert typed["rows"].shape == (8, backbone.channels[backbone.last]) and typed["labels"].tolist().count(0) == 4
     assert 0 <= typed["accuracy"] <= 1
     more = typed["config"].replaced(max_steps=3)
     assert typed["train"].pretrain(more) is False and typed["any_backbone"]("runs/mine")[1]["step"] == 3
