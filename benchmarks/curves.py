@@ -31,7 +31,7 @@ WINDOW = 10
 def losses_of(engine: str, seed: int, data: Path, steps: int, run_dir: Path) -> np.ndarray:
     """[steps 3]: the losses of every step of a run."""
     flags = ["--recipe", "smoke", "--pipeline", engine, "--seed", seed, "--data", data, "--run-dir", run_dir]
-    flags += ["--max-steps", steps, "--epochs", 20, "--log-every", 1, "--checkpoint-every", 10**6, "--no-tensorboard"]
+    flags += ["--max-steps", steps, "--epochs", 20, "--log-every", 1, "--checkpoint-every", 10**6]
     subprocess.run([sys.executable, ROOT / "scripts/train.py", *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))

@@ -66,7 +66,7 @@ def loader_alone(config: Config, device: torch.device, seconds: float) -> dict:
 
 def trained(flags: list[str], steps: int) -> dict:
     with tempfile.TemporaryDirectory() as run_dir:
-        fixed = ["--run-dir", run_dir, "--max-steps", str(steps), "--log-every", "5", "--no-tensorboard"]
+        fixed = ["--run-dir", run_dir, "--max-steps", str(steps), "--log-every", "5"]
         subprocess.run(
             [sys.executable, ROOT / "scripts/train.py", *flags, *fixed], check=True, stdout=subprocess.DEVNULL
         )

@@ -55,7 +55,7 @@ def training(name: str, work: Path, quick: bool, *flags: object, steps: int = 60
         "--max-steps",
         8 if quick else steps,
     ]
-    command += ["--log-every", 2 if quick else 5, "--no-tensorboard", "--checkpoint-every", 10**6, *flags]
+    command += ["--log-every", 2 if quick else 5, "--checkpoint-every", 10**6, *flags]
     command += ["--view-size", 64, "--batch-size", 16, "--backbone", "resnet18"] if quick else []
     return Item(name, list(map(str, command)), run_dir)
 

@@ -26,7 +26,7 @@ from inscon.nn.norm import SplitBatchNorm2d
 from inscon.report.measure import machine, versions
 
 FLAGS = ["--recipe", "smoke", "--queue-size", 4096, "--cell-queue-size", 9216, "--log-every", 20, "--checkpoint-every", 10**6,
-         "--eval-every", 100, "--no-tensorboard", "--epochs", 20]  # fmt: skip
+         "--eval-every", 100, "--epochs", 20]  # fmt: skip
 SHOWN = {
     "loss_single": "single loss", "top1_single": "single top-1", "knn": "kNN (held out)", "key_distance": "encoders apart",
     "queue_mean_length_single": "length of the mean key", "loss_cell": "cell loss",

@@ -49,7 +49,7 @@ def windows(run_dir: Path) -> list[dict]:
 
 def train(name: str, run_dir: Path, steps: int, flags: list[str]) -> dict[str, float]:
     """Medians over the windows of a run."""
-    most = ["--max-steps", steps, "--log-every", max(steps // 8, 1), "--checkpoint-every", 10**6, "--no-tensorboard"]
+    most = ["--max-steps", steps, "--log-every", max(steps // 8, 1), "--checkpoint-every", 10**6]
     subprocess.run(
         command("train.py", "--method", name, "--run-dir", run_dir, *most, *flags), check=True, capture_output=True
     )

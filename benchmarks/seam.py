@@ -33,7 +33,7 @@ WARM_UP = 3
 
 def training(flags: list[str], data: Path, steps: int, steps_per_epoch: int) -> dict:
     with tempfile.TemporaryDirectory() as run_dir:
-        fixed = ["--data", data, "--run-dir", run_dir, "--max-steps", steps, "--log-every", 1, "--no-tensorboard"]
+        fixed = ["--data", data, "--run-dir", run_dir, "--max-steps", steps, "--log-every", 1]
         command = [sys.executable, ROOT / "scripts/train.py", *flags, *map(str, fixed), "--checkpoint-every", "1000000"]
         subprocess.run(command, check=True)
         lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -167,8 +167,8 @@ class RunConfig:
     """Where a run lives and how it is watched."""
 
     run_dir: Path = Path("runs/inscon")
-    """Receives config.json, metrics.jsonl, warnings.jsonl if there are any, checkpoints/ and tensorboard/. A run goes on from the
-    newest checkpoint there."""
+    """Receives config.json, metrics.jsonl, warnings.jsonl if there are any, checkpoints/ and what trackers write. A run goes on
+    from the newest checkpoint there."""
     seed: int = 0
     """Of everything: initial weights, order of samples, every view."""
     log_every: int = 20
@@ -179,8 +179,8 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     change_on_resume: tuple[Changeable, ...] = ()
     """Settings that may differ from the checkpoint's, e.g. lr; the new value counts from there on. Others refuse to resume."""
-    tensorboard: bool = True
-    """Write TensorBoard files too, if the tensorboard package is installed."""
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """What gets the figures of metrics.jsonl, too: TensorBoard, Weights & Biases, MLflow, or several; each needs its package."""
     eval_data: Path | None = None
     """Labelled packed set, held out; every `eval_every` steps each of its pictures is classified by its nearest neighbors among
     the others, on the features of that moment. None: no such monitor."""

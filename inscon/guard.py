@@ -33,7 +33,7 @@ _ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at on
 _OF_TRAINING = {
     "--arch": "--backbone", "--colour": "--color", "--grey-first": "--gray-first", "--no-grey-first": "--no-gray-first",
     "--grey-probability": "--gray-probability", "--gradient-wire": "--gradient-compression", "--cut": "", "--compile": "",
-    "--no-compile": "", "--shuffle-window": "", "--resume": "",
+    "--no-compile": "", "--shuffle-window": "", "--resume": "", "--tensorboard": "--tracker tensorboard", "--no-tensorboard": "",
 }  # fmt: skip
 _OF_PACKING = {"--on-bad": "--bad-limit", "--plan": ""}
 OLD_FLAGS = {

@@ -1,4 +1,4 @@
-"""Measuring where it happens, writing where it is read: data wait, images/s, losses; to the screen, JSONL and TensorBoard."""
+"""Measuring where it happens, writing where it is read: data wait, images/s, losses; to the screen, JSONL and trackers."""
 
 import contextlib
 import datetime
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inscon import distributed, guard
 from inscon.clock import WAIT, now, part, seconds
+from inscon.trackers import Trackers
 
 
 class Stopwatch:
@@ -117,24 +118,19 @@ class LossMeter:
 
 
 class MetricsLog:
-    """Rank 0's sinks: lines on the screen, `metrics.jsonl`, `warnings.jsonl`, and TensorBoard if it is installed and wanted.
+    """Rank 0's sinks: lines on the screen, `metrics.jsonl`, `warnings.jsonl`, and the trackers, which are given the `settings`.
 
     Lines of steps after `start_step` in an existing metrics.jsonl are dropped: they will be written again.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int, tensorboard: bool):
-        self._run_dir, self._total_steps = Path(run_dir), total_steps
-        self._quiet, self._tensorboard = distributed.rank() != 0, None
-        if self._quiet:
-            return
-        _forget_after(start_step, self._run_dir / "metrics.jsonl")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-            except ImportError:
-                self.say("TensorBoard files are not written: the tensorboard package is not installed")
+    def __init__(
+        self, run_dir: Path, total_steps: int, start_step: int, trackers: Sequence[str] = (), settings: dict | None = None
+    ):  # fmt: skip
+        self._run_dir, self._total_steps, self._step = Path(run_dir), total_steps, start_step
+        self._quiet = distributed.rank() != 0
+        logged_step = 0 if self._quiet else _forget_after(start_step, self._run_dir / "metrics.jsonl")
+        names = () if self._quiet else trackers
+        self._trackers = Trackers(names, self._run_dir, settings or {}, start_step, logged_step, self.say)
 
     def say(self, text: str) -> None:
         """One line for the person at the screen, on rank 0."""
@@ -144,12 +140,8 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log `values` of the window that ended with `step`, counted from 1."""
         self._append("metrics.jsonl", {"step": step, **values})
-        if self._tensorboard:
-            for name, value in values.items():
-                group, _, rest = name.partition("_")
-                tag = f"{group}/{rest}" if group in ("loss", "top1") and rest else f"run/{name}"
-                self._tensorboard.add_scalar(tag, value, step)
-            self._tensorboard.flush()
+        self._trackers.log(step, values)
+        self._step = step
         eta = datetime.timedelta(seconds=int(values["step_s"] * (self._total_steps - step)))
         self.say(f"step {step}/{self._total_steps}  {_line(values)}  ETA {eta}")
 
@@ -157,6 +149,10 @@ class MetricsLog:
         """A sentence about what looks wrong at `step`: on the screen, and a line {"step", "warning"} of `warnings.jsonl`."""
         self._append("warnings.jsonl", {"step": step, "warning": sentence})
         self.say(f"warning at step {step}: {sentence}")
+
+    def close(self) -> None:
+        """Tell the trackers that the run ends here, finished or not."""
+        self._trackers.close(finished=self._step == self._total_steps)
 
     def _append(self, name: str, line: dict) -> None:
         if not self._quiet:
@@ -185,12 +181,13 @@ def window(
     return values
 
 
-def _forget_after(step: int, path: Path) -> None:
-    """Drop the lines of later steps, and one that a kill cut short."""
+def _forget_after(step: int, path: Path) -> int:
+    """Drop the lines of later steps, and one that a kill cut short. Returns the last step there was."""
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    steps = {line: json.loads(line)["step"] for line in lines if line.endswith("}")}
     with guard.whole_file(path) as file:
-        file.write("".join(f"{line}\n" for line in kept).encode())
+        file.write("".join(f"{line}\n" for line, of in steps.items() if of <= step).encode())
+    return max(steps.values(), default=0)
 
 
 def _line(values: dict[str, float]) -> str:

@@ -23,6 +23,7 @@ from inscon.nn.norm import sync_batch_norm
 from inscon.optim import asks_the_host, learning_rate, make_optimizer, set_learning_rate
 from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
+from inscon.trackers import check_installed
 
 
 @dataclass(kw_only=True)
@@ -78,6 +79,7 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
 
     Raises ValueError or CheckpointError, before any work, with the value found and what to set.
     """
+    check_installed(config.run.tracker)
     precision, world = choose_precision(config.optim.precision, device), distributed.world_size()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -154,8 +156,8 @@ def train(
     full_rate = rate / step_flops(config).per_image  # source images/s of bare matrix products: where MFU is 100 %
     losses_meter, watch, pace = LossMeter(), Stopwatch(), Pace(training.device)
     health = Health(training.method, training.step, config.model.norm)
-    log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tensorboard)
-    with guard.stop_requests() as stop, contextlib.closing(training):
+    log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tracker, config.to_dict())
+    with guard.stop_requests() as stop, contextlib.closing(training), contextlib.closing(log):
         log.say(describe(training))
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step

@@ -18,7 +18,7 @@ FLOORS = {
     3: {"pipelines", "inscon.methods"},
     4: {
         "inscon.recipes", "inscon.train", "inscon.meters", "inscon.report", "inscon.checkpoint", "inscon.health",
-        "inscon.transfer",
+        "inscon.transfer", "inscon.trackers",
     },
     5: {"scripts", "inscon.scripts", "inscon.__main__"},
 }  # fmt: skip
@@ -176,8 +176,8 @@ PROGRAMS = {
     path: path.read_text() for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "inscon/plan.py"]
 }
 OF_OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shm_size", "no_build_isolation", "num_gpus",
-             "config_file", "help", "nodes", "gpus_per_node", "ntasks_per_node"}  # fmt: skip
-"""Flags of torchrun, docker, pip, detectron2, sbatch and of every program."""
+             "config_file", "backend_store_uri", "help", "nodes", "gpus_per_node", "ntasks_per_node"}  # fmt: skip
+"""Flags of torchrun, docker, pip, detectron2, mlflow, sbatch and of every program."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

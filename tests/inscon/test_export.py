@@ -26,7 +26,7 @@ def make_run(folder, backbone="resnet18", step=7):
     """A run folder with a checkpoint of weights as they were drawn; the two encoders differ in every weight and statistic."""
     of_all = backbone == "resnet18"
     settings = inscon.Settings(queue_size=16, cell_queue_size=144) if of_all else moco.Settings(queue_size=16)
-    model, run = ModelConfig(backbone=backbone), RunConfig(run_dir=folder, tensorboard=False)
+    model, run = ModelConfig(backbone=backbone), RunConfig(run_dir=folder)
     config = Config(
         method=settings, views=ViewConfig(view_size=64), model=model, optim=OptimConfig(batch_size=8), run=run
     )

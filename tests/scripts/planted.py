@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from inscon import distributed, train
-from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, ViewConfig
 from inscon.gradients import FlatGradients
 from inscon.report.measure import Measurement
 from scripts.train import feed_of
@@ -32,7 +32,6 @@ def small_run(
         views=ViewConfig(view_size=64, overlap_min_side=8.0),
         model=ModelConfig(backbone=backbone, norm="none"),
         optim=OptimConfig(batch_size=batch_size, epochs=2),
-        run=RunConfig(tensorboard=False),
     )
 
 

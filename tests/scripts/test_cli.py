@@ -55,6 +55,7 @@ SWITCHES = {
     "--precision bf16": ("optim", "precision", "bf16"),
     "--gradient-compression fp16": ("optim", "gradient_compression", "fp16"),
     "--backbone resnet18": ("model", "backbone", "resnet18"),
+    "--tracker wandb tensorboard": ("run", "tracker", ("wandb", "tensorboard")),
     "--scale 0.08 1.0": ("views", "scale", (0.08, 1.0)),
     "--change-on-resume lr momentum --lr 0.01": ("run", "change_on_resume", ("lr", "momentum")),
     "--lr 0.015 --change-on-resume lr": ("optim", "lr", 0.015),

@@ -27,7 +27,7 @@ from inscon import checkpoint, guard
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--recipe", "smoke", "--view-size", "64", "--batch-size", "8", "--queue-size", "16", "--cell-queue-size", "144",
-    "--split-size", "4", "--epochs", "50", "--log-every", "1", "--no-tensorboard", "--threads", "1", "--backbone", "test_resnet",
+    "--split-size", "4", "--epochs", "50", "--log-every", "1", "--threads", "1", "--backbone", "test_resnet",
 ]  # fmt: skip
 EXPORTED = [*SMALL, "--backbone", "resnet18"]
 """What every library knows."""

@@ -81,7 +81,7 @@ class FineTuning:
         """
         left = range(self.iteration, self.design.iterations)
         losses, watch = LossMeter(), Stopwatch()
-        log = MetricsLog(self.folder, left.stop, left.start, tensorboard=False)
+        log = MetricsLog(self.folder, left.stop, left.start)
         loaded = batches(self.data, self.design, left.start, workers)
         with guard.stop_requests() as asked, contextlib.closing(loaded):
             for iteration, batch in zip(left, watch.waits(loaded)):

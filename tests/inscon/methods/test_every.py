@@ -35,7 +35,7 @@ def small_config(name, folder) -> Config:
             views=dataclasses.replace(config.views, view_size=64, overlap_min_side=8.0),
             model=ModelConfig(backbone="test_resnet"),
             optim=dataclasses.replace(config.optim, batch_size=8, epochs=STEPS, lr=0.1, warmup_epochs=warm_up),
-            run=RunConfig(run_dir=folder, log_every=1, tensorboard=False),
+            run=RunConfig(run_dir=folder, log_every=1),
         ),
         1,
     )
