@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 scripts/throughput_report.py --data SHARDS   # all ranks together
     python scripts/throughput_report.py --run RUN_DIR                                # of a run's metrics, nothing is measured
     python scripts/throughput_report.py --compare before.json after.json             # status 1 where something became slower
+    python scripts/throughput_report.py --run RUN_DIR --html run.html                # its curves, for a browser
     python scripts/throughput_report.py --predict v100x8                             # a prediction, with formula and inputs
 
 Every flag of scripts/train.py is taken too (--recipe, --batch-size, ...): measured is what would be trained.
@@ -24,6 +25,7 @@ from inscon import guard
 from inscon.report import page, verdict
 from inscon.report.prediction import MACHINES, predict
 from inscon.report.run import read_metrics, run_speed
+from inscon.report.web_page import web_page
 
 FEWEST = {"steps": 10, "warm_up": 2, "trace": 0}
 """Below which no rate is given, and no trace."""
@@ -33,8 +35,13 @@ def main(arguments: list[str]) -> int:
     own, rest = options().parse_known_args(arguments)
     if own.compare:
         return show_comparison(*own.compare, own.tolerance)
-    if own.run:
-        return show_run(own.run)
+    if own.html:
+        guard.check_output_file(own.html, "--html")
+    if own.run and not rest:
+        return show_run(own.run, own.html)
+    if own.run and not own.html:
+        raise ValueError("--run beside a measurement is for the curves of --html; set it, or leave --run out")
+    run = load_run(own.run) if own.run else {}
     guard.check_ranges(own, **FEWEST)
     # PyTorch and the engines take seconds to import, which no refusal above waits for.
     from inscon import distributed
@@ -58,6 +65,7 @@ def main(arguments: list[str]) -> int:
         measurement.training.close()
         if distributed.rank() == 0:
             publish(report, own.out)
+            write_html(own.html, report, run)
     finally:
         distributed.stop()
     return 0
@@ -75,7 +83,12 @@ def options() -> argparse.ArgumentParser:
     add("--predict", action="append", default=[], choices=MACHINES, help="what a machine should do")
     add("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two report.json")
     add("--tolerance", type=float, default=5.0, help="percent by which a figure may be worse in --compare")
-    add("--run", type=Path, help="folder of a run of scripts/train.py")
+    add(
+        "--run",
+        type=Path,
+        help="folder of a run of scripts/train.py; nothing is measured, unless its flags are given, too",
+    )
+    add("--html", type=Path, help="file for a browser: the report, the curves of --run, or both")
     return parser
 
 
@@ -99,12 +112,27 @@ def show_comparison(before: Path, after: Path, tolerance: float) -> int:
     return 1 if slower else 0
 
 
-def show_run(run: Path) -> int:
+def load_run(run: Path) -> dict:
+    """`web_page`'s arguments."""
+    windows = read_metrics(run)  # first, for its sentence about what is no run
+    return {"run": str(run), "settings": json.loads((run / "config.json").read_text()), "windows": windows}
+
+
+def write_html(path: Path | None, report: dict | None, run: dict) -> None:
+    if path is not None:
+        with guard.whole_file(path) as file:
+            file.write(web_page(report, **run).encode())
+        print(path)
+
+
+def show_run(run: Path, html: Path | None) -> int:
     """From the metrics that the run wrote."""
-    rows = [(name, f"{value:,.3f}") for name, value in run_speed(read_metrics(run)).items()]
-    title = page.title_of(json.loads((run / "config.json").read_text()))
+    found = load_run(run)
+    rows = [(name, f"{value:,.3f}") for name, value in run_speed(found["windows"]).items()]
     note = "Rates are in source images/s. What holds a run back is measured by --data SHARDS."
-    Console().print(Markdown(title + "\n\n" + page.table("Medians of log windows", ("", "median"), rows, note)))
+    table = page.table("Medians of log windows", ("", "median"), rows, note)
+    Console().print(Markdown(page.title_of(found["settings"]) + "\n\n" + table))
+    write_html(html, None, found)
     return 0
 
 
