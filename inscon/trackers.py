@@ -8,23 +8,14 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from inscon import guard
 
-
-class Tracker(NamedTuple):
-    """A run in a tracker. Made by functions of (run folder, settings by group, its id there if it goes on, step to start from)."""
-
-    run_id: str | None
-    """To be kept for the next start; None where the folder is all that a run is known by."""
-    log: Callable[[int, dict[str, float]], object]
-    """(step, figures)"""
-    close: Callable[[bool], object]
-    """(whether the training is finished)"""
+Run = tuple[str | None, Callable[[int, dict[str, float]], object], Callable[[bool], object]]
+"""A tracker's: the id to go on with, if any; log(step, figures); close(whether the training is finished)."""
 
 
-def tensorboard(run_dir: Path, settings: dict, _run_id: str | None, start_step: int) -> Tracker:
+def tensorboard(run_dir: Path, settings: dict, _run_id: str | None, start_step: int) -> Run:
     """Event files in `tensorboard/`, out of which steps after the checkpoint are taken."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -37,10 +28,10 @@ def tensorboard(run_dir: Path, settings: dict, _run_id: str | None, start_step: 
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Tracker(None, log, lambda _: writer.close())
+    return None, log, lambda _: writer.close()
 
 
-def wandb(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> Tracker:
+def wandb(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> Run:
     """A run of Weights & Biases, in `wandb/` and nowhere else unless WANDB_MODE says so."""
     from wandb import init
 
@@ -48,10 +39,10 @@ def wandb(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -
         dir=run_dir, id=run_id, resume="allow" if run_id else None, config=settings, name=run_dir.absolute().name,
         project=os.environ.get("WANDB_PROJECT", "inscon"), mode=os.environ.get("WANDB_MODE", "offline"),
     )  # fmt: skip
-    return Tracker(run.id, lambda step, values: run.log(values, step), lambda done: run.finish(0 if done else 1))
+    return run.id, lambda step, values: run.log(values, step), lambda done: run.finish(0 if done else 1)
 
 
-def mlflow(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> Tracker:
+def mlflow(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> Run:
     """A run of MLflow, in the files of `mlruns/` unless MLFLOW_TRACKING_URI names a server or another store."""
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since version 3 it wants to be asked for
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 13 s; its own 7 take four minutes
@@ -71,7 +62,7 @@ def mlflow(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) 
         now_ms = int(1e3 * time.time())
         client.log_batch(run_id, [Metric(name, value, now_ms, step) for name, value in values.items()])
 
-    return Tracker(run_id, log, lambda done: client.set_terminated(run_id, "FINISHED" if done else "KILLED"))
+    return run_id, log, lambda done: client.set_terminated(run_id, "FINISHED" if done else "KILLED")
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}
@@ -101,20 +92,20 @@ class Trackers:
     def _start(self, name: str, run_dir: Path, settings: dict, start_step: int, logged_step: int) -> None:
         kept = run_dir / f"{name}-run-id"
         before = kept.read_text() if start_step and kept.exists() else None
-        tracker = TRACKERS[name](run_dir, settings, before, start_step)
-        self._open[name] = tracker, logged_step if before else 0
-        if tracker.run_id != before:
+        run_id, log, close = TRACKERS[name](run_dir, settings, before, start_step)
+        self._open[name] = log, close, logged_step if before else 0
+        if run_id != before:
             with guard.whole_file(kept) as file:
-                file.write(tracker.run_id.encode())
+                file.write(run_id.encode())
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name, (tracker, logged_step) in list(self._open.items()):
+        for name, (log, _, logged_step) in list(self._open.items()):
             if step > logged_step:
-                self._attempt(name, tracker.log, step, values)
+                self._attempt(name, log, step, values)
 
     def close(self, finished: bool) -> None:
-        for name, (tracker, _) in list(self._open.items()):
-            self._attempt(name, tracker.close, finished)
+        for name, (_, close, _) in list(self._open.items()):
+            self._attempt(name, close, finished)
 
     def _attempt(self, name: str, action: Callable[..., object], *arguments) -> None:
         try:

@@ -39,9 +39,8 @@ def main(arguments: list[str]) -> int:
         guard.check_output_file(own.html, "--html")
     if own.run and not rest:
         return show_run(own.run, own.html)
-    if own.run and not own.html:
-        raise ValueError("--run beside a measurement is for the curves of --html; set it, or leave --run out")
-    run = load_run(own.run) if own.run else {}
+    if own.run and not (own.html and read_metrics(own.run)):
+        raise ValueError("--run beside a measurement is for its curves in --html FILE; set that, or leave --run out")
     guard.check_ranges(own, **FEWEST)
     # PyTorch and the engines take seconds to import, which no refusal above waits for.
     from inscon import distributed
@@ -65,7 +64,8 @@ def main(arguments: list[str]) -> int:
         measurement.training.close()
         if distributed.rank() == 0:
             publish(report, own.out)
-            write_html(own.html, report, run)
+            if own.html:
+                write_html(own.html, report, own.run)
     finally:
         distributed.stop()
     return 0
@@ -83,11 +83,7 @@ def options() -> argparse.ArgumentParser:
     add("--predict", action="append", default=[], choices=MACHINES, help="what a machine should do")
     add("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two report.json")
     add("--tolerance", type=float, default=5.0, help="percent by which a figure may be worse in --compare")
-    add(
-        "--run",
-        type=Path,
-        help="folder of a run of scripts/train.py; nothing is measured, unless its flags are given, too",
-    )
+    add("--run", type=Path, help="folder of a run of scripts/train.py; alone, nothing is measured")
     add("--html", type=Path, help="file for a browser: the report, the curves of --run, or both")
     return parser
 
@@ -112,28 +108,21 @@ def show_comparison(before: Path, after: Path, tolerance: float) -> int:
     return 1 if slower else 0
 
 
-def load_run(run: Path) -> dict:
-    """`web_page`'s arguments."""
-    windows = read_metrics(run)  # first, for its sentence about what is no run
-    return {"run": str(run), "settings": json.loads((run / "config.json").read_text()), "windows": windows}
-
-
-def write_html(path: Path | None, report: dict | None, run: dict) -> None:
-    if path is not None:
-        with guard.whole_file(path) as file:
-            file.write(web_page(report, **run).encode())
-        print(path)
-
-
 def show_run(run: Path, html: Path | None) -> int:
     """From the metrics that the run wrote."""
-    found = load_run(run)
-    rows = [(name, f"{value:,.3f}") for name, value in run_speed(found["windows"]).items()]
+    rows = [(name, f"{value:,.3f}") for name, value in run_speed(read_metrics(run)).items()]
+    title = page.title_of(json.loads((run / "config.json").read_text()))
     note = "Rates are in source images/s. What holds a run back is measured by --data SHARDS."
-    table = page.table("Medians of log windows", ("", "median"), rows, note)
-    Console().print(Markdown(page.title_of(found["settings"]) + "\n\n" + table))
-    write_html(html, None, found)
+    Console().print(Markdown(title + "\n\n" + page.table("Medians of log windows", ("", "median"), rows, note)))
+    if html:
+        write_html(html, None, run)
     return 0
+
+
+def write_html(path: Path, report: dict | None, run: Path | None) -> None:
+    with guard.whole_file(path) as file:
+        file.write(web_page(report, run).encode())
+    print(path)
 
 
 if __name__ == "__main__":

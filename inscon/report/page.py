@@ -22,20 +22,12 @@ def title_of(settings: dict) -> str:
 
 def page(report: dict) -> str:
     """All of it."""
-    title = f"{title_of(report['settings'])} on {where_and_when(report)}\n"
-    return "\n".join([title, f"**{report['verdict']['sentence']}**\n", *sections(report)])
-
-
-def where_and_when(report: dict) -> str:
     where = report["machine"].get("gpu") or report["machine"]["cpu"]
-    return f"{report['ranks']} x {where}, {report['precision']}, {report['date']}"
-
-
-def sections(report: dict) -> list[str]:
-    """What follows the verdict."""
+    title = f"{title_of(report['settings'])} on {report['ranks']} x {where}, {report['precision']}, {report['date']}\n"
+    sections = [part(report) for part in (ceilings, figures, step_parts, device, loader_stages)]
     measured_on = table("Measured on", ("", "version"), (report["machine"] | report["versions"]).items())
-    tables = [part(report) for part in (ceilings, figures, step_parts, device, loader_stages)]
-    return [*tables, *[f"{line}\n" for line in report["predictions"]], measured_on]
+    sentence = f"**{report['verdict']['sentence']}**\n"
+    return "\n".join([title, sentence, *sections, *[f"{line}\n" for line in report["predictions"]], measured_on])
 
 
 def ceilings(report: dict) -> str:

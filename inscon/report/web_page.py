@@ -1,13 +1,17 @@
 """The report, and the curves of a run, as one HTML file: no script, nothing from elsewhere, dark or light as the system is."""
 
+import json
+import re
 import statistics
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from markdown_it import MarkdownIt
 
 from inscon.clock import WAIT
 from inscon.report import page, verdict
+from inscon.report.run import read_metrics
 
 CURVES = ("loss", "top1", "knn", "images_per_s", "data_wait_percent", "mfu_percent", "lr")
 """Beginnings of the names in metrics.jsonl that are drawn, in this order. Axes begin at 0, but for those of losses and rates."""
@@ -23,8 +27,8 @@ body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sa
 html { background: var(--paper) } h1, .verdict h2, dd { font-size: 1.6rem; font-weight: 600; line-height: 1.3 }
 h2 { font-size: 1rem; margin: 0 0 .75rem } p, dt, th, figcaption { color: var(--quiet); font-weight: 400 }
 section { break-inside: avoid; padding-bottom: 2.5rem } section p { margin-top: .75rem; font-size: .875rem }
-.verdict { margin: 2rem 0; padding: 1.25rem 1.5rem; background: var(--card); border-left: 4px solid var(--accent) }
-h1 + h2 { margin-top: 1.5rem } .verdict h2 { margin: 0; color: var(--accent) } .verdict p { margin-top: .25rem; color: var(--ink) }
+.verdict { margin: 0 0 2rem; padding: 1.25rem 1.5rem; background: var(--card); border-left: 4px solid var(--accent) }
+h1 + p { margin-bottom: 2rem } .verdict h2 { margin: 0; color: var(--accent) } .verdict p { margin-top: .25rem; color: var(--ink) }
 dl, .curves { display: grid; gap: 1.75rem 2rem; margin: 0 0 2.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(15rem, 45%), 1fr)) }
 .columns { columns: 27rem; column-gap: 3rem } svg { display: block; width: 100%; fill: var(--ink) }
@@ -38,29 +42,21 @@ td, th { padding: .3rem 0; border-bottom: 1px solid var(--line) } td + td, th + 
 </style>"""
 
 
-def web_page(report: dict | None, run: str = "", settings: dict | None = None, windows: Sequence[dict] = ()) -> str:
-    """Of a report, of a run (its folder, settings and log windows), or of both."""
-    title = page.title_of(report["settings"] if report else settings).removeprefix("# ")
-    lines = [HEAD, f"<title>{escape(title)}</title><h1>{escape(title)}</h1>"]
-    if report:
-        lines += _summary(report)
-    if windows:
+def web_page(report: dict | None, run: Path | None) -> str:
+    """Of a report, of a run, or of both."""
+    text = page.page(report) if report else page.title_of(json.loads((run / "config.json").read_text()))
+    title, *sections = re.split("^#+ ", text, flags=re.MULTILINE)[1:]
+    title, _, where = escape(title.partition("\n")[0]).partition(" on ")
+    lines = [HEAD, f"<title>{title}</title><h1>{title}</h1><p>{where}</p>", *(_summary(report) if report else [])]
+    if run:
+        windows = read_metrics(run)
         names = sorted({name for window in windows for name in window})
         shown = [name for start in CURVES for name in names if name == start or name.startswith(f"{start}_")]
-        curves = [
-            _curve(name, [(window["step"], window[name]) for window in windows if name in window]) for name in shown
-        ]
-        lines += [f'<h2>The run {escape(run)}</h2><div class="curves">', *curves, "</div>"]
-    if report:
-        as_html = (
-            MarkdownIt("zero").enable(["heading", "table"]).render
-        )  # nothing in a text is a link, a tag or emphasis
-        lines += [
-            '<div class="columns">',
-            *(f"<section>{as_html(text)}</section>" for text in page.sections(report)),
-            "</div>",
-        ]
-    return "\n".join([*lines, "</html>\n"])
+        curves = [_curve(name, [(line["step"], line[name]) for line in windows if name in line]) for name in shown]
+        lines += [f'<h2>The run {escape(str(run))}</h2><div class="curves">', *curves, "</div>"]
+    as_html = MarkdownIt("zero").enable(["heading", "table"]).render  # links, tags and emphasis stay text
+    tables = "\n".join(f"<section>{as_html(f'## {section}')}</section>" for section in sections)
+    return "\n".join([*lines, f'<div class="columns">{tables}</div></html>\n'])
 
 
 def _summary(report: dict) -> list[str]:
@@ -74,7 +70,7 @@ def _summary(report: dict) -> list[str]:
     }  # fmt: skip
     rates, parts = {name: rate for name, rate in report["ceilings"].items() if rate}, steps["parts_ms"]
     return [
-        f'<p>{escape(page.where_and_when(report))}</p><div class="verdict"><h2>{escape(found["kind"])}</h2><p>{says}</p></div>',
+        f'<div class="verdict"><h2>{escape(found["kind"])}</h2><p>{says}</p></div>',
         "<dl>", *(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()), "</dl>",
         '<div class="columns">', _bars("Where the time of a step goes, ms", parts, steps["wall_ms"], max(parts, key=parts.get)),
         _bars("Source images/s", rates, max(rates.values()), verdict.END_TO_END), "</div>",
@@ -95,14 +91,9 @@ def _bars(title: str, values: dict[str, float], full: float, marked: str) -> str
 
 def _curve(name: str, logged: Sequence[tuple[int, float]]) -> str:
     """Value over step; what a point is can be read where the pointer is."""
-    groups = [
-        logged[start : start + -(-len(logged) // MOST_POINTS)]
-        for start in range(0, len(logged), -(-len(logged) // MOST_POINTS))
-    ]
-    steps, values = (
-        [group[-1][0] for group in groups],
-        [statistics.fmean(value for _, value in group) for group in groups],
-    )
+    size = -(-len(logged) // MOST_POINTS)
+    groups = [logged[start : start + size] for start in range(0, len(logged), size)]
+    steps, values = [group[-1][0] for group in groups], [statistics.fmean(dict(group).values()) for group in groups]
     low, high, wide = min(values) if name.startswith(("loss", "lr")) else 0.0, max(values), 100 / len(steps)
     xs = [100 * (step - steps[0]) / max(steps[-1] - steps[0], 1) for step in steps]
     line = "L".join(f"{x:.2f} {96 - 92 * (value - low) / (high - low or 1):.2f}" for x, value in zip(xs, values))

@@ -14,7 +14,7 @@ from inscon.report.web_page import web_page
 from scripts.throughput_report import main
 from tests.scripts.test_throughput_report import ON_GPU, by_step, changed, windows_with
 
-SETTINGS = changed()["settings"]
+SETTINGS, WINDOWS = changed()["settings"], windows_with([60.0] * 9)
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -40,7 +40,7 @@ def tags(text, name):
 def test_every_cell_and_sentence_of_the_report_is_there():
     report = changed(ON_GPU, by_step(), ("device/fed_kernel_ms", {"color": 24.0}), ("memory", {"a | b": 1.0}))
     report |= {"predictions": ["PREDICTION, not measured"]}
-    text, markdown = web_page(report), page.page(report)
+    text, markdown = web_page(report, None), page.page(report)
     rows = [line for line in markdown.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     cells = [cell.replace("\\|", "|").strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
     assert len(cells) > 60 and "a | b" in cells
@@ -52,17 +52,24 @@ def test_every_cell_and_sentence_of_the_report_is_there():
 
 
 def test_bars_are_as_long_as_what_they_show():
-    bars = [found for found, _ in tags(web_page(changed()), "rect") if found.get("class") in ("bar", "marked")]
+    bars = [found for found, _ in tags(web_page(changed(), None), "rect") if found.get("class") in ("bar", "marked")]
     ms = [2.0, 100.0, 210.0, 4.0, 8.0, 2.0]  # of 326
     expected = [100 * value / 326 for value in ms] + [100.0, 50.0, 49.0]
     assert [float(bar["width"].rstrip("%")) for bar in bars] == pytest.approx(expected, abs=0.01)
     assert [number for number, bar in enumerate(bars) if bar["class"] == "marked"] == [2, 8]
 
 
-def drawn(windows):
+def folder_of_a_run(folder, windows):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in windows))
+    (folder / "config.json").write_text(json.dumps(SETTINGS))
+    return folder
+
+
+def drawn(folder, windows):
     """Name -> (points, what they say) of each curve."""
     found, name = {}, None
-    for tag, attributes, inside in Reader(web_page(None, "run", SETTINGS, windows)).seen:
+    for tag, attributes, inside in Reader(web_page(None, folder_of_a_run(folder, windows))).seen:
         if tag == "figure":
             name = None
         elif tag == "b" and name is None:
@@ -74,13 +81,13 @@ def drawn(windows):
     return found
 
 
-def test_curves_are_where_the_figures_are():
+def test_curves_are_where_the_figures_are(tmp_path):
     windows = [
         {"step": 10, "loss": 1.0, "loss_x": 5.0, "images_per_s": 50.0, "key_moved": 1.0},
         {"step": 20, "loss": 3.0, "loss_x": 5.0, "images_per_s": 100.0, "knn": 0.5},
         {"step": 40, "loss": 2.0, "loss_x": 5.0, "images_per_s": 0.0, "knn": 0.25},
     ]
-    curves = drawn(windows)
+    curves = drawn(tmp_path, windows)
     assert list(curves) == ["loss", "loss_x", "knn", "images_per_s"]
     assert curves["loss"][0] == [(0, 96), (33.33, 4), (100, 50)]
     assert curves["loss"][1] == ["step 10: 1", "step 20: 3", "step 40: 2"]
@@ -89,40 +96,35 @@ def test_curves_are_where_the_figures_are():
     assert {y for _, y in curves["loss_x"][0]} == {96}  # all the same
 
 
-def test_a_long_run_is_drawn_by_means():
-    curves = drawn([{"step": n, "loss": float(n)} for n in range(1, 1001)])
+def test_a_long_run_is_drawn_by_means(tmp_path):
+    curves = drawn(tmp_path, [{"step": n, "loss": float(n)} for n in range(1, 1001)])
     points, said = curves["loss"]
     assert len(points) == 112 and said[0] == "step 9: 5" and said[-1] == "step 1,000: 1000"
 
 
-def test_what_people_write_is_no_html():
-    evil = "<img src=x onerror=alert(1)>\"'&[a](//b)**c**"
+def test_what_people_write_is_no_html(tmp_path):
+    evil = "<img src=x onerror=alert(1)>\"'&[a](b)**c**"
     report = changed(("machine/cpu", evil), ("described", evil), ("settings/model/backbone", evil))
-    text = web_page(report | {"predictions": [evil]}, evil, SETTINGS, [{"step": 1, f"loss_{evil}": 1.0}])
+    run = folder_of_a_run(tmp_path / evil, [{"step": 1, f"loss_{evil}": 1.0}])
+    text = web_page(report | {"predictions": [evil]}, run)
     names = {tag for tag, _, _ in Reader(text).seen}
     assert not names & {"img", "a", "strong", "script"} and text.count("&lt;img src=x") >= 6
-    assert ("The run " + evil) in {title for _, title in tags(text, "h2")}
+    assert f"The run {run}" in {title for _, title in tags(text, "h2")}
 
 
-def test_nothing_is_fetched_and_nothing_runs():
-    text = web_page(changed(), "run", SETTINGS, windows_with([60.0] * 9))
+def test_nothing_is_fetched_and_nothing_runs(tmp_path):
+    text = web_page(changed(), folder_of_a_run(tmp_path, WINDOWS))
     assert not re.search(r"http|<script|src=|href|url\(|@import|//", text)
 
 
-def folder_of_a_run(folder, count=9):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in windows_with([60.0] * count)))
-    (folder / "config.json").write_text(json.dumps(SETTINGS))
-    return str(folder)
-
-
 def test_the_command_writes_a_page_of_a_run(tmp_path, capsys):
-    run, out = folder_of_a_run(tmp_path), tmp_path / "pages/run.html"
+    run, out = str(folder_of_a_run(tmp_path, WINDOWS)), tmp_path / "pages/run.html"
     assert main(["--run", run, "--html", str(out)]) == 0
     text = out.read_text()
-    assert "<b>images_per_s</b>" in text and f"The run {run}" in text and "<table>" not in text
+    assert "<b>images_per_s</b>" in text and f"The run {run}" in text and "<td" not in text
     assert f"{out}\n" in capsys.readouterr().out
     with pytest.raises(
-        ValueError, match="--run beside a measurement is for the curves of --html; set it, or leave --run out"
+        ValueError, match="--run beside a measurement is for its curves in --html FILE; set that, or leave --run out"
     ):
         main(["--run", run, "--pipeline", "synthetic"])
     with pytest.raises(ValueError, match="is a folder where a file is to be written; set --html to a file name"):
@@ -135,9 +137,9 @@ def test_a_measurement_gets_the_curves_of_a_run_beside_it(tmp_path):
         "--pipeline synthetic --method tests.inscon.methods.toy --backbone test_resnet --view-size 64 --batch-size 8"
     )
     own = ["--steps", "10", "--warm-up", "2", "--out", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]
-    assert main([*own, "--run", folder_of_a_run(tmp_path), *flags.split()]) == 0
+    assert main([*own, "--run", str(folder_of_a_run(tmp_path, WINDOWS)), *flags.split()]) == 0
     text, report = (tmp_path / "page.html").read_text(), json.loads((tmp_path / "out/report.json").read_text())
-    assert text == web_page(report, str(tmp_path), SETTINGS, windows_with([60.0] * 9))
+    assert text == web_page(report, tmp_path)
 
 
 def in_browser(path, *flags):
@@ -155,7 +157,7 @@ def in_browser(path, *flags):
                          ids=["light", "dark"])  # fmt: skip
 def test_a_browser_shows_it(tmp_path, flags, paper):
     path = tmp_path / "page.html"
-    path.write_text(web_page(changed(), "run", SETTINGS, windows_with([60.0] * 9)))
+    path.write_text(web_page(changed(), folder_of_a_run(tmp_path, WINDOWS)))
     picture, said = in_browser(path, *flags)
     assert said == []
     colors = {color: count for count, color in picture.getcolors(1 << 24)}
@@ -167,5 +169,5 @@ def test_a_browser_shows_it(tmp_path, flags, paper):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_the_check_above_would_notice_an_error(tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(web_page(changed()).replace("</html>", "<script>nothing.here()</script></html>"))
+    path.write_text(web_page(changed(), None).replace("</html>", "<script>nothing.here()</script></html>"))
     assert "nothing is not defined" in in_browser(path)[1][0]
