@@ -31,7 +31,8 @@ demo: $(VENV)/.installed
 	rm -rf demo
 	$(BIN)/python scripts/demo.py --out demo --seed $(SEED)
 	$(BIN)/python scripts/throughput_report.py --run demo/run
-	$(BIN)/python scripts/throughput_report.py --recipe demo --pipeline dali --data demo/train --steps 10 --out demo/report
+	$(BIN)/python scripts/throughput_report.py --recipe demo --pipeline dali --data demo/train --steps 10 --out demo/report \
+	  --html demo/report.html --run demo/run
 
 transfer: $(VENV)/.installed
 	rm -rf demo/transfer
