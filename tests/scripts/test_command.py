@@ -120,7 +120,7 @@ def installed(tmp_path_factory):
 
     def run(*arguments):
         done = subprocess.run(
-            list(map(str, arguments)), cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=200
+            list(map(str, arguments)), cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
@@ -141,7 +141,8 @@ def test_an_installation_packs_trains_and_judges_without_the_clone(installed):
     assert not (installed.target / "scripts").exists()
     assert "  train " in installed("inscon", "--help")
     assert "Packed 16 pictures of 2 classes" in installed("inscon", "pack", "--data", "pictures", "--out", "shards")
-    training = ["train", *SMALL, "--pipeline", "reference", "--data", "shards", "--run-dir", "run", "--max-steps"]
+    training = ["train", *SMALL, "--pipeline", "reference", "--threads", "0", "--data", "shards", "--run-dir", "run",
+                "--max-steps"]  # fmt: skip
     assert "from step 0" in installed("inscon", *training, "2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "inscon"]
     out = installed(*torchrun, *training, "3")

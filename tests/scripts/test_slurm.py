@@ -1,5 +1,6 @@
 """scripts/slurm/train.sbatch with stand-ins for srun and scontrol: two ranks, stopped as Slurm does it, and gone on with."""
 
+import contextlib
 import json
 import os
 import signal
@@ -51,38 +52,39 @@ def start(tmp_path):
     started = []
 
     def start(*flags):
-        started.append(
-            subprocess.Popen(
-                ["bash", str(JOB), *map(str, flags)], cwd=ROOT, env=os.environ | given, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )
-        )  # fmt: skip
+        with open(tmp_path / "log", "a") as log:
+            started.append(
+                subprocess.Popen(
+                    ["bash", str(JOB), *map(str, flags)], cwd=ROOT, env=os.environ | given, stdout=log, stderr=log,
+                    start_new_session=True,
+                )
+            )  # fmt: skip
         return started[-1]
 
     yield start
     for job in started:
-        if job.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
-        job.stdout.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_ends_in_a_checkpoint_and_the_same_job_goes_on(start, tmp_path, number):
     flags = [*SMALL, "--pipeline", "synthetic", "--run-dir", tmp_path / "run", "--checkpoint-every", "1000"]
-    job, metrics = start(*flags), tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 120
+    job, metrics, log = start(*flags), tmp_path / "run/metrics.jsonl", tmp_path / "log"
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert job.poll() is None and time.monotonic() < deadline, job.stdout.read()
-        time.sleep(0.01)
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
     job.send_signal(number)
-    out = job.communicate(timeout=120)[0]
-    step = checkpoint.load(checkpoint.latest(tmp_path / "run"))["step"]
-    assert job.returncode == 0 and f"Stopped by SIGUSR1; the checkpoint of step {step}" in out, out
-    assert "on 2 x cpu" in out and (f"scontrol requeue {os.getpid()}" in out) == (number == signal.SIGUSR1)
-    again = start(*flags, "--max-steps", step + 2)
-    out = again.communicate(timeout=120)[0]
-    assert again.returncode == 0 and f"from step {step}" in out and "scontrol requeue" not in out, out
+    assert job.wait(300) == 0, log.read_text()
+    step, out = checkpoint.load(checkpoint.latest(tmp_path / "run"))["step"], log.read_text()
+    assert f"Stopped by SIGUSR1; the checkpoint of step {step}" in out and "on 2 x cpu" in out
+    assert (f"scontrol requeue {os.getpid()}" in out) == (number == signal.SIGUSR1)
+    log.unlink()
+    assert start(*flags, "--max-steps", step + 2).wait(300) == 0
+    out = log.read_text()
+    assert f"from step {step}" in out and "scontrol requeue" not in out
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, step + 3))
 
