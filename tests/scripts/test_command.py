@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from inscon import __main__ as command
+from inscon import guard
 from tests.scripts.test_runs import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def called(monkeypatch, capsys):
     """called(*arguments): status, stdout and stderr of `inscon ARGUMENTS`, in this process."""
     monkeypatch.setenv("COLUMNS", "200")
+    handlers = {number: signal.getsignal(number) for number in guard.STOPS}
 
     def called(*arguments):
         monkeypatch.setattr(sys, "argv", ["inscon", *arguments])
@@ -31,6 +34,9 @@ def called(monkeypatch, capsys):
             command.main()
         except SystemExit as end:
             status = end.code or 0
+        finally:
+            for number, handler in handlers.items():  # packing has its own
+                signal.signal(number, handler)
         return status, *capsys.readouterr()
 
     return called
