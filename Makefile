@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-APT := apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev
+APT := apt-get install g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev
 HEADERS = pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null
 FFCV = $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ffcv]'
 SEED ?= 0

@@ -52,9 +52,9 @@ try:
 except ImportError as error:
     raise ValueError(
         f"the pipeline ffcv does not load ({error}). FFCV is compiled when it is installed: apt-get install g++ pkg-config "
-        "libopencv-dev libturbojpeg0-dev libgl1 libglib2.0-0 (conda: conda install -c conda-forge cxx-compiler pkg-config opencv "
-        "libjpeg-turbo), then pip install 'inscon[ffcv]', or, where it is installed already, pip install --force-reinstall "
-        "--no-deps --no-cache-dir ffcv==1.0.2; or set --pipeline dali"
+        "python3-dev libopencv-dev libturbojpeg0-dev libgl1 libglib2.0-0 (conda: conda install -c conda-forge cxx-compiler "
+        "pkg-config opencv libjpeg-turbo), then pip install 'inscon[ffcv]', or, where it is installed already, pip install "
+        "--force-reinstall --no-deps --no-cache-dir ffcv==1.0.2; or set --pipeline dali"
     ) from None
 finally:
     # Importing its compiler sets PyTorch, and numba, to one thread for the whole process (libffcv/ffcv#13 brought it).

@@ -175,7 +175,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
     path: path.read_text() for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "inscon/plan.py"]
 }
-OF_OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shm_size", "no_build_isolation", "num_gpus",
+OF_OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shm_size", "gpus", "no_build_isolation", "num_gpus",
              "config_file", "backend_store_uri", "help", "nodes", "gpus_per_node", "ntasks_per_node"}  # fmt: skip
 """Flags of torchrun, docker, pip, detectron2, mlflow, sbatch and of every program."""
 
