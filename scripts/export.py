@@ -4,6 +4,7 @@
     python scripts/export.py --run RUN_DIR --format timm --out r50.pth
     python scripts/export.py --run RUN_DIR --format detectron2 --out r50.pkl
     python scripts/export.py --run RUN_DIR --format torchvision --out r50.pth --norm-batches 200 --data SHARDS
+    python scripts/export.py --run RUN_DIR --format hub --license cc-by-4.0 --out r50             # a folder to share
 
 torchvision: `model.fc = torch.nn.Identity(); model.load_state_dict(torch.load("r50.pth"))`. timm, also for its own networks:
 `timm.create_model(NAME, num_classes=0).load_state_dict(torch.load("r50.pth"))`.
@@ -22,7 +23,7 @@ if not __package__:  # run as a script, beside which Python looks
 import torch
 
 from inscon import guard
-from inscon.transfer import export
+from inscon.transfer import export, hub
 from pipelines.evaluation import LabelledViews
 
 
@@ -31,9 +32,10 @@ class ExportConfig:
     """A file for another library."""
 
     run: Path  # A run folder, whose newest checkpoint is taken, or a checkpoint file.
-    format: Literal["torchvision", "timm", "mmdet", "detectron2"] = "torchvision"
-    """Whose names and file format; a network of timm's is written for timm alone."""
-    out: Path  # The file: .pkl for detectron2, .pth for the others.
+    format: Literal["torchvision", "timm", "mmdet", "detectron2", "hub"] = "torchvision"
+    """Whose names and file format; a network of timm's is written for timm alone. hub: a folder with a model card."""
+    out: Path  # The file: .pkl for detectron2, .pth for the others; of hub the folder, new or empty.
+    license: str | None = None  # Of the weights, for hub's model card: a short name that the Hugging Face hub knows.
     norm_batches: int = 0
     """Estimate BatchNorm's statistics anew over so many batches of training crops of --data; 0: those of the run."""
     data: Path | None = None  # Packed set for --norm-batches.
@@ -41,10 +43,17 @@ class ExportConfig:
 
 
 def main(config: ExportConfig) -> dict:
-    export.check_name(config.format, config.out)
-    guard.check_output_file(config.out)
+    to_hub = config.format == "hub"
+    if to_hub:
+        hub.check(config.out, config.license)
+    else:
+        export.check_name(config.format, config.out)
+        guard.check_output_file(config.out)
     statistics = estimate_statistics(config) if config.norm_batches else {}
-    facts = export.export(config.run, config.format, config.out, statistics, config.norm_batches)
+    if to_hub:
+        facts = hub.export(config.run, config.out, config.license, statistics, config.norm_batches)
+    else:
+        facts = export.export(config.run, config.format, config.out, statistics, config.norm_batches)
     print(
         f"{config.out}: the {facts['config']['model']['backbone']} of step {facts['step']} of "
         f"{facts['config']['run']['run_dir']} for {config.format}, read back and equal."

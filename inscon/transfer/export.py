@@ -58,12 +58,23 @@ def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm
     """
     out = Path(out)
     check_name(form, out)
+    tensors, facts = gather(run, form, statistics, norm_batches)
+    guard.remove_unfinished(out.parent, f"{out.name}.*")
+    with guard.whole_file(out) as file:
+        _write(file, tensors, facts)
+        file.flush()
+        read(Path(file.name))
+    return facts
+
+
+def gather(run: Path, form: str, statistics: dict | None, norm_batches: int) -> tuple[dict[str, Tensor], dict]:
+    """The tensors that `export` writes, and what travels with them."""
     tensors, contents, file = read_run(run)
     backbone = contents["config"]["model"]["backbone"]
-    if form != "timm" and backbone not in TORCHVISION:
+    if form not in ("timm", "hub") and backbone not in TORCHVISION:
         raise ExportError(f"{form} has no {backbone}, which is a network of timm's; set --format timm")
     tensors |= statistics or {}
-    facts = {
+    return tensors, {
         "format": form,
         "inscon": importlib.metadata.version("inscon"),
         "checkpoint": file.name,
@@ -72,13 +83,8 @@ def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm
         "untrained": untrained_parameters(contents["config"]),
         "digest": digest(tensors),
         "config": contents["config"],
+        "data": contents["data"],
     }
-    guard.remove_unfinished(out.parent, f"{out.name}.*")
-    with guard.whole_file(out) as file:
-        _write(file, tensors, facts)
-        file.flush()
-        read(Path(file.name))
-    return facts
 
 
 def untrained_parameters(config: dict) -> list[str]:
