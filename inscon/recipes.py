@@ -115,6 +115,12 @@ def pixpro_r50() -> Config:
     )
 
 
+def own() -> Config:
+    """InsCon on pictures of one's own, batch, epochs, queues and more as their number asks (inscon/own.py): `scripts/train.py
+    --recipe own --data SHARDS`, with `--method` for another one. Expected: nothing yet, for no set is like yours."""
+    return Config(method=inscon.Settings())
+
+
 def demo() -> Config:
     """`smoke` with a network of 0.4 million weights: what `make demo` trains, minutes on 2 cores.
 
@@ -155,7 +161,7 @@ def varied(**settings: object) -> Callable[[], Config]:
 
 CELLS = ("single", "cell")
 OF_METHODS = (densecl_r50, resim_r50, detco_r50, infomin_r50, simclr_r50, byol_r50, pixpro_r50)
-RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, *OF_METHODS, demo, smoke)} | {
+RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1, *OF_METHODS, own, demo, smoke)} | {
     "r2": varied(
         heads=("single", "multi")
     ),  # COCO FPN 1x 40.7, 36.6 AP (Table 7); ImageNet linear 70.3 top-1 (Table 6)

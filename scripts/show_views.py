@@ -25,7 +25,7 @@ from inscon.batch import Batch
 from inscon.config import Config
 from inscon.methods.method import resolve
 from inscon.scripts.attention_maps import joined
-from inscon.scripts.train import feed_of, parse
+from inscon.scripts.train import feed_of, fitted, parse
 from pipelines import open_pipeline
 from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
@@ -46,7 +46,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> Path:
     chosen, rest = options().parse_known_args(arguments)
-    config = parse(rest)
+    config = fitted(parse(rest), rest, 1)
     guard.check_output_file(chosen.out)
     drawn = sheet(config, chosen.step, chosen.images)
     with guard.whole_file(chosen.out) as file:

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     from inscon.methods.method import resolve
     from inscon.report.flops import step_flops
     from inscon.report.measure import Measurement
-    from inscon.scripts.train import feed_of, parse
+    from inscon.scripts.train import feed_of, fitted, parse
 
     config = parse(rest)
     predictions = [predict(name, config, step_flops(resolve(config, 1)).trainings) for name in own.predict]
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     guard.check_output_folder(own.out)
     device = distributed.start()
     try:
+        config = fitted(config, rest, distributed.world_size())
         measurement = Measurement(config, feed_of, device, own.out, own.steps, own.warm_up)
         report = measurement.report() | {"predictions": predictions}
         if own.trace:

@@ -3,11 +3,12 @@
     python scripts/train.py --pipeline dali --data SHARDS                            # one GPU, or a CPU
     torchrun --nproc_per_node=8 scripts/train.py --pipeline dali --data SHARDS       # eight GPUs
     python scripts/train.py --method moco --backbone convnext_tiny --data SHARDS     # another method, another network
+    python scripts/train.py --recipe own --data SHARDS                               # settings that fit your number of pictures
     python scripts/train.py --recipe smoke --data SHARDS --epochs 5                  # any field of a recipe is a flag
 
-`--recipe` is imagenet_r50 (the default), one of the rivals (docs/methods.md), smoke, or r2 to r8 (docs/reproduce.md). `--method`
-starts from the first recipe of a method instead, or its defaults if there is none; its own settings are flags too, and `--help`
-lists every setting with its reason.
+`--recipe` is imagenet_r50 (the default), one of the rivals (docs/methods.md), own, smoke, or r2 to r8 (docs/reproduce.md).
+`--method` starts from the first recipe of a method instead, or its defaults if there is none; its own settings are flags too, and
+`--help` lists every setting with its reason.
 """
 
 import argparse
@@ -24,7 +25,7 @@ if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.store import local_copy
-from inscon import distributed, guard, methods, train
+from inscon import distributed, guard, methods, own, train
 from inscon.config import Config
 from inscon.methods.method import resolve
 from inscon.recipes import GONE, RECIPES
@@ -36,6 +37,15 @@ from pipelines.feed import Feed, open_index
 
 def parse(arguments: list[str]) -> Config:
     """The recipe named by --recipe, or the first one of --method or its defaults, with every flag on top."""
+    _, start, rest = chosen_start(arguments)
+    return tyro.cli(
+        Config[type(start.method)], default=start, args=rest, description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )  # fmt: skip
+
+
+def chosen_start(arguments: list[str]) -> tuple[str | None, Config, list[str]]:
+    """The value of --recipe, the configuration that it or --method begins with, and the other arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=[*RECIPES, *GONE])
     first.add_argument("--method")
@@ -44,28 +54,42 @@ def parse(arguments: list[str]) -> Config:
         raise ValueError(f"the recipe {chosen.recipe} was another name; set --recipe {GONE[chosen.recipe]}")
     start = RECIPES[chosen.recipe or "imagenet_r50"]()
     if chosen.method is not None and type(start.method) is not (settings := methods.settings_of(chosen.method)):
-        if chosen.recipe is not None:
+        if chosen.recipe not in (None, "own"):
             raise ValueError(f"the recipe {chosen.recipe} is not of the method {chosen.method}; set one of the two")
         recipes = (recipe() for recipe in RECIPES.values())
         start = next((made for made in recipes if type(made.method) is settings), Config(method=settings()))
-    return tyro.cli(
-        Config[type(start.method)], default=start, args=rest, description=__doc__,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )  # fmt: skip
+    return chosen.recipe, start, rest
+
+
+def fitted(config: Config, arguments: list[str], ranks: int) -> Config:
+    """What `parse` made of the arguments; with --recipe own what no flag sets fits the data, and rank 0 says why."""
+    recipe, start, _ = chosen_start(arguments)
+    if recipe != "own":
+        return config
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    config, lines = own.fit(config, start, given, open_index(config.loader), ranks)
+    if distributed.rank() == 0:
+        print(*lines, sep="\n", flush=True)
+    return config
 
 
 def main(arguments: list[str]) -> None:
-    pretrain(parse(arguments), when_stopped=guard.ignore_stops)
+    pretrain(parse(arguments), lambda config, ranks: fitted(config, arguments, ranks), guard.ignore_stops)
 
 
-def pretrain(config: Config, when_stopped: Callable[[], None] = lambda: None) -> bool:
+def pretrain(
+    config: Config, fit: Callable[[Config, int], Config] = lambda config, ranks: config,
+    when_stopped: Callable[[], None] = lambda: None,
+) -> bool:  # fmt: skip
     """Train as `config` says, from the newest checkpoint in its run_dir, if any; whether a signal or Ctrl-C stopped it.
 
     What is logged is in run_dir/metrics.jsonl. ValueError, with the remedy, before any work.
     """
     device = distributed.start()
     try:
-        config = resolve(config, distributed.world_size())
+        world = distributed.world_size()
+        config = resolve(fit(config, world), world)
         feed = feed_of(config)
         with distributed.hold(config.run.run_dir, "--run-dir"):
             return run(config, feed, device, when_stopped)

@@ -17,7 +17,7 @@ FLOORS = {
     },
     3: {"pipelines", "inscon.methods"},
     4: {
-        "inscon.recipes", "inscon.train", "inscon.meters", "inscon.report", "inscon.checkpoint", "inscon.health",
+        "inscon.own", "inscon.recipes", "inscon.train", "inscon.meters", "inscon.report", "inscon.checkpoint", "inscon.health",
         "inscon.transfer", "inscon.trackers",
     },
     5: {"scripts", "inscon.scripts", "inscon.__main__"},

@@ -14,7 +14,7 @@ from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
 from inscon.methods import moco
-from inscon.methods.method import Follower, KeyMethod, Keys, Losses, Piece, add_up, queue_size
+from inscon.methods.method import Follower, KeyMethod, Keys, Losses, Piece, add_up, queue_size, suited_queue
 from inscon.nn.backbones import Backbone, facts_of
 from inscon.nn.heads import instance_head, map_head
 from inscon.nn.loss import group_terms, row_logits, unit
@@ -92,6 +92,14 @@ class Settings(moco.Settings):
             )
         cells = queue_size("cell_queue_size", self.cell_queue_size, batch * self.cells)
         return dataclasses.replace(super().resolved(config), cell_queue_size=cells)
+
+    def suited(self, images: int, batch_size: int, steps: int) -> dict[str, tuple[object, str]]:
+        own, cells = super().suited(images, batch_size, steps), suited_queue(images, batch_size, self.cells)
+        temperature = min(self.cell_temperature, own["temperature"][0]), own["temperature"][1]
+        return own | {
+            "cell_queue_size": (cells, f"cells of as many pictures, {self.cells} each; 65536 at most"),
+            "cell_temperature": temperature,
+        }
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
         specs = views.spec("query"), views.spec("key", views.overlap("query"))

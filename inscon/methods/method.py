@@ -85,6 +85,10 @@ class MethodSettings:
         """Steps that an image's key stays in a queue."""
         return 0
 
+    def suited(self, images: int, batch_size: int, steps: int) -> dict[str, tuple[object, str]]:
+        """What a set of so many images, four batches at least, and a run of so many steps want: fields, each with its reason."""
+        return {}
+
     def build(self, config: Config, rank_batch_size: int) -> "Method":
         """The method, for a resolved `config` that holds these settings."""
         raise NotImplementedError
@@ -302,6 +306,12 @@ def queue_size(name: str, asked: int | None, per_step: int) -> int:
             f"{name} must be a multiple of the {per_step} keys of one step. Found: {asked}; set --{flag} {nearest}"
         )
     return asked
+
+
+def suited_queue(images: int, batch_size: int, per_image: int = 1) -> int:
+    """Keys of a quarter of the set, or 65536, in whole batches."""
+    per_step = batch_size * per_image
+    return max(min(images // 4 * per_image, 65536) // per_step, 1) * per_step
 
 
 def resolve(config: Config, world_size: int) -> Config:

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
-from inscon.methods.method import Follower, KeyMethod, Keys, MethodSettings, Piece, add_up, queue_size
+from inscon.methods.method import Follower, KeyMethod, Keys, MethodSettings, Piece, add_up, queue_size, suited_queue
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head
 from inscon.nn.loss import unit
 from inscon.plan import ViewSpec
+
+FEW_KEYS = 16_384
+"""In a queue; a run with no more takes a lower temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,19 @@ class Settings(MethodSettings):
     def resolved(self, config: Config) -> "Settings":
         size = queue_size("queue_size", self.queue_size, config.optim.batch_size)
         return dataclasses.replace(self, queue_size=size)
+
+    def suited(self, images: int, batch_size: int, steps: int) -> dict[str, tuple[object, str]]:
+        queue = suited_queue(images, batch_size)
+        momentum = round(min(max(1 - 2 / steps, 0.99), self.key_momentum), 3)
+        temperature = self.temperature if queue > FEW_KEYS else min(self.temperature, 0.1)
+        return {
+            "queue_size": (queue, "a quarter of the set, so that few pictures meet their own older key; 65536 at most"),
+            "key_momentum": (
+                momentum,
+                f"1 - 2/steps, for keys must follow within the {steps} steps; {self.key_momentum} at most",
+            ),
+            "temperature": (temperature, f"0.1 with {FEW_KEYS} keys or fewer, which are easily told apart"),
+        }
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
         return views.spec("query"), views.spec("key")
