@@ -54,7 +54,8 @@ class SimCLR(Method):
         own = unit(self.head(self.backbone.pooled(self.backbone(pixels))))
         logits, twins = twin_logits(own, self.settings.temperature)
         loss, top1 = cross_entropy(logits, twins), (logits.detach().argmax(1) == twins).float().mean()
-        return Losses(total=loss, logged={"loss_twin": loss.detach(), "top1_twin": top1})
+        length = own.detach().mean(0).norm()
+        return Losses(total=loss, logged={"loss_twin": loss.detach(), "top1_twin": top1, "length_twin": length})
 
 
 def twin_logits(own: Float[Tensor, "N D"], temperature: float) -> tuple[Float[Tensor, "N A"], Tensor]:

@@ -40,7 +40,7 @@ def step_flops(config: Config) -> StepFlops:
     size, specs = min(COUNTED_IMAGES, config.optim.batch_size), config.method.view_specs(config.views)
     feed = Feed(MadeUpIndex(), specs, config.method.mosaics(), batch_size=size, seed=0)
     with torch.device("meta"):
-        method, backbone = config.method.build(config, size), build_backbone(config.model.backbone)
+        method, backbone = config.method.build(config, size), build_backbone(config.model.backbone).eval()
         views = {spec.name: torch.empty(size, spec.count, spec.side, spec.side, 3) for spec in specs}
         batch = Finish(feed, torch.device("meta"), torch.float32, host_color=True)(feed.work(0), views)
         with FlopCounterMode(display=False) as step:

@@ -1,9 +1,11 @@
 """The configurations that come with the project, and the page that says how to reproduce the paper with them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from inscon.config import ModelConfig, ViewConfig
 from inscon.methods.method import resolve
 from inscon.recipes import GONE, RECIPES
 from inscon.report.flops import step_flops
@@ -25,6 +27,13 @@ def test_the_cost_of_an_image_is_what_the_page_says(recipe, trainings):
     counted = step_flops(resolve(RECIPES[recipe](), 1)).trainings
     assert counted == pytest.approx(trainings, rel=0.05)
     assert f"| {counted:.2f} |" in (ROOT / "docs/methods.md").read_text()
+
+
+def test_the_cost_of_views_of_one_cell_can_be_counted():
+    """Of 32 px: the last map is a single value, which BatchNorm refuses to normalize in training."""
+    config = RECIPES["moco_v2"]()
+    small = dataclasses.replace(config, views=ViewConfig(view_size=32), model=ModelConfig(backbone="test_resnet"))
+    assert step_flops(resolve(small, 1)).trainings == pytest.approx(4 / 3, rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", ["simclr_r50", "byol_r50", "pixpro_r50"])

@@ -51,6 +51,7 @@ def test_steps_are_simclrs():
         similarity = (z @ z.T).detach().fill_diagonal_(-9)
         right = similarity.argmax(1) == torch.arange(2 * BATCH).roll(BATCH)
         assert figures["top1_twin"].item() == pytest.approx(right.double().mean().item())
+        assert figures["length_twin"].item() == pytest.approx(z.mean(0).norm().item())
         by_name = {name: gradient for (name, _), gradient in zip(net.named_parameters(), gradients, strict=True)}
         for name, p in ours.named_parameters():
             torch.testing.assert_close(p.grad, by_name[theirs(name)], rtol=1e-7, atol=1e-9)
