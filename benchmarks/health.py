@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from torch import nn
 
-from inscon.methods import byol, inscon
+from inscon.methods import byol, inscon, method
 from inscon.methods.inscon import InsCon
 from inscon.nn.norm import SplitBatchNorm2d
 from inscon.report.measure import machine, versions
@@ -81,12 +81,12 @@ def stale() -> None:
 
 def collapse() -> None:
     """Nothing keeps embeddings apart: the negatives say nothing."""
-    plain = inscon.row_logits
+    plain = method.row_logits
 
     def without_negatives(queries, positives, negatives, temperature):
         return plain(queries, positives, 0 * negatives, temperature)
 
-    inscon.row_logits = without_negatives
+    method.row_logits = inscon.row_logits = without_negatives
 
 
 def stuck() -> None:
