@@ -128,7 +128,7 @@ def test_sound_runs_that_were_recorded_are_left_in_peace(name):
 
 
 def test_they_are_of_many_methods():
-    assert {"moco_v1", "moco_v2", "cells", "densecl", "byol", "pixpro", "simclr"} <= set(RECORDED)
+    assert {"demo", "moco_v1", "moco_v2", "cells", "densecl", "byol", "pixpro", "simclr"} <= set(RECORDED)
 
 
 @pytest.mark.parametrize("name", ["alike", "collapse"])
