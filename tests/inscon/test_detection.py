@@ -785,6 +785,28 @@ def test_a_second_process_in_a_folder_is_refused(scenes, tmp_path):
         finetune_detection.main(config_of(scenes, tmp_path))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_backbone_stays_as_it_is_and_the_rest_learns(scenes, tmp_path, frozen):
+    plan = {"arch": "fasterrcnn-fpn", "backbone": "test_resnet", "min_size": (64,), "frozen": frozen}
+    run = begin(scenes, tmp_path, build, iterations=1, **plan)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train(workers=1)
+    moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+    of_backbone = {name for name in before if name.startswith("backbone.body.")}
+    assert any(name.startswith("backbone.fpn.") for name in moved)
+    assert not moved & of_backbone if frozen else len(moved & of_backbone) > len(of_backbone) / 2
+
+
+def test_a_detector_of_before_there_were_frozen_ones_is_read(scenes, tmp_path):
+    run = begin(scenes, tmp_path, iterations=1)
+    run.train()
+    path = tmp_path / "checkpoints/step-00000001.pt"
+    held = torch.load(path)
+    assert held["design"].pop("frozen") is False
+    torch.save(held, path)
+    assert begin(scenes, tmp_path, iterations=1).iteration == 1
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.slow
 def test_coco_mini_is_learnt_from_and_judged(arch, tmp_path):

@@ -102,6 +102,8 @@ class FineTuning:
         """One iteration; its losses by name and `loss`, their sum. FloatingPointError for a loss that is not finite."""
         torch.manual_seed((self.design.seed << 32) + iteration)  # of the sizes and boxes that torchvision draws
         self.model.train()
+        if self.design.frozen:
+            self.model.backbone.body.eval()
         set_learning_rate(self.optimizer, lr_at(self.design, iteration))
         images, targets = zip(*tree_map_only(Tensor, lambda value: value.to(self.device), batch))
         amp_dtype = self.precision.autocast_dtype
@@ -167,9 +169,10 @@ def load_detector(folder: Path, device: torch.device | str = "cpu") -> tuple[Fas
 
 def _read(path: Path, device: torch.device | str) -> dict:
     held = checkpoint.load(path, device)
-    if set(held.get("design", ())) != {field.name for field in fields(Design)}:
+    design = {"frozen": False, **held.get("design", {})}  # which older ones do not say
+    if set(design) != {field.name for field in fields(Design)}:
         raise ValueError(f"{path} is no detector that this version fine-tuned; set another --out")
-    return held
+    return held | {"design": design}
 
 
 @torch.inference_mode()

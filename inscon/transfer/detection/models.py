@@ -36,6 +36,7 @@ class Protocol:
     """Boxes an image to learn from is sampled for; fewer make trials on a CPU bearable."""
     proposals: int = 1000  # Of an image that is judged; fewer as well.
     seed: int = 0  # Of the heads, the order, flips, sizes and sampled boxes.
+    frozen: bool = False  # The backbone stays as it is, statistics too: the rest learns on top of it.
 
     def __post_init__(self):
         guard.check_ranges(self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4)
@@ -73,7 +74,7 @@ def build(design: Design, backbone: Backbone | None = None, device: torch.device
         weights=None, weights_backbone=None, num_classes=len(design.categories) + 1, min_size=design.min_size,
         max_size=design.max_size, rpn_post_nms_top_n_test=design.proposals, box_batch_size_per_image=design.rois,
     )  # fmt: skip
-    body = backbone or build_backbone(design.backbone)
+    body = (backbone or build_backbone(design.backbone)).requires_grad_(not design.frozen)
     fpn = FeaturePyramidNetwork(list(body.channels.values()), 256, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
     model.backbone = nn.Sequential(OrderedDict(body=body, fpn=fpn))
     for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool)[: 1 + design.has_masks]:
