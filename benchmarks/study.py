@@ -150,7 +150,7 @@ def flags_of(name: str, options: argparse.Namespace, chosen: dict[str, float]) -
         "cell_queue_size": 144 * options.batch_size, "dense_from_step": options.steps // 4,
     }  # fmt: skip
     flags = ["--method", method, "--backbone", options.backbone, "--view-size", options.view_size]
-    flags += ["--batch-size", options.batch_size, "--schedule", "cosine-step", "--no-tensorboard"]
+    flags += ["--batch-size", options.batch_size, "--schedule", "cosine-step"]
     flags += RATE if SMALL.get(method) is RATE else ["--lr", 0 if name == UNTRAINED else chosen["lr"]]
     flags += [
         word for field in settings if field in known for word in (f"--{field.replace('_', '-')}", settings[field])
