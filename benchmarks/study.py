@@ -49,8 +49,8 @@ CHOSEN = {"lr": 0.03, "temperature": 0.1, "key_momentum": 0.99}
 """Without --search: those of the demo, which was searched on other scenes (docs/measured.md)."""
 SEARCH_SEED = 1000
 SMALLEST = {
-    "methods": ["moco", "inscon"], "backbone": "test_resnet", "batch_size": 64, "steps": 128, "pictures": 2048, "held_out": 1024,
-    "probe_epochs": 5, "iterations": 0, "search_lr": (0.03, 0.06), "search_key_momentum": (0.99,),
+    "methods": ["moco", "inscon"], "backbone": "test_resnet", "batch_size": 64, "steps": 256, "pictures": 4096, "held_out": 1024,
+    "queue_batches": 2, "probe_epochs": 5, "iterations": 0, "search_lr": (0.03, 0.06), "search_key_momentum": (0.99,),
 }  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--backbone", default="resnet18")
     add("--view-size", type=int, default=64)
     add("--batch-size", type=int, default=256)
+    add("--queue-batches", type=int, default=16, help="that queues hold; short runs learn little from long ones")
     add("--steps", type=int, default=3100, help="of each run")
     add("--pictures", type=int, default=8192, help="scenes to train on")
     add("--held-out", type=int, default=2048, help="scenes to judge on")
@@ -146,8 +147,8 @@ def flags_of(name: str, options: argparse.Namespace, chosen: dict[str, float]) -
     method = "moco" if name == UNTRAINED else "inscon" if name in HEADS else name
     known = {field.name for field in dataclasses.fields(methods.settings_of(method))}
     settings = {
-        **chosen, "cell_temperature": chosen["temperature"], "queue_size": 16 * options.batch_size,
-        "cell_queue_size": 144 * options.batch_size, "dense_from_step": options.steps // 4,
+        **chosen, "cell_temperature": chosen["temperature"], "queue_size": options.queue_batches * options.batch_size,
+        "cell_queue_size": 9 * options.queue_batches * options.batch_size, "dense_from_step": options.steps // 4,
     }  # fmt: skip
     flags = ["--method", method, "--backbone", options.backbone, "--view-size", options.view_size]
     flags += ["--batch-size", options.batch_size, "--schedule", "cosine-step"]
