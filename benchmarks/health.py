@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--val", type=Path)
     parser.add_argument("--other", type=Path)
     parser.add_argument("--healthy", action="store_true")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--runs", nargs="+", choices=RUNS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/health.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/healthy-run.png")
