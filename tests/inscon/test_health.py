@@ -29,10 +29,10 @@ def run(tmp_path, total=4, **model):
 
 
 def method_of(batch_size=64, **settings):
-    """An untrained one, of the recipe smoke."""
+    """An untrained one, of the recipe smoke with a smaller network."""
     config = smoke()
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
-    model = dataclasses.replace(config.model, split_size=None)
+    model = dataclasses.replace(config.model, backbone="test_resnet", split_size=None)
     settings = {"cell_queue_size": 18 * batch_size, **settings}
     config = dataclasses.replace(
         config, optim=optim, model=model, method=dataclasses.replace(config.method, **settings)

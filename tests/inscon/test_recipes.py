@@ -32,7 +32,9 @@ def test_the_cost_of_an_image_is_what_the_page_says(recipe, trainings):
 def test_the_cost_of_views_of_one_cell_can_be_counted():
     """Of 32 px: the last map is a single value, which BatchNorm refuses to normalize in training."""
     config = RECIPES["moco_v2"]()
-    small = dataclasses.replace(config, views=ViewConfig(view_size=32), model=ModelConfig(backbone="test_resnet"))
+    method = dataclasses.replace(config.method, queue_size=256)
+    model, views = ModelConfig(backbone="test_resnet"), ViewConfig(view_size=32)
+    small = dataclasses.replace(config, method=method, model=model, views=views)
     assert step_flops(resolve(small, 1)).trainings == pytest.approx(4 / 3, rel=0.05)
 
 
