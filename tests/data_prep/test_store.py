@@ -313,7 +313,7 @@ def test_a_full_disk_is_a_sentence(server, fetch, small_files):
     try:
         with (
             small_files(5_000_000),
-            pytest.raises(ValueError, match=r"set/shard-000000.tar cannot be fetched \(.*File too large"),
+            pytest.raises(ValueError, match=r"/set cannot be kept in .*cache \(File too large\); make room there"),
         ):
             fetch()
     finally:

@@ -16,7 +16,7 @@ from data_prep.make_dali import pack_folder
 PAGE = (Path(__file__).resolve().parents[2] / "docs/python.md").read_text()
 SMALLER = {
     "max_steps=100": "max_steps=2, pipeline='reference', threads=0, backbone='test_resnet', batch_size=8, split_size=4, "
-    "queue_size=16, cell_queue_size=144, log_every=1, tensorboard=False",
+    "queue_size=16, cell_queue_size=144, log_every=1",
     "LabelledViews(data, 64).": "LabelledViews(data, 64, pipeline='reference', threads=0).",
     "k=20": "k=5",
 }
