@@ -80,6 +80,17 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     raise SystemExit(status)
 
 
+def share_cores(load: Path = Path("/proc/loadavg")) -> None:
+    """Let torch's threads sleep while they wait for each other, if others compute on this machine now; before torch is imported.
+
+    Alone, spinning is faster. But two jobs that spin on the same two cores slowed each other 25 times (docs/measured.md).
+    """
+    with contextlib.suppress(OSError):  # no Linux
+        looks = [time.sleep(0.01) or int(load.read_text().split()[3].partition("/")[0]) for _ in range(5)]
+        if min(looks) > 1:  # this one and another
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def refuse_old_flags(script: str, arguments: list[str]) -> None:
     """ValueError, with what to write, for a flag of before that people may have in scripts of their own."""
     old = OLD_FLAGS.get(script, {})

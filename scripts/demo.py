@@ -17,6 +17,10 @@ from pathlib import Path
 if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from inscon.guard import share_cores
+
+share_cores()
+
 import torch
 import tyro
 from PIL import ImageOps

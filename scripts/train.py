@@ -18,11 +18,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import tyro
-
 if not __package__:  # run as a script, beside which Python looks
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inscon.guard import share_cores
+
+share_cores()
+
+import torch
+import tyro
 
 from data_prep.store import local_copy
 from inscon import distributed, guard, methods, own, train

@@ -297,3 +297,23 @@ def test_an_old_flag_is_refused_with_the_new_name(script, flag, monkeypatch, cap
         guard.run_script(script, lambda: pytest.fail("it went on"))
     assert f"{script}: {flag} is " + (f"called {new} now" if new else "gone") in capsys.readouterr().err
     assert (folder / script).exists() and flag not in (folder / script).read_text()
+
+
+@pytest.mark.parametrize(
+    ("load", "policy"), [("0.9 0.5 0.1 1/200 77", None), ("0.0 0.0 0.0 3/200 77", "passive"), (None, None)]
+)
+def test_threads_sleep_where_others_compute(tmp_path, monkeypatch, load, policy):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if load:
+        (tmp_path / "loadavg").write_text(load)
+    guard.share_cores(tmp_path / "loadavg")
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+def test_a_process_that_computes_is_seen(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(0.3)
+        guard.share_cores()
+        busy.kill()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
