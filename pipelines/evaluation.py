@@ -59,12 +59,12 @@ class LabelledViews:
     """
 
     def __init__(
-        self, data: Path, view_size: int, batch_size: int = 64, pipeline: Engine = "auto", threads: int | None = None,
+        self, data: str | Path, view_size: int, batch_size: int = 64, pipeline: Engine = "auto", threads: int | None = None,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
         scale: tuple[float, float] = (0.08, 1.0), rank: int = 0, world_size: int = 1, labels_needed: bool = True,
         limit: int | None = None, like: "LabelledViews | None" = None,
     ):  # fmt: skip
-        self.index = DatasetIndex.open(local_copy(data))
+        self.index = DatasetIndex.open(local_copy(Path(data)))
         self.labels = torch.from_numpy(self.index.labels(range(len(self.index))))
         """[n] int64, of every sample."""
         if labels_needed and (self.labels == NO_LABEL).any():

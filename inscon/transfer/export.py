@@ -120,7 +120,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def any_backbone(source: Path, untrained: bool = False) -> tuple[Backbone, dict]:
+def any_backbone(source: str | Path, untrained: bool = False) -> tuple[Backbone, dict]:
     """A backbone in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it.
 
     `untrained`: the network as that run began. Raises CheckpointError or ExportError.
