@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import sys
 from importlib.util import find_spec
 
 os.environ.setdefault(
@@ -52,6 +53,8 @@ def pytest_make_collect_report(collector):
         error = error.__cause__
     missing = error.name if error else None
     if missing and missing.split(".")[0] not in OURS:
+        # Else it stays there half imported, and tests that import from it fail in another way.
+        sys.modules.pop(".".join(collector.path.relative_to(collector.config.rootpath).with_suffix("").parts), None)
         report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {missing} is not installed")
     return report
 
