@@ -33,6 +33,8 @@ FEWEST = {"steps": 10, "warm_up": 2, "trace": 0}
 
 def main(arguments: list[str]) -> int:
     own, rest = options().parse_known_args(arguments)
+    if own.html and own.compare:
+        raise ValueError("--html shows a report or a run, no comparison; leave --html or --compare out")
     if own.compare:
         return show_comparison(*own.compare, own.tolerance)
     if own.html:
@@ -52,6 +54,8 @@ def main(arguments: list[str]) -> int:
     config = parse(rest)
     predictions = [predict(name, config, step_flops(resolve(config, 1)).trainings) for name in own.predict]
     if predictions and config.loader.data is None:
+        if own.html:
+            raise ValueError("a prediction is no page; set --data SHARDS to measure, or leave --html out")
         print("\n".join(predictions))
         return 0
     guard.check_output_folder(own.out)

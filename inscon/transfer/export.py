@@ -61,7 +61,7 @@ def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm
     tensors, facts = gather(run, form, statistics, norm_batches)
     guard.remove_unfinished(out.parent, f"{out.name}.*")
     with guard.whole_file(out) as file:
-        _write(file, tensors, facts)
+        write(file, tensors, facts)
         file.flush()
         read(Path(file.name))
     return facts
@@ -204,7 +204,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {name: torch.from_numpy(held["model"][to_detectron2(name)].copy()) for name in names}, held["inscon"]
 
 
-def _write(file: BinaryIO, tensors: dict[str, Tensor], facts: dict) -> None:
+def write(file: BinaryIO, tensors: dict[str, Tensor], facts: dict) -> None:
     if facts["format"] != "detectron2":
         held = OrderedDict(tensors)
         held.inscon = json.dumps(facts)

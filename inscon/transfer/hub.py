@@ -11,7 +11,8 @@ from torch import Tensor
 
 from inscon import guard
 from inscon.nn.backbones import TORCHVISION, facts_of
-from inscon.transfer.export import ExportError, _write, digest, gather
+from inscon.report.run import read_metrics
+from inscon.transfer.export import ExportError, digest, gather, write
 from pipelines.color import MEAN, STD
 
 LINES = {
@@ -75,9 +76,8 @@ def export(run: Path, out: Path, license: str, statistics: dict | None = None, n
     """Write the folder `out`, which appears when everything in it is whole; return what `export.export` does."""
     tensors, facts = gather(run, "hub", statistics, norm_batches)
     shared = {group: held for group, held in facts["config"].items() if group not in ("loader", "run")}  # no paths
-    metrics = (run if run.is_dir() else run.parent.parent) / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    windows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one short
+    folder = run if run.is_dir() else run.parent.parent
+    windows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     window = next((found for found in reversed(windows) if found["step"] <= facts["step"]), {})
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -106,7 +106,7 @@ def _fill(folder: Path, tensors: dict[str, Tensor], facts: dict, license: str, w
             file.write(written)
     if detectron2:
         with guard.whole_file(folder / "detectron2.pkl") as file:
-            _write(file, tensors, facts | {"format": "detectron2"})
+            write(file, tensors, facts | {"format": "detectron2"})
 
 
 def timm_config(name: str, side: int) -> dict:

@@ -131,6 +131,20 @@ def test_the_command_writes_a_page_of_a_run(tmp_path, capsys):
         main(["--run", run, "--html", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--compare a b", "no comparison; leave"),
+        ("--predict v100x8", "no page; set --data SHARDS"),
+        ("--run none", "no metrics at none"),
+    ],
+)
+def test_what_has_no_page_is_refused(tmp_path, flags, says):
+    with pytest.raises(ValueError, match=says):
+        main([*flags.split(), "--html", str(tmp_path / "page.html")])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_measurement_gets_the_curves_of_a_run_beside_it(tmp_path):
     flags = (
