@@ -1,6 +1,5 @@
 """BYOL (Grill et al., arXiv 2006.07733): from each view an online network predicts what a slow target makes of the other one."""
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -16,8 +15,7 @@ from inscon.nn.heads import normed_head
 from inscon.nn.loss import unit
 from inscon.plan import ViewSpec
 
-OTHER = {"first": "second", "second": "first"}
-"""View -> the one whose target it predicts."""
+OTHER = {"first": "second", "second": "first"}  # view -> the one whose target it predicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +29,7 @@ class Settings(MethodSettings):
     hidden_dim: int = 4096
     """Between the two layers of projector and predictor."""
     target_momentum: float = 0.99
-    """m of target = m*target + (1-m)*online in the first step; it rises to 1 along a cosine. 0.99 for 300 epochs and fewer, 0.996
-    for 1000; unchecked against the paper."""
+    """m of target = m*target + (1-m)*online at first; a cosine takes it to 1. 0.99 up to 300 epochs, 0.996 for 1000; unchecked."""
     second_blur_probability: float = 0.1
     """Of the second view; --blur-probability is the first one's."""
     second_solarize_probability: float = 0.2
@@ -44,8 +41,7 @@ class Settings(MethodSettings):
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
         blur, solarize = self.second_blur_probability, self.second_solarize_probability
-        second = views.spec("second", blur_probability=blur, solarize_probability=solarize)
-        return views.spec("first"), second
+        return views.spec("first"), views.spec("second", blur_probability=blur, solarize_probability=solarize)
 
     def build(self, config: Config, rank_batch_size: int) -> "BYOL":
         return BYOL(config)
@@ -67,20 +63,18 @@ class Encoder(nn.Module):
 class BYOL(Method):
     """Each view is a piece of the step: a pass through the online network, against the target of the other view."""
 
+    encoder = Encoder
+
     def __init__(self, config: Config):
         super().__init__()
         self.settings = config.method
-        self.online = self.build_encoder(build_backbone(config.model.backbone))
+        self.online = self.encoder(build_backbone(config.model.backbone), self.settings)
         self.target = slow_copy(self.online)
         self.predictor = self.build_predictor()
         self.followers = (Follower(self.target, self.online, self.settings.target_momentum),)
 
-    def build_encoder(self, backbone: Backbone) -> nn.Module:
-        return Encoder(backbone, self.settings)
-
     def build_predictor(self) -> nn.Module:
-        dim = self.settings.embedding_dim
-        return normed_head(dim, self.settings.hidden_dim, dim)
+        return normed_head(self.settings.embedding_dim, self.settings.hidden_dim, self.settings.embedding_dim)
 
     @property
     def backbone(self) -> Backbone:
@@ -96,7 +90,7 @@ class BYOL(Method):
         return {name: self.target(view.pixels) for name, view in batch.views.items()}
 
     def pieces(self, batch: Batch, prepared) -> list[Piece]:
-        return [Piece(name, functools.partial(self.losses, name, batch, prepared)) for name in batch.views]
+        return [Piece(name, lambda name=name: self.losses(name, batch, prepared)) for name in batch.views]
 
     def losses(self, name: str, batch: Batch, targets: dict[str, Tensor]) -> Losses:
         """2 - 2 cos, the mean over the images: from 0 to 4 for each view."""

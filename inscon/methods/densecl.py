@@ -57,13 +57,12 @@ class Encoder(moco.Encoder):
 
 
 class DenseCL(moco.MoCo):
+    encoder = Encoder
+
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
         self.add_queue("dense", self.settings.queue_size, self.settings.embedding_dim, config.optim.batch_size)
         self.register_buffer("dense_weight", torch.zeros(()), persistent=False)
-
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
 
     def schedule(self, step: int, total_steps: int) -> None:
         self.dense_weight.fill_(self.settings.dense_weight if step >= self.settings.dense_from_step else 0.0)

@@ -14,7 +14,7 @@ from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
 from inscon.methods import moco
-from inscon.methods.method import Follower, JigsawSettings, KeyMethod, Keys, Losses, Piece, add_up, need_strides
+from inscon.methods.method import JigsawSettings, KeyMethod, Keys, Losses, Piece, add_up, need_strides
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head, jigsaw_head
 from inscon.nn.loss import unit
@@ -51,8 +51,7 @@ class Settings(JigsawSettings, moco.Settings):
 
 
 class Encoder(nn.Module):
-    """Backbone and eight heads: of each level one for whole views and one for patches (unchecked: that the latter joins nine
-    embeddings, as InfoMin's does)."""
+    """Backbone and, for each level, a head for whole views and one that joins nine patches (as InfoMin's; unchecked)."""
 
     def __init__(self, backbone: Backbone, settings: Settings):
         super().__init__()
@@ -73,27 +72,21 @@ class Encoder(nn.Module):
 
 
 class DetCo(KeyMethod):
+    encoder = Encoder
+
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
-        s: Settings = self.settings
-        self.key_encoder = self.build_key_encoder()
-        self.followers = (Follower(self.key_encoder, self.query_encoder, s.key_momentum),)
         for name in self.key_encoder.heads:
-            self.add_queue(name, s.queue_size, s.embedding_dim, config.optim.batch_size)
-
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
+            self.add_queue(name, self.settings.queue_size, self.settings.embedding_dim, config.optim.batch_size)
 
     def key_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch.views["key"].pixels, batch.views["key_patches"].pixels
 
     def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
+        views, keys = batch.views, prepared.own
         return [
-            Piece("query", lambda: self._losses(batch.views["query"].pixels, prepared.own, "global", ("global",))),
-            Piece(
-                "patches",
-                lambda: self._losses(batch.views["query_patches"].pixels, prepared.own, "local", ("local", "global")),
-            ),
+            Piece("query", lambda: self._losses(views["query"].pixels, keys, "global", ("global",))),
+            Piece("patches", lambda: self._losses(views["query_patches"].pixels, keys, "local", ("local", "global"))),
         ]
 
     def _losses(self, pixels: Tensor, keys: dict[str, Tensor], kind: str, kinds_of_keys: tuple[str, ...]) -> Losses:
@@ -102,6 +95,5 @@ class DetCo(KeyMethod):
         for stride, weight in zip(LEVELS, self.settings.level_weights, strict=True):
             for other in kinds_of_keys:
                 name, key = f"{kind if other == kind else 'across'}_{stride}", f"{other}_{stride}"
-                terms[name] = self.contrast(queries[f"{kind}_{stride}"], keys[key], key)
-                weights[name] = weight
+                terms[name], weights[name] = self.contrast(queries[f"{kind}_{stride}"], keys[key], key), weight
         return add_up(terms, weights)

@@ -53,8 +53,7 @@ class Encoder(moco.Encoder):
 class InfoMin(moco.MoCo):
     """Keys are of whole views alone, and both losses look for them among the same queue."""
 
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
+    encoder = Encoder
 
     def build_key_encoder(self) -> Encoder:
         twin = super().build_key_encoder()

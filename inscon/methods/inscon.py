@@ -14,7 +14,7 @@ from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
 from inscon.methods import moco
-from inscon.methods.method import Follower, KeyMethod, Keys, Losses, Piece, add_up, queue_size, suited_queue
+from inscon.methods.method import KeyMethod, Keys, Losses, Piece, add_up, queue_size, suited_queue
 from inscon.nn.backbones import Backbone, facts_of
 from inscon.nn.heads import instance_head, map_head
 from inscon.nn.loss import group_terms, row_logits, unit
@@ -168,13 +168,11 @@ class Encoder(nn.Module):
 class InsCon(KeyMethod):
     """The method. `single` alone or with others; keys of tiles come from the single head's follower, or the multi head's."""
 
+    encoder = Encoder
+
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
         s: Settings = self.settings
-        self.key_encoder = self.build_key_encoder()
-        source = "heads.single." if "single" in s.heads else "heads.multi."
-        renamed = lambda name: name.replace("heads.single.", source)  # noqa: E731
-        self.followers = (Follower(self.key_encoder, self.query_encoder, s.key_momentum, renamed),)
         batch_size = config.optim.batch_size
         if "single" in self.key_encoder.heads:
             self.add_queue("single", s.queue_size, s.embedding_dim, batch_size)
@@ -184,9 +182,6 @@ class InsCon(KeyMethod):
         order = None if mosaics is None else torch.from_numpy(mosaics.order(rank_batch_size))
         self.register_buffer("tile_order", order, persistent=False)
 
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
-
     def build_key_encoder(self) -> Encoder:
         """The query encoder's twin: its instance head and its cell head (METHOD 3)."""
         twin = super().build_key_encoder()
@@ -195,6 +190,9 @@ class InsCon(KeyMethod):
             if "single" not in twin.heads:
                 twin.heads["single"] = multi
         return twin
+
+    def renamed(self, name: str) -> str:
+        return name if "single" in self.settings.heads else name.replace("heads.single.", "heads.multi.")
 
     def key_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         key = batch.views["key"]

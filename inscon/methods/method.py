@@ -215,27 +215,29 @@ class Keys:
 class KeyMethod(Method):
     """What MoCo and its kin share: a query encoder, a key encoder that follows, shuffled BatchNorm, queues of keys.
 
-    A subclass builds an encoder, sets `key_encoder` and `followers`, adds queues, and says what its key encoder takes; both
-    encoders return tensors by name.
+    A subclass names its encoder, adds queues, and says what its key encoder takes; both encoders return tensors by name.
     """
 
-    query_encoder: nn.Module
-    key_encoder: nn.Module
+    encoder: Callable[[Backbone, MethodSettings], nn.Module]
+    """Made of a backbone, which it keeps under that name, and the method's settings."""
 
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__()
         self.settings, model = config.method, config.model
         self.shuffle = KeyShuffle(model.norm, rank_batch_size, model.split_size)
         groups = rank_batch_size // model.split_size if model.norm == "split" else 1
-        self.query_encoder = self.build_encoder(build_backbone(model.backbone, groups))
-
-    def build_encoder(self, backbone: Backbone) -> nn.Module:
-        """With `backbone` as a submodule of that name."""
-        raise NotImplementedError
+        self.query_encoder = self.encoder(build_backbone(model.backbone, groups), self.settings)
+        self.key_encoder = self.build_key_encoder()
+        momentum = self.settings.key_momentum
+        self.followers = (Follower(self.key_encoder, self.query_encoder, momentum, self.renamed),)
 
     def build_key_encoder(self) -> nn.Module:
         """The query encoder's twin, or those parts of it that keys need."""
         return slow_copy(self.query_encoder)
+
+    def renamed(self, name: str) -> str:
+        """Which parameter of the query encoder one of the key encoder follows."""
+        return name
 
     @property
     def backbone(self) -> Backbone:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
-from inscon.methods.method import Follower, KeyMethod, Keys, MethodSettings, Piece, add_up, queue_size, suited_queue
+from inscon.methods.method import KeyMethod, Keys, MethodSettings, Piece, add_up, queue_size, suited_queue
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head
 from inscon.nn.loss import unit
@@ -77,15 +77,11 @@ class Encoder(nn.Module):
 
 
 class MoCo(KeyMethod):
+    encoder = Encoder
+
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
-        self.key_encoder = self.build_key_encoder()
-        self.followers = (Follower(self.key_encoder, self.query_encoder, self.settings.key_momentum),)
-        batch_size = config.optim.batch_size
-        self.add_queue("single", self.settings.queue_size, self.settings.embedding_dim, batch_size)
-
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
+        self.add_queue("single", self.settings.queue_size, self.settings.embedding_dim, config.optim.batch_size)
 
     def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
         return [Piece("query", lambda: add_up({"single": self.single(batch, prepared)}))]

@@ -57,8 +57,7 @@ class Encoder(nn.Module):
 
 
 class PixPro(byol.BYOL):
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
+    encoder = Encoder
 
     def build_predictor(self) -> nn.ModuleDict:
         dim = self.settings.embedding_dim

@@ -103,15 +103,14 @@ class Encoder(moco.Encoder):
 
 
 class ReSim(moco.MoCo):
+    encoder = Encoder
+
     def __init__(self, config: Config, rank_batch_size: int):
         super().__init__(config, rank_batch_size)
         self.view_size = config.views.view_size
         self.norm_groups = rank_batch_size // (config.model.split_size or rank_batch_size)
         for stride, grid in GRIDS.items():
             self.register_buffer(f"windows_{stride}", grid.boxes(self.view_size), persistent=False)
-
-    def build_encoder(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.settings)
 
     def pieces(self, batch: Batch, prepared: Keys) -> list[Piece]:
         return [Piece("query", lambda: self._losses(batch, prepared.own))]
