@@ -14,8 +14,12 @@ PAPER_LINEAR = {"moco": 67.5, "single": 67.5, "single+multi": 70.3, "simclr": 66
 FIGURES = {"knn": "kNN, %", "linear": "linear probe, %", "frozen": "box AP, frozen", "full": "box AP, full"}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t with 1 to 9 degrees of freedom."""
-SHOWN = ("step", "loss", "lr", "knn", "top1_", "queue_mean_length_", "key_distance")
+SHOWN = ("step", "loss", "lr", "knn", "top1_", "length_", "rank_", "key_distance")
 """How the names begin of what study.json has of every log line."""
+DRAWN = {
+    "knn": "kNN within the held-out set", "loss": "loss", "top1_single": "single top-1", "length_single": "length of the mean key",
+    "loss_single": "single loss", "loss_multi": "multi loss", "loss_cell": "cell loss", "rank_single": "effective rank of the keys",
+}  # fmt: skip
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -69,25 +73,22 @@ def page(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """kNN and losses over steps: the mean of the seeds, in a band from the least to the greatest."""
+    """Curves over steps: the mean of the seeds, in a band from the least to the greatest."""
     from matplotlib import pyplot
 
     curves = {
         name: [run["curve"] for run in of if run["curve"]] for name, of in result["runs"].items() if name != UNTRAINED
     }
-    losses = {
-        name for of in curves.values() for curve in of for line in curve for name in line if name.startswith("loss")
-    }
-    shown = ["knn", *sorted(losses)][:8]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.5 * len(shown), 4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], shown):
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6.4), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, DRAWN.items()):
         for method, of in curves.items():
             found = [{line["step"]: line[name] for line in curve if name in line} for curve in of]
             steps = sorted(set.intersection(*map(set, found))) if found else []
             values = [[one[step] for one in found] for step in steps]
             axis.plot(steps, list(map(statistics.mean, values)), marker="." if name == "knn" else None, label=method)
             axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2)
-        axis.set(title="kNN within the held-out set" if name == "knn" else name, xlabel="step")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -62,7 +62,7 @@ def test_the_table_pairs_seeds_and_has_the_papers_order_beside_it(tmp_path):
     assert "| untrained | 32.0 ± 6.6 | 0.0 ± 0.0 |" in text
     assert "Here, by kNN: moco > inscon > untrained." in text and "In the paper, by box AP: inscon > moco." in text
     study_page.draw(RESULT, tmp_path / "study.png")
-    assert Image.open(tmp_path / "study.png").size == (3 * 360, 320)
+    assert Image.open(tmp_path / "study.png").size == (15 * 80, 512)
 
 
 @pytest.mark.parametrize("name", [study.UNTRAINED, *study.HEADS, *study.methods.names()])
