@@ -94,7 +94,7 @@ class Settings(moco.Settings):
         return dataclasses.replace(super().resolved(config), cell_queue_size=cells)
 
     def suited(self, images: int, batch_size: int, steps: int) -> dict[str, tuple[object, str]]:
-        own, cells = super().suited(images, batch_size, steps), suited_queue(images, batch_size, self.cells)
+        own, cells = super().suited(images, batch_size, steps), suited_queue(images, batch_size, steps, self.cells)
         temperature = min(self.cell_temperature, own["temperature"][0]), own["temperature"][1]
         return own | {
             "cell_queue_size": (cells, f"cells of as many pictures, {self.cells} each; 65536 at most"),

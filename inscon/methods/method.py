@@ -310,10 +310,10 @@ def queue_size(name: str, asked: int | None, per_step: int) -> int:
     return asked
 
 
-def suited_queue(images: int, batch_size: int, per_image: int = 1) -> int:
-    """Keys of a quarter of the set, or 65536, in whole batches."""
+def suited_queue(images: int, batch_size: int, steps: int, per_image: int = 1) -> int:
+    """Keys of a quarter of the set, of a 256th of the run's steps, or 65536, in whole batches."""
     per_step = batch_size * per_image
-    return max(min(images // 4 * per_image, 65536) // per_step, 1) * per_step
+    return max(min(images // 4 // batch_size, steps // 256, 65536 // per_step), 1) * per_step
 
 
 def resolve(config: Config, world_size: int) -> Config:

@@ -41,11 +41,14 @@ class Settings(MethodSettings):
         return dataclasses.replace(self, queue_size=size)
 
     def suited(self, images: int, batch_size: int, steps: int) -> dict[str, tuple[object, str]]:
-        queue = suited_queue(images, batch_size)
+        queue = suited_queue(images, batch_size, steps)
         momentum = round(min(max(1 - 2 / steps, 0.99), self.key_momentum), 3)
         temperature = self.temperature if queue > FEW_KEYS else min(self.temperature, 0.1)
         return {
-            "queue_size": (queue, "a quarter of the set, so that few pictures meet their own older key; 65536 at most"),
+            "queue_size": (
+                queue,
+                "of a quarter of the set, or a 256th of the steps, for keys are soon outdated in short runs; 65536 at most",
+            ),
             "key_momentum": (
                 momentum,
                 f"1 - 2/steps, for keys must follow within the {steps} steps; {self.key_momentum} at most",
