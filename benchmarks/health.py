@@ -33,7 +33,7 @@ from scripts import train
 
 SMALL = "--backbone test_resnet --view-size 32 --overlap-min-side 8 --batch-size 32 --epochs 2 --log-every 10"
 OF_HEADS = f"{SMALL} --batch-size 16 --split-size 4 --cell-stage res4 --cell-grid 2 --checkpoint-every 9999"
-PLANTED = "--recipe demo --log-every 10 --eval-every 50"
+PLANTED = f"--recipe smoke {OF_HEADS} --queue-size 4096 --cell-queue-size 4096 --eval-every 50"
 OF_BYOL = f"--recipe byol_r50 {SMALL} --hidden-dim 256 --embedding-dim 64 --lr 0.5 --warmup-epochs 0"
 HEALTHY = {
     "smoke": f"--recipe smoke {OF_HEADS} --cell-queue-size 512",

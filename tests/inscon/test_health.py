@@ -115,9 +115,9 @@ RECORDED = json.loads((ROOT / "benchmarks/results/health.json").read_text())["ru
 
 
 def judged(name):
-    """The lengths of a recorded run; those of a whole queue, as they once were logged, where it was all new at each log line."""
+    """The lengths of a recorded run."""
     figures = RECORDED[name]["figures"]
-    return [values for figure, values in figures.items() if figure.startswith(("length_", "queue_mean_length_cell"))]
+    return [values for figure, values in figures.items() if figure.startswith("length_")]
 
 
 @pytest.mark.parametrize("name", sorted({"healthy", *HEALTHY} & set(RECORDED)))
