@@ -31,12 +31,13 @@ import stat
 import tarfile
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.index import BEGIN_ANEW, FORMAT, MANIFEST_NAME, NO_LABEL, STATE_NAME, DatasetIndex, format_files
 from data_prep.pictures import BadPicture
+from inscon.guard import naming
 
 PICTURE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
@@ -172,9 +173,6 @@ class PackedListing:
         total_bytes = sum(shard.byte_count for shard in self.index.manifest.shards)
         self.facts = Facts("packed", str(self.index.path), self.index.class_names, len(self.index), total_bytes)
 
-    def __reduce__(self):
-        return PackedListing, (self.index.path,)
-
     def __len__(self) -> int:
         return len(self.index)
 
@@ -205,17 +203,13 @@ _TABLES = """
 PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -4000;
 CREATE TABLE found (name BLOB, class BLOB, container INTEGER, offset INTEGER, byte_count INTEGER, fault TEXT, sample BLOB);
 CREATE TABLE labels (sample BLOB PRIMARY KEY, text BLOB) WITHOUT ROWID;
-CREATE TABLE classes (text BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
 CREATE TABLE facts (facts TEXT);
 BEGIN;
 """
-_CLASSES = """
-INSERT OR IGNORE INTO classes (text)
-SELECT DISTINCT coalesce(text, class) AS name FROM found LEFT JOIN labels USING (sample) WHERE name NOT NULL
-"""
-_SORTED = f"""
-CREATE TABLE entries AS SELECT name, coalesce(number, {NO_LABEL}), container, offset, byte_count, fault
-FROM found LEFT JOIN labels USING (sample) LEFT JOIN classes ON classes.text = coalesce(labels.text, class) ORDER BY
+_CLASSES = "SELECT DISTINCT coalesce(text, class) FROM found LEFT JOIN labels USING (sample)"
+_SORTED = """
+CREATE TABLE entries AS SELECT name, label_of(coalesce(text, class)), container, offset, byte_count, fault
+FROM found LEFT JOIN labels USING (sample) ORDER BY
 """
 
 
@@ -224,8 +218,8 @@ class ListingWriter:
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
-        self.path, self.count, self._total_bytes = path, 0, 0
-        self._ignored, self._database = Counter(), _database(path, "nolock=1")
+        self.count, self._total_bytes, self._ignored = 0, 0, Counter()
+        self._database = _database(path, "nolock=1")
         self._database.executescript(_TABLES)
 
     def add(
@@ -241,10 +235,6 @@ class ListingWriter:
         self._database.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         self.count += 1
         self._total_bytes += byte_count
-
-    def add_class(self, text: bytes) -> None:
-        """One that may have no pictures."""
-        self._database.execute("INSERT OR IGNORE INTO classes (text) VALUES (?)", [text])
 
     def add_label(self, sample: bytes, text: bytes) -> None:
         """Of the pictures of a sample, wherever they are."""
@@ -272,10 +262,15 @@ class ListingWriter:
         """By kind, the most frequent first."""
         return dict(sorted(self._ignored.items(), key=lambda item: (-item[1], item[0])))
 
-    def finish(self, kind: str, root: bytes, *, integers: bool = False, **facts: Any) -> None:
-        """Bring it to the disk. With `integers`, class texts that all are some are the labels; `facts`: others of `Facts`."""
-        self._database.execute(_CLASSES)
-        texts = [text for (text,) in self._database.execute("SELECT text FROM classes ORDER BY text")]
+    def finish(
+        self, kind: str, root: bytes, *, classes: Iterable[bytes] = (), integers: bool = False, **facts: Any
+    ) -> None:
+        """Sort it. `classes`: those that may have no pictures; `facts`: others of `Facts`.
+
+        With `integers`, class texts that all are some are the labels.
+        """
+        found = {text for (text,) in self._database.execute(_CLASSES)} - {None}
+        texts = sorted(found.union(classes))
         labels, names = range(len(texts)), list(map(as_text, texts))
         if integers and texts and all(re.fullmatch(rb"-?\d{1,18}", text) for text in texts):
             labels = list(map(int, texts))
@@ -285,16 +280,14 @@ class ListingWriter:
                 f"{as_text(root)} has labels from {min(labels)} to {max(labels)}; they must be from 0 to {_MAX_CLASSES - 1}: "
                 "count them from 0, put a letter before each to make them names, or give a list file of the paths alone."
             )
-        self._database.executemany("UPDATE classes SET number = ? WHERE text = ?", zip(labels, texts, strict=True))
+        numbers = dict(zip(texts, labels, strict=True))
+        self._database.create_function("label_of", 1, lambda text: numbers.get(text, NO_LABEL), deterministic=True)
         self._database.execute(_SORTED + ("found.rowid" if kind == "list" else "class, name, container, offset"))
         self._database.execute("DROP TABLE found")
         names = list(map(str, names))
         whole = Facts(kind, as_text(root), names, self.count, self._total_bytes, self.ignored, **facts)
         self._database.execute("INSERT INTO facts VALUES (?)", [json.dumps(whole._asdict())])
         self._database.execute("COMMIT")
-        self.close()
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
 
     def close(self) -> None:
         self._database.close()
@@ -316,21 +309,29 @@ def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> S
         return PackedListing(data)
     writer, name = ListingWriter(path), os.fsencode(data.name)
     try:
-        if data.is_dir():
-            _list_folder(data, writer)
-        elif data.is_file() and data.name.lower().endswith(LIST_EXTENSIONS):
-            _list_lines(data, writer)
-        elif data.is_file() and _TAR_NAME.fullmatch(name):
-            _list_tars([name], os.fsencode(data.parent.absolute()), data, writer)
-        else:
-            known = ", *".join(LIST_EXTENSIONS)
-            raise ValueError(
-                f"{data} is no folder, tar or list of pictures (*{known}) that can be read; give one to --data."
-            )
+        with naming(data):
+            if data.is_dir():
+                _list_folder(data, writer)
+            elif data.is_file() and data.name.lower().endswith(LIST_EXTENSIONS):
+                _list_lines(data, writer)
+            elif data.is_file() and _TAR_NAME.fullmatch(name):
+                _list_tars([name], os.fsencode(data.parent.absolute()), data, writer)
+            else:
+                known = ", *".join(LIST_EXTENSIONS)
+                raise ValueError(
+                    f"{data} is no folder, tar or list of pictures (*{known}) that can be read; give one to --data."
+                )
     except sqlite3.Error as error:
         raise OSError(None, f"{path} cannot be written: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"{as_text(os.fsencode(error.filename))} cannot be listed ({error.strerror}): make it readable, mount it or move it "
+            "away."
+        ) from None
     finally:
         writer.close()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return Listing(path)
 
 
@@ -365,9 +366,7 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
     if tars and writer.count:
         raise ValueError(f"{data} holds both pictures and tars ({as_text(min(tars))}): move one of the two away.")
     if writer.count:
-        for folder in class_folders if has_classes else ():
-            writer.add_class(folder)
-        writer.finish("folder", root)
+        writer.finish("folder", root, classes=class_folders if has_classes else ())
         return
     if (data / STATE_NAME).is_dir() and format_files(data):
         DatasetIndex.open(data)  # raises, for this is a set of ours whose packing did not end
@@ -376,15 +375,12 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
 
 def _entries(folder: bytes, writer: ListingWriter) -> Iterator[os.DirEntry]:
     """What lies in a folder and is not hidden."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    writer.ignore(entry.name, "hidden")
-                elif entry.name != b"lost+found":  # of a disk's own root: for the superuser alone, and without pictures
-                    yield entry
-    except OSError as error:
-        raise _cannot_list(as_text(folder), error) from None
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                writer.ignore(entry.name, "hidden")
+            elif entry.name != b"lost+found":  # of a disk's own root: for the superuser alone, and without pictures
+                yield entry
 
 
 def _is_picture(name: bytes) -> bool:
@@ -397,7 +393,7 @@ def _look_at(path: bytes) -> dict[str, Any]:
         status = os.stat(path)
     except OSError as error:
         if error.errno not in _OF_ONE_PICTURE | _GONE:
-            raise _cannot_list(as_text(path), error) from None
+            raise
         return {"byte_count": 0, "fault": f"{UNREADABLE}: {error.strerror}"}
     if not stat.S_ISREG(status.st_mode):
         return {"byte_count": 0, "fault": f"{UNREADABLE}: {NOT_REGULAR}"}
@@ -442,13 +438,10 @@ def _list_tars(tars: list[bytes], root: bytes, data: Path, writer: ListingWriter
         # The tars in ILSVRC2012_img_train.tar have this name; unpacked from it, they still are classes.
         folder = stem if _WORDNET_ID.fullmatch(stem) else None
         folders |= {folder} - {None}
-        try:
-            with io.BufferedReader(_open_regular(path)) as file:
-                byte_counts.append(os.fstat(file.fileno()).st_size)
-                prefix = stem + b"/" if len(tars) > 1 else b""
-                _list_members(_Tar(file, as_text(path), container, 0, prefix, folder), folders, writer)
-        except OSError as error:
-            raise _cannot_list(as_text(path), error) from None
+        with naming(Path(os.fsdecode(path))), io.BufferedReader(_open_regular(path)) as file:
+            byte_counts.append(os.fstat(file.fileno()).st_size)
+            prefix = stem + b"/" if len(tars) > 1 else b""
+            _list_members(_Tar(file, as_text(path), container, 0, prefix, folder), folders, writer)
     if not writer.count:
         others = f" (but {kinds_in_words(writer.ignored)})" if writer.ignored else ""
         raise ValueError(
@@ -456,10 +449,9 @@ def _list_tars(tars: list[bytes], root: bytes, data: Path, writer: ListingWriter
             f"*{', *'.join(PICTURE_EXTENSIONS)})."
         )
     has_labels = writer.all_have("text", data)
-    for folder in folders if not has_labels and writer.all_have("class", data) else ():
-        writer.add_class(folder)
+    classes = folders if not has_labels and writer.all_have("class", data) else ()
     facts = {"containers": list(map(as_text, tars)), "container_bytes": byte_counts}
-    writer.finish("tar", root, integers=has_labels, **facts)
+    writer.finish("tar", root, classes=classes, integers=has_labels, **facts)
 
 
 def _list_members(tar: _Tar, folders: set[bytes], writer: ListingWriter) -> None:
@@ -525,7 +517,3 @@ def _vanished(path: bytes, reason: str) -> ValueError:
         f"{as_text(path)} was there when the pictures were listed and cannot be read now ({reason}): mount or restore the "
         f"source and run the same command again, or {BEGIN_ANEW} to list anew."
     )
-
-
-def _cannot_list(path: Path | str, error: OSError) -> ValueError:
-    return ValueError(f"{path} cannot be listed ({error.strerror}): make it readable, mount it or move it away.")
