@@ -117,19 +117,23 @@ class Manifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ShardError(_why_no_manifest(folder))
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> "Manifest":
+        """The same of a manifest's bytes; `name` is for the message."""
         try:
-            entries = json.loads(path.read_bytes())
+            entries = json.loads(content)
             found = entries["format"], entries["version"]
             if found != (FORMAT, VERSION):
                 raise ValueError("it is in {} {}, not in {} {}".format(*found, FORMAT, VERSION))
             known = {name: entries[name] for name in cls.__slots__ if name in entries}  # older sets have more
-            for name in ("index", "names", "rejected_list", "changed_list"):
-                known[name] = StoredFile(**entries[name])
-            known["class_names"] = tuple(entries["class_names"])
-            return cls(**known | {"shards": tuple(StoredFile(**file) for file in entries["shards"])})
+            lists = {name: StoredFile(**entries[name]) for name in ("index", "names", "rejected_list", "changed_list")}
+            shards = tuple(StoredFile(**file) for file in entries["shards"])
+            return cls(**known | lists | {"class_names": tuple(entries["class_names"]), "shards": shards})
         except (ValueError, LookupError, TypeError) as error:
             raise ShardError(
-                f"{path} is no manifest that this program reads ({error}): copy it again, pack the pictures again, or "
+                f"{name} is no manifest that this program reads ({error}): copy it again, pack the pictures again, or "
                 "install the version of inscon that wrote it."
             ) from None
 

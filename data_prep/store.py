@@ -20,10 +20,9 @@ import json
 import math
 import os
 import re
-import tempfile
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,14 +34,10 @@ from data_prep.index import BETON_NAME, MANIFEST_NAME, Manifest, ShardError, Sto
 from inscon import guard
 
 CACHE_GB = 200.0
-CONNECTIONS = 8
-"""Files that a process fetches side by side."""
-PIECE_BYTES = 1 << 22
-"""What is asked for at a time, and what a cut costs at most."""
-TRIES, WAIT_S = 5, 0.1
-"""So often is a store asked while nothing comes; each wait in between is four times the one before."""
-TIMEOUT_S = 60.0
-"""Without a byte from a web server."""
+CONNECTIONS = 8  # files that a process fetches side by side
+PIECE_BYTES = 1 << 22  # asked for at a time; a cut costs as much at most
+TRIES, WAIT_S = 5, 0.1  # so often is a store asked while nothing comes; each wait is four times the one before
+TIMEOUT_S = 60.0  # without a byte from a web server
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 """What fsspec needs beside the extra, by the address's scheme."""
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -101,13 +96,7 @@ class Store:
         content = self._patiently(MANIFEST_NAME, read)
         if content is None:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, MANIFEST_NAME).write_bytes(content)
-            try:
-                files = Manifest.read(Path(folder)).files
-            except ShardError as error:
-                raise ShardError(f"{self._address}: {error}") from None
-        folder = self._fetch(content, files)
+        folder = self._fetch(content, Manifest.parse(content, f"{self._address}: {MANIFEST_NAME}").files)
         with guard.whole_file(folder / MANIFEST_NAME) as file:  # last: a folder that has one is complete
             file.write(content)
         return folder
@@ -183,34 +172,30 @@ class Store:
         console = Console(stderr=True, quiet=quiet or not missing, soft_wrap=True, markup=False, highlight=False)
         console.print(f"Fetching {left / 1e9:.4g} GB of {self._address} into {folder}.")
         with Progress(console=console, transient=True) as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
-            task, coming = bar.add_task("", total=left), iter(missing)  # of which every thread takes the next
+            task = bar.add_task("", total=left)
             self._tell = lambda byte_count: bar.advance(task, byte_count)
             try:
-                for worker in as_completed([pool.submit(self._fetch_some, folder, coming) for _ in range(CONNECTIONS)]):
-                    worker.result()
+                for fetched in as_completed(
+                    [pool.submit(self._fetch_file, file, folder / file.name) for file in missing]
+                ):
+                    fetched.result()
             finally:
                 self._stopped.set()
         return folder
 
-    def _fetch_some(self, folder: Path, coming: Iterator[StoredFile]) -> None:
-        for stored in coming:
-            path = folder / stored.name
-            while not (self._stopped.is_set() or _is_here(path, stored.byte_count) or self._fetch_one(stored, path)):
-                self._stopped.wait(WAIT_S)
-
-    def _fetch_one(self, stored: StoredFile, path: Path) -> bool:
-        """Whether the file has come; not, where another process or thread is at it."""
+    def _fetch_file(self, stored: StoredFile, path: Path) -> None:
+        """Returns when the file has come, also by another process, or all are to stop."""
         unfinished = path.with_name(f"{path.name}.unfinished")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("ab") as file:
-            if not _locked(file, unfinished):
-                return False
-            if _is_here(path, stored.byte_count):  # it came while this one was opened
-                unfinished.unlink()
-                return True
-            self._download(stored, file, unfinished)
-            os.replace(unfinished, path)
-        return True
+        while not (self._stopped.is_set() or _is_here(path, stored.byte_count)):
+            with unfinished.open("ab") as file:
+                if not _locked(file, unfinished):
+                    self._stopped.wait(WAIT_S)
+                elif _is_here(path, stored.byte_count):  # it came while this one was opened
+                    unfinished.unlink()
+                else:
+                    self._download(stored, file, unfinished)
+                    os.replace(unfinished, path)
 
     def _download(self, stored: StoredFile, file: BinaryIO, path: Path) -> None:
         """What lacks of a file. Where its checksum is wrong, all of it once more."""
