@@ -70,8 +70,7 @@ class Scene(NamedTuple):
     """A drawn image and what is seen in it."""
 
     pixels: NDArray[np.uint8]  # [H W 3], RGB
-    masks: NDArray[np.bool_]
-    """[n H W]: the pixels of each object that are seen. No pixel is in two masks, no mask is empty."""
+    masks: NDArray[np.bool_]  # [n H W]: what is seen of each object. No pixel is in two masks, no mask is empty
     classes: NDArray[np.int64]  # [n]: the class of each object, a position in `class_names`
 
     @property
@@ -99,9 +98,9 @@ def make_scenes(
     out = Path(out)
     settings = SimpleNamespace(num_images=num_images, num_val=num_val, num_classes=num_classes, size=size, seed=seed)
     guard.check_ranges(settings, num_images=1, num_val=0, num_classes=(2, MAX_CLASSES), size=32, seed=0)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already exists and is not an empty folder; remove it or give another --out.")
     new = not out.exists()
+    if not new and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already exists and is not an empty folder; remove it or give another --out.")
     guard.check_output_folder(out)
     try:
         with guard.naming(out):
@@ -190,22 +189,14 @@ def _make_split(out: Path, split: str, count: int, *, num_classes: int, size: in
         height, width = scene.pixels.shape[:2]
         images.append({"id": number, "file_name": file_name, "height": height, "width": width})
         for mask, label in zip(scene.masks, scene.classes, strict=True):
+            x0, y0, x1, y1 = map(float, Image.fromarray(mask).getbbox())  # continuous pixel edges
+            rle = {"size": list(mask.shape), "counts": run_lengths(mask)}
             about = {"id": len(annotations) + 1, "image_id": number, "category_id": int(label) + 1}
-            annotations.append(about | _annotation(mask))
+            about |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(mask.sum()), "iscrowd": 0, "segmentation": rle}
+            annotations.append(about)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     (out / SPLITS[split]).write_text(json.dumps(coco, separators=(",", ":")))
-
-
-def _annotation(mask: NDArray[np.bool_]) -> dict:
-    """Box (x y width height, continuous pixel edges), area (px) and RLE of a mask [H W] that is not empty."""
-    x0, y0, x1, y1 = map(float, Image.fromarray(mask).getbbox())
-    return {
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": int(mask.sum()),
-        "iscrowd": 0,
-        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
-    }
 
 
 if __name__ == "__main__":
