@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress
 
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,9 +38,9 @@ def verify(path: tyro.conf.Positional[Path], *, show_progress: tyro.conf.Suppres
     files, faults = index.manifest.files, {}
     strange = {path.name for path in format_files(index.path)} - {MANIFEST_NAME, *(stored.name for stored in files)}
     found = [f"{name} is not of this set, by {MANIFEST_NAME}: remove it." for name in sorted(strange)]
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = *Progress.get_default_columns(), DownloadColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        task = progress.add_task("", total=sum(stored.byte_count for stored in files))
+        task = progress.add_task("reading", total=sum(stored.byte_count for stored in files))
         for stored in files:
             faults[stored.name] = fault = _fault_of(index, stored, functools.partial(progress.advance, task))
             samples = []
