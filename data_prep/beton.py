@@ -24,10 +24,8 @@ from data_prep.index import BETON_NAME, JPEG, STATE_NAME, ShardError, StoredFile
 from inscon.guard import naming
 
 FFCV_VERSION = 2
-MIN_PAGE_SIZE = 1 << 23
-"""Bytes; FFCV's own default."""
-MAX_PAGE_SIZE = 1 << 30
-"""Bytes; FFCV's process cache reads a page in one call, and Linux reads less than 2 GiB at a time."""
+MIN_PAGE_SIZE = 1 << 23  # bytes; FFCV's own default
+MAX_PAGE_SIZE = 1 << 30  # bytes; FFCV reads a page in one call, and Linux less than 2 GiB at a time
 
 _HEADER = {"version": "<u2", "num_fields": "<u2", "page_size": "<u4", "num_samples": "<u8", "alloc_table_ptr": "<u8"}
 HEADER_DTYPE = np.dtype(list(_HEADER.items()), align=True)
@@ -43,42 +41,34 @@ _METADATA_START = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
 
 
 class Layout:
-    """Where everything lies in a beton, worked out while its samples become known.
-
-    `place` is to be called with all samples in order, some at a time; `end` and `page_size` then know the rest. Two
-    layouts that are given the same place the same.
-    """
+    """Where everything lies in a beton: `place` is called with all samples in order, some at a time."""
 
     def __init__(self, num_listed: int) -> None:
         """`num_listed`: samples and pictures that were left out; room is kept for the metadata of all."""
+        # Of what was placed so far: the smallest that holds the largest sample, and the position of the first free byte.
         self.page_size = MIN_PAGE_SIZE
-        """Of what was placed so far: the smallest that holds the largest sample."""
         self.end = _up(_METADATA_START + num_listed * METADATA_DTYPE.itemsize, MIN_PAGE_SIZE)
-        """Of what was placed so far: the position of the first free byte."""
 
     def place(self, byte_counts: NDArray[np.unsignedinteger]) -> NDArray[np.uint64]:
         """Positions, [n] uint64, of the next n samples: one after the other, none across the end of a page.
 
-        Pages are of the smallest size until a sample is larger. It begins at a multiple of the page that holds it, so
-        what was placed before it lies within such pages too. ValueError for a sample that no page of FFCV holds.
+        Pages grow with a sample that is larger. It begins at a multiple of its page, so what was placed before lies within
+        such pages too. ValueError for a sample that no page of FFCV holds.
         """
         positions = []
         for byte_count in byte_counts.tolist():
             if self.end % MIN_PAGE_SIZE + byte_count > MIN_PAGE_SIZE:
-                self.end = _up(self.end, self._page_of(byte_count))
+                page = max(MIN_PAGE_SIZE, 1 << (byte_count - 1).bit_length())
+                if page > MAX_PAGE_SIZE:
+                    raise ValueError(
+                        f"A .beton holds samples of at most {MAX_PAGE_SIZE} bytes. Found: {byte_count}; shrink the pictures "
+                        "(--max-resolution) or store them with --write-mode jpg."
+                    )
+                self.page_size = max(self.page_size, page)
+                self.end = _up(self.end, page)
             positions.append(self.end)
             self.end += byte_count
         return np.array(positions, np.uint64)
-
-    def _page_of(self, byte_count: int) -> int:
-        page = max(MIN_PAGE_SIZE, 1 << (byte_count - 1).bit_length())
-        if page > MAX_PAGE_SIZE:
-            raise ValueError(
-                f"A .beton holds samples of at most {MAX_PAGE_SIZE} bytes. Found: {byte_count}; shrink the pictures "
-                "(--max-resolution) or store them with --write-mode jpg."
-            )
-        self.page_size = max(self.page_size, page)
-        return page
 
     def head(self, num_samples: int) -> bytes:
         """Header and field descriptions, once all samples are placed."""
@@ -120,8 +110,8 @@ def report_path(out: Path, shard: int) -> Path:
 class BetonFile:
     """samples.beton while it is written: parts are laid into it in order, as they are reported, while others are still written.
 
-    A part is removed when the disk has its samples in the beton, so the disk hardly ever has them twice, and what has a report
-    and no file of its own is in the beton. Opened again after any stop, it goes on where it was.
+    A part is removed when the disk has its samples in the beton, so it hardly ever has them twice, and what has a report and
+    no file of its own is in the beton. Opened again after any stop, it goes on where it was.
     """
 
     def __init__(self, out: Path, num_parts: int, num_listed: int, report_of: Callable[[int], Any]) -> None:
@@ -145,8 +135,7 @@ class BetonFile:
         if self._path.stat().st_size < layout.end:
             layout, end = Layout(num_listed), 0
         for part in range(end, self._num_parts):
-            report = self._report_of(part)
-            if report and report.files and not part_path(self._out, part).exists():
+            if self._report_of(part) and not part_path(self._out, part).exists():
                 report_path(self._out, part).unlink()
         return layout, end
 
@@ -162,20 +151,20 @@ class BetonFile:
             if self._next % _PARTS_PER_SYNC == 0 or self._next == self._num_parts:
                 self._sync()
                 for part in range(self._settled, self._next):
-                    part_path(self._out, part).unlink(missing_ok=True)
+                    part_path(self._out, part).unlink()
                 self._settled = self._next
 
     def _append(self, report: Any, part: Path) -> None:
         """A part's samples at their places; what lies between is zero."""
         checksum, byte_counts = xxhash.xxh3_128(), report.records["byte_count"]
         offsets = self._layout.place(byte_counts)
-        with naming(self._out / BETON_NAME), part.open("rb") if report.files else contextlib.nullcontext() as source:
+        with naming(self._out / BETON_NAME), part.open("rb") as source:
             for offset, byte_count in zip(offsets.tolist(), byte_counts.tolist(), strict=True):
                 content = source.read(byte_count)
                 checksum.update(content)
                 self._file.seek(offset)
                 self._file.write(content)
-        if report.files and checksum.hexdigest() != report.files[0].checksum:
+        if checksum.hexdigest() != report.file.checksum:
             report_path(self._out, self._next).unlink()
             raise ShardError(f"{part} is not as it was written: run the same command again, it writes it anew.")
 

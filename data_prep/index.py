@@ -35,11 +35,9 @@ from numpy.typing import ArrayLike, NDArray
 FORMAT = "inscon-shards"
 VERSION = 2
 NO_LABEL = -(2**31)
-"""The label of a sample without one. Far from every index on purpose: used as an index by mistake it fails, where -1
-would read the last class."""
+"""The label of a sample without one. Used as an index by mistake it fails, where -1 would read the last class."""
 
-JPEG, RAW = 0, 1
-"""How a sample is stored: as a JPEG file, or as uint8 RGB pixels [height width 3]."""
+JPEG, RAW = 0, 1  # how a sample is stored: as a JPEG file, or as uint8 RGB pixels [height width 3]
 
 RECORD_DTYPE = np.dtype(
     [
@@ -60,6 +58,8 @@ INDEX_NAME = "index.npy"
 NAMES_NAME = "names.txt"
 REJECTED_NAME = "rejected.jsonl"
 CHANGED_NAME = "changed.jsonl"
+LISTS = {"index": INDEX_NAME, "names": NAMES_NAME, "rejected_list": REJECTED_NAME, "changed_list": CHANGED_NAME}
+"""What a manifest calls these four files."""
 BETON_NAME = "samples.beton"
 STATE_NAME = "packing"
 BEGIN_ANEW = f"remove the folder {STATE_NAME} in --out and pass --overwrite"
@@ -91,18 +91,16 @@ class StoredFile:
 class Manifest:
     """What manifest.json says about the folder, by the pictures and the settings alone: no dates, no paths, no machine."""
 
-    format: str
-    version: int
+    format: str = FORMAT
+    version: int = VERSION
     container: str  # what the samples lie in: "tar" or "beton"
     num_samples: int
     class_names: tuple[str, ...]  # in label order; empty where the pictures have no labels
     shuffle_seed: int
     settings: Mapping[str, int | float | str | bool | None]  # the writer's, that decide the bytes
     rejected: Mapping[str, int]  # how many pictures were left out, by kind of fault
-    changed: Mapping[str, int]
-    """How many pictures are not as they came, by kind of change; to be stored as pixels is none."""
-    ignored: Mapping[str, int] = field(default_factory=dict)
-    """How many files of the source were passed over as no pictures, by kind, such as ".txt"."""
+    changed: Mapping[str, int]  # how many are not as they came, by kind of change; to be stored as pixels is none
+    ignored: Mapping[str, int] = field(default_factory=dict)  # how many files were no pictures, by kind, such as ".txt"
     content: str
     """XXH3-128 over every sample's size, label, encoding and checksum, in order: equal wherever the same samples lie."""
     index: StoredFile
@@ -115,9 +113,16 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """The manifest of a shard folder. ShardError where there is none, or none that this program reads."""
         path = folder / MANIFEST_NAME
-        if not path.is_file():
-            raise ShardError(_why_no_manifest(folder))
-        return cls.parse(path.read_bytes(), str(path))
+        if path.is_file():
+            return cls.parse(path.read_bytes(), str(path))
+        if (folder / STATE_NAME).is_dir():
+            raise ShardError(
+                f"{folder} holds a set whose packing did not end: run the command that packs it once more, it goes on."
+            )
+        kind = "ffcv" if folder.suffix == ".beton" else "dali"
+        raise ShardError(
+            f"{folder} is no packed set, it holds no {MANIFEST_NAME}: run python data_prep/make_{kind}.py --data DIR --out SHARDS."
+        )
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> "Manifest":
@@ -128,7 +133,7 @@ class Manifest:
             if found != (FORMAT, VERSION):
                 raise ValueError("it is in {} {}, not in {} {}".format(*found, FORMAT, VERSION))
             known = {name: entries[name] for name in cls.__slots__ if name in entries}  # older sets have more
-            lists = {name: StoredFile(**entries[name]) for name in ("index", "names", "rejected_list", "changed_list")}
+            lists = {name: StoredFile(**entries[name]) for name in LISTS}
             shards = tuple(StoredFile(**file) for file in entries["shards"])
             return cls(**known | lists | {"class_names": tuple(entries["class_names"]), "shards": shards})
         except (ValueError, LookupError, TypeError) as error:
@@ -163,7 +168,7 @@ class DatasetIndex:
     path: Path  # absolute, so that a later change of directory does no harm
     manifest: Manifest
     _records: np.ndarray
-    _files: dict[str, io.FileIO]
+    _file: Callable[[str], io.FileIO]  # one of the set's files, by name; those used last stay open
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DatasetIndex":
@@ -184,7 +189,9 @@ class DatasetIndex:
                 fault = "was cut short" if found < stored.byte_count else "was changed after it was packed"
                 said = f"is {found} bytes long where the manifest says {stored.byte_count}; it {fault}"
                 raise ShardError(f"{path} {said}: {manifest.repair}.")
-        return cls(folder.absolute(), manifest, _open_records(folder, manifest), {})
+        folder = folder.absolute()
+        file = functools.lru_cache(_max_open_files())(functools.partial(_open_file, folder))
+        return cls(folder, manifest, _open_records(folder, manifest), file)
 
     def __reduce__(self):
         return DatasetIndex.open, (self.path,)  # open files do not travel; the other process opens its own
@@ -228,12 +235,11 @@ class DatasetIndex:
     def read(
         self, sample_id: int, memory: NDArray[np.uint8] | None = None, *, pixels: bool = False
     ) -> NDArray[np.uint8]:
-        """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count].
+        """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count]. For several threads.
 
         It lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it.
-        With `pixels`, a sample that is stored as raw pixels will do too: height * width * 3 bytes. Threads may read side by side.
-        ValueError for an id out of range and for too little memory; ShardError, naming sample and shard, for bytes that cannot
-        be read or have changed, and for pixels where none are wanted.
+        With `pixels`, a sample that is stored as raw pixels will do too: height * width * 3 bytes. ValueError for an id out of
+        range and for too little memory; ShardError, naming sample and shard, for what cannot be read, has changed or is pixels.
         """
         record = self._records[self._checked_one(sample_id)]
         size, height, width = (int(record[name]) for name in ("byte_count", "height", "width"))
@@ -294,23 +300,17 @@ class DatasetIndex:
             raise ValueError(f"Sample ids of {self.path} must be from 0 to {len(self) - 1}. Found: {number}.")
         return number
 
-    def _file(self, name: str) -> io.FileIO:
-        """One of the set's files, opened, of any length: what is read of a shard is compared with checksums."""
-        found = self._files.get(name)
-        if found is not None:
-            return found
-        while len(self._files) >= _max_open_files():  # the oldest goes; whoever still reads it keeps it open
-            self._files.pop(next(iter(self._files)), None)
-        try:
-            return self._files.setdefault(name, open(self.path / name, "rb", buffering=0))
-        except FileNotFoundError:
-            raise ShardError(f"{name} is missing") from None
+
+def _open_file(folder: Path, name: str) -> io.FileIO:
+    try:
+        return io.FileIO(folder / name)
+    except FileNotFoundError:
+        raise ShardError(f"{name} is missing") from None
 
 
 @functools.cache
 def _max_open_files() -> int:
-    """The limit is often 1,024 descriptors, to be raised by whoever needs more; ImageNet has 550 shards, and to open one anew
-    takes longer than to look for a sample."""
+    """The limit is often 1,024, to be raised by whoever needs more. ImageNet has 550 shards; to open one anew takes long."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * _MAX_OPEN_FILES)), hard))
@@ -340,13 +340,6 @@ def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lam
             byte_count += len(piece)
             tell(len(piece))
     return StoredFile(name=path.name, byte_count=byte_count, sample_count=sample_count, checksum=checksum.hexdigest())
-
-
-def _why_no_manifest(folder: Path) -> str:
-    if (folder / STATE_NAME).is_dir():
-        return f"{folder} holds a set whose packing did not end: run the command that packs it once more, it goes on."
-    kind = "ffcv" if folder.suffix == ".beton" else "dali"
-    return f"{folder} is no packed set, it holds no {MANIFEST_NAME}: run python data_prep/make_{kind}.py --data DIR --out SHARDS."
 
 
 def format_files(folder: Path) -> list[Path]:

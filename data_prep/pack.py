@@ -5,8 +5,8 @@
     shards    cut at fixed places of that order; each is one process's work: read, check, write, report
     join      index, names, lists and manifest, by rank 0 when all shards are reported
 
-A shard is done when its file and its report are there under their names. All that a run knows lies in OUT/packing: the job,
-the listing, a report per shard. The same command after any stop reads it and goes on with the shards that are missing.
+A shard is done when its report is there, and its file as long as that says. All that a run knows lies in OUT/packing: the
+job, the listing, a report per shard. The same command after any stop goes on with the shards that are missing.
 Nothing in a packed set depends on which process wrote what, so the number of workers and ranks doesn't change a byte.
 """
 
@@ -35,13 +35,13 @@ import tyro
 import xxhash
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 from data_prep import index as packed
 from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
-from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture, read_header
-from data_prep.sources import Entry, Source, Unreadable, as_bytes, is_packed, kinds_in_words, list_source, open_listing
+from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture
+from data_prep.sources import Entry, Source, as_bytes, is_packed, kinds_in_words, list_source, open_listing
 from data_prep.store import CACHE_GB, address_of, local_copy
 from inscon import guard
 from inscon.sampling import permute
@@ -69,8 +69,7 @@ class PackConfig(Treatment):
     out: Path  # Folder for the packed set; made if need be.
     seed: int | None = None  # Of the one shuffle of all pictures. None: 0, but a packed set keeps its order.
     write_mode: tyro.conf.Suppress[Literal["jpg"]] = "jpg"
-    workers: int | None = None
-    """Processes that read, check and write; None: as many as there are CPU cores for this process."""
+    workers: int | None = None  # Processes that read, check and write. None: one per CPU core of this process.
     bad_limit: float = 0.001  # Share of the pictures that may be left out before the run stops; 0: at the first one.
     cache_dir: Path | None = None  # Where what was fetched is kept. None: inscon-stores in ~/.cache.
     cache_gb: float = CACHE_GB  # GB (of 10^9 bytes) that may lie there; all of `data` must fit.
@@ -89,12 +88,10 @@ class PackConfig(Treatment):
 
     @property
     def shard_bytes(self) -> int:
-        """Of source pictures, per shard, on average."""
         return self.shard_mb * BYTES_PER_MB
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """For the manifest."""
+    def settings(self) -> dict[str, Any]:  # for the manifest
         treatment = {setting.name: getattr(self, setting.name) for setting in fields(Treatment)}
         return {"writer": self.writer, "shard_mb": self.shard_bytes / BYTES_PER_MB, **treatment}
 
@@ -141,7 +138,7 @@ def _write_set(job: "Job", console: Console) -> DatasetIndex:
     beton = None if is_tar else BetonFile(job.config.out, job.num_shards, len(job.listing), job.report)
     with contextlib.closing(beton) if beton else contextlib.nullcontext():
         _write_shards(job, console, beton)
-        _wait_for_ranks(job, console)
+        _wait_for_ranks(job)
         if beton:
             beton.lay()
         guard.remove_unfinished(job.config.out)  # what killed processes left
@@ -151,6 +148,8 @@ def _write_set(job: "Job", console: Console) -> DatasetIndex:
         _check_bad(job, bad, len(job.listing), example)
         if bad == len(job.listing):
             (job.state / _JOB_NAME).unlink()  # there is nothing to go on with
+            for empty in packed.format_files(job.config.out):
+                empty.unlink()
             raise ValueError(f"{job.config.data} holds no picture that can be packed; give another --data.")
         facts = {
             "container": job.config.container,
@@ -201,12 +200,10 @@ class Job:
         return (self.listing.entry(int(position)) for position in positions)
 
     def path(self, shard: int) -> Path:
-        """Of the file with its samples."""
         is_tar = self.config.container == "tar"
         return self.config.out / f"shard-{shard:06d}.tar" if is_tar else part_path(self.config.out, shard)
 
     def report(self, shard: int) -> "Report | None":
-        """Where it is written."""
         try:
             return Report.load(report_path(self.config.out, shard))
         except FileNotFoundError:
@@ -215,9 +212,9 @@ class Job:
     def is_done(self, shard: int) -> bool:
         """Whether its file and its report are there; of a beton's parts also where the beton has it by now."""
         report, path = self.report(shard), self.path(shard)
-        if report is None or not report.files or not path.exists():
-            return report is not None and (self.config.container == "beton" or not report.files)
-        return path.stat().st_size == report.files[0].byte_count
+        if report is None or not path.exists():
+            return report is not None and self.config.container == "beton"
+        return path.stat().st_size == report.file.byte_count
 
 
 def _wanted(config: PackConfig) -> dict:
@@ -288,15 +285,13 @@ def _job_of_rank_0(config: PackConfig, ranks: Ranks, console: Console) -> Job | 
     return Job(config, open_listing(config.data, state / _LISTING_NAME), ranks)
 
 
-def _wait_for_ranks(job: Job, console: Console) -> None:
+def _wait_for_ranks(job: Job) -> None:
     """Until the other ranks have done all their shards."""
     for rank in range(1, job.ranks.world_size):
-        missing = [shard for shard in job.shards_of(rank) if not job.is_done(shard)]
-        if missing:
-            console.print(f"Waiting for rank {rank}, to write {len(missing)} shards; start it, if it is not running.")
-        while missing:
-            time.sleep(0.2)
-            missing = [shard for shard in missing if not job.is_done(shard)]
+        with guard.say_if_long(f"rank {rank}, to write its shards; start it, if it is not running"):
+            for shard in job.shards_of(rank):
+                while not job.is_done(shard):
+                    time.sleep(0.2)
 
 
 _RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple of Python's numbers has ten times as many
@@ -306,7 +301,7 @@ _RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple o
 class Report:
     """What one shard holds; written after its file."""
 
-    files: list[StoredFile] = field(default_factory=list)  # of tar or part; none without sound pictures
+    file: StoredFile | None = None  # tar or part; None until it is whole
     rejected: list[dict] = field(default_factory=list)
     changed: list[dict] = field(default_factory=list)
     rows: bytearray = field(default_factory=bytearray)  # RECORD_DTYPE, where names begin in `names`
@@ -324,7 +319,7 @@ class Report:
         return len(self) + len(self.rejected)
 
     def save(self, path: Path) -> None:
-        facts = {"files": [asdict(file) for file in self.files], "rejected": self.rejected, "changed": self.changed}
+        facts = {"files": [asdict(self.file)], "rejected": self.rejected, "changed": self.changed}
         with guard.whole_file(path) as file:
             file.write(json.dumps(facts | {"rows": len(self.rows)}).encode() + b"\n" + self.rows + self.names)
 
@@ -332,9 +327,8 @@ class Report:
     def load(cls, path: Path) -> "Report":
         head, _, content = path.read_bytes().partition(b"\n")
         facts = json.loads(head)
-        files, rows, names = facts["files"], content[: facts["rows"]], content[facts["rows"] :]
-        files = [StoredFile(**file) for file in files]
-        return cls(files, facts["rejected"], facts["changed"], bytearray(rows), bytearray(names))
+        file, end = StoredFile(**facts.pop("files")[0]), facts.pop("rows")
+        return cls(file, **facts, rows=bytearray(content[:end]), names=bytearray(content[end:]))
 
 
 class Samples:
@@ -345,8 +339,9 @@ class Samples:
         self.report = Report()
         self._file, self._shard, self._hash, self._byte_count = file, shard, xxhash.xxh3_128(), 0
 
-    def add(self, content: bytes, *, height: int, width: int, label: int, encoding: int, name: str) -> None:
+    def add(self, picture: Prepared, label: int, name: str) -> None:
         """Append a sample. A beton has the labels in tables."""
+        content, encoding, height, width, changes = picture
         report, start, checksum = self.report, self._byte_count, xxhash.xxh3_64_intdigest(content)
         if self._shard is None:
             self._write(content)
@@ -357,18 +352,16 @@ class Samples:
             self._write(_tar_member(f"{key}.jpg", content) + cls)
         report.rows += _RECORD.pack(start, len(report.names), checksum, len(content), 0, height, width, label, encoding)
         report.names += as_bytes(name) + b"\n"
-
-    def reject(self, name: str, kind: str, reason: str) -> None:
-        self.report.rejected.append({"name": name, "kind": kind, "reason": reason})
+        if changes:
+            report.changed.append({"name": name, "changes": list(changes)})
 
     def finish(self, name: str) -> None:
-        """The end of the file, which gets this name later; without sound pictures there will be none."""
+        """The end of the file, which is called so."""
         if self._shard is not None:  # two empty blocks end a tar, filled up to a whole record
             end = self._byte_count + 2 * tarfile.BLOCKSIZE
             self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-        if len(self.report):
-            about = {"name": name, "byte_count": self._byte_count, "checksum": self._hash.hexdigest()}
-            self.report.files.append(StoredFile(**about, sample_count=len(self.report)))
+        about = {"name": name, "byte_count": self._byte_count, "checksum": self._hash.hexdigest()}
+        self.report.file = StoredFile(**about, sample_count=len(self.report))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -393,70 +386,55 @@ def _tar_member(name: str, content: bytes) -> bytes:
     return b"".join((tar_header(name, len(content)), content, bytes(-len(content) % tarfile.BLOCKSIZE)))
 
 
-def _write_shard(job: Job, stopped: Any, shard: int) -> tuple[int, Report, Path]:
-    """Read, check and write the pictures of one shard: its number and report, and the unfinished file that `_commit` names.
+_stopped = threading.Event()  # set where the workers are to end, which they do within a picture
 
-    `stopped`: an event; set, it ends this within a picture."""
+
+def _write_shard(job: Job, shard: int) -> tuple[int, Report]:
+    """Read, check and write the pictures of one shard: its number and what `_commit` reports."""
     path = job.path(shard)
-    unfinished = path.with_name(f"{path.name}.rank-{job.ranks.rank}-{os.getpid()}.unfinished")
     try:
-        with guard.naming(path), unfinished.open("wb") as file:
+        path.unlink(missing_ok=True)  # a process that is just being killed may still write into it
+        with guard.naming(path), path.open("wb") as file:
             samples = Samples(file, shard if job.config.container == "tar" else None)
             for entry, source in _read_ahead(job, job.entries(shard)):
                 _add(job, samples, entry, source)
-                if stopped.is_set():
+                if _stopped.is_set():
                     raise ValueError("another process has stopped")
                 _check_bad(job, len(samples.report.rejected), samples.report.num_looked_at, samples.report)
             samples.finish(path.name)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
-    return shard, samples.report, unfinished
+    return shard, samples.report
 
 
-def _commit(job: Job, beton: BetonFile | None, shard: int, report: Report, unfinished: Path) -> None:
-    """Give a shard its name, once it is on the disk, and report it."""
-    with guard.naming(job.path(shard)):
-        if job.config.container == "tar":  # a part of a beton is compared with its checksum when it is laid into it
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(unfinished, job.path(shard)) if report.files else unfinished.unlink()
+def _commit(job: Job, beton: BetonFile | None, shard: int, report: Report) -> None:
+    """Report a shard, once it is on the disk: without a report its file counts for nothing."""
+    if job.config.container == "tar":  # a part of a beton is compared with its checksum when it is laid into it
+        with guard.naming(job.path(shard)), job.path(shard).open("rb") as file:
+            os.fsync(file.fileno())
     report.save(report_path(job.config.out, shard))
     if beton:
         beton.lay()
 
 
-def _add(job: Job, samples: Samples, entry: Entry, source: bytes | Unreadable) -> None:
-    """Append one picture, or note why not."""
+def _add(job: Job, samples: Samples, entry: Entry, source: bytes | BadPicture) -> None:
     try:
-        if isinstance(source, Unreadable):
+        if isinstance(source, BadPicture):
             raise source
-        content, encoding, height, width, changes = _prepare(source, job)
+        is_sound = job.listing.facts.kind == "packed"  # its samples were decoded when it was written
+        samples.add(prepare_picture(source, job.config, is_sound), entry.label, entry.name)
     except BadPicture as bad:
-        samples.reject(entry.name, bad.kind, str(bad))
-        return
-    samples.add(content, height=height, width=width, label=entry.label, encoding=encoding, name=entry.name)
-    if changes:
-        samples.report.changed.append({"name": entry.name, "changes": list(changes)})
+        samples.report.rejected.append({"name": entry.name, "kind": bad.kind, "reason": str(bad)})
 
 
-def _prepare(source: bytes, job: Job) -> Prepared:
-    """A packed set's samples were decoded when that was written, so they are taken as they are."""
-    wanted = job.config
-    keeps = wanted.write_mode == "jpg" and wanted.short_side is None and wanted.max_resolution is None
-    if job.listing.facts.kind == "packed" and keeps:
-        header = read_header(source)
-        return Prepared(source, packed.JPEG, header.height, header.width, ())
-    return prepare_picture(source, wanted)
-
-
-def _read_ahead(job: Job, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bytes | Unreadable]]:
+def _read_ahead(job: Job, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bytes | BadPicture]]:
     """Entries with their bytes, in order; disks and networks like several requests at a time."""
 
-    def read(entry: Entry) -> tuple[Entry, bytes | Unreadable]:
+    def read(entry: Entry) -> tuple[Entry, bytes | BadPicture]:
         try:
             return entry, job.listing.read(entry)
-        except Unreadable as fault:
+        except BadPicture as fault:
             return entry, fault
 
     ahead, more = deque(), True
@@ -495,45 +473,34 @@ def _write_shards(job: Job, console: Console, beton: BetonFile | None = None) ->
     for report in map(job.report, done):
         looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
     workers, commits = min(job.config.workers or len(os.sched_getaffinity(0)), len(todo)), deque()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
     progress = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
     title = f"rank {job.ranks.rank}" if job.ranks.world_size > 1 else "packing"
     task = progress.add_task(title, completed=looked_at, total=len(job.listing) * len(mine) // job.num_shards)
-    try:
-        _remove_unfinished(job)
-        for shard in todo:
-            report_path(job.config.out, shard).unlink(missing_ok=True)
-        with progress, ThreadPoolExecutor(1) as disk, contextlib.closing(_written(job, todo, workers)) as written:
-            for shard, report, unfinished in written:
-                commits.append(disk.submit(_commit, job, beton, shard, report, unfinished))
-                if len(commits) > workers:
-                    commits.popleft().result()
-                looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
-                progress.update(task, completed=looked_at)
-                if report.rejected:
-                    _check_bad(job, bad, looked_at, report)
-        for commit in commits:
-            commit.result()
-    except BaseException:
-        _remove_unfinished(job)
-        raise
+    for shard in todo:
+        report_path(job.config.out, shard).unlink(missing_ok=True)
+    with progress, ThreadPoolExecutor(1) as disk, contextlib.closing(_written(job, todo, workers)) as written:
+        for shard, report in written:
+            commits.append(disk.submit(_commit, job, beton, shard, report))
+            if len(commits) > workers:
+                commits.popleft().result()
+            looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
+            progress.update(task, completed=looked_at)
+            if report.rejected:
+                _check_bad(job, bad, looked_at, report)
+    for commit in commits:
+        commit.result()
 
 
-def _remove_unfinished(job: Job) -> None:
-    """What stopped processes of this rank left."""
-    for folder in (job.config.out, job.state):
-        guard.remove_unfinished(folder, f"*.rank-{job.ranks.rank}-*")
-
-
-def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Report, Path]]:
+def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Report]]:
     """Each process takes the next shard when it has done one. One that dies ends the run in one sentence."""
     if workers < 2:
-        yield from (_write_shard(job, threading.Event(), shard) for shard in todo)
+        yield from (_write_shard(job, shard) for shard in todo)
         return
     stopped = _SPAWN.Event()
-    pool = ProcessPoolExecutor(workers, _SPAWN, _begin_worker, (job, stopped))
+    pool = ProcessPoolExecutor(workers, _SPAWN, _begin_worker, [stopped])
     try:
-        for written in as_completed([pool.submit(_write_in_worker, shard) for shard in todo]):
+        for written in as_completed([pool.submit(_write_shard, job, shard) for shard in todo]):
             yield written.result()
     except BrokenExecutor:
         raise ValueError(
@@ -541,19 +508,15 @@ def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Rep
             "missing (with fewer --workers, if memory ran out)."
         ) from None
     finally:
-        stopped.set()  # a worker sees it within a picture, and leaves nothing
+        stopped.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(job: Job, stopped: Any) -> None:
-    global _worker
+def _begin_worker(stopped: Any) -> None:
+    global _stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
     guard.end_with_parent()
-    _worker = job, stopped
-
-
-def _write_in_worker(shard: int) -> tuple[int, Report, Path]:
-    return _write_shard(*_worker, shard)
+    _stopped = stopped
 
 
 def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> DatasetIndex:
@@ -568,18 +531,18 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
 
     num_samples, shards, content = sum(map(len, reports())), [], xxhash.xxh3_128()
     kinds, changes, num_changed, names_end = Counter(), Counter(), 0, 0
-    listed = [out / name for name in (packed.INDEX_NAME, packed.NAMES_NAME, packed.REJECTED_NAME, packed.CHANGED_NAME)]
     with contextlib.ExitStack() as stack:
-        index, names, rejected, changed = (stack.enter_context(guard.whole_file(path)) for path in listed)
+        files = (stack.enter_context(guard.whole_file(out / name)) for name in packed.LISTS.values())
+        index, names, rejected, changed = files
         header = {"descr": np.lib.format.dtype_to_descr(RECORD_DTYPE), "fortran_order": False, "shape": (num_samples,)}
         np.lib.format.write_array_header_1_0(index, header)
         for report in reports():
             records = report.records
-            if beton is not None:
-                beton.write_tables(records)
-            elif report.files:
+            if beton is None:
                 records["shard"] = len(shards)
-                shards += report.files
+                shards.append(report.file)
+            else:
+                beton.write_tables(records)
             records["name_offset"] += np.uint64(names_end)
             names_end += len(report.names)
             index.write(records.tobytes())
@@ -591,15 +554,13 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
             for file, entries in ((rejected, report.rejected), (changed, report.changed)):
                 file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
     counts = num_samples, num_samples, kinds.total(), num_changed
-    stored = [packed.stored_file(path, count) for path, count in zip(listed, counts, strict=True)]
+    lists = zip(packed.LISTS.items(), counts, strict=True)
     manifest = Manifest(
-        format=packed.FORMAT,
-        version=packed.VERSION,
         num_samples=num_samples,
         rejected=dict(sorted(kinds.items())),
         changed=dict(sorted(changes.items())),
         content=content.hexdigest(),
-        **dict(zip(("index", "names", "rejected_list", "changed_list"), stored, strict=True)),
+        **{role: packed.stored_file(out / name, count) for (role, name), count in lists},
         shards=tuple(shards) if beton is None else (beton.commit(),),
         **facts,
     )

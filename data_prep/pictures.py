@@ -24,10 +24,8 @@ from PIL import ExifTags, Image, features
 
 from data_prep.index import JPEG, RAW
 
-MAX_SIDE = 65_500
-"""Longest side that libjpeg encodes or decodes, px."""
-MAX_SCANS = 256
-"""Of a progressive JPEG; DALI decodes no more. Real ones have about ten, and each costs a pass over the picture."""
+MAX_SIDE = 65_500  # px: the longest side that libjpeg encodes or decodes
+MAX_SCANS = 256  # of a progressive JPEG; DALI decodes no more. Real ones have about ten
 
 # No more of Pillow's: some of its plugins start programs.
 _OTHER_FORMATS = ("PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM") + ("JPEG2000",) * features.check("jpg_2000")
@@ -41,9 +39,8 @@ _PROGRESSIVE_FRAMES = (0xC2, 0xCA)
 _BITS_PER_SAMPLE = 258  # a TIFF's tag
 _APP1, _SOS = 0xE1, 0xDA
 
-_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
-_TURNS |= {8: "ROTATE_90"}
-"""Names of Pillow's transpositions, by EXIF orientation."""
+# Pillow's transpositions for EXIF's orientations 2 to 8.
+_TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
 
 # Pillow warns of large pictures and of odd metadata, once per place and in the middle of a progress bar. What matters
 # is in `changes` or rejected.jsonl. For the whole process, as warnings.catch_warnings is not safe in threads.
@@ -54,8 +51,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 class Treatment:
     """The settings that decide the stored bytes."""
 
-    short_side: int | None = None
-    """Shrink pictures whose shorter side is longer than this, px. None: store them as they are."""
+    short_side: int | None = None  # Shrink pictures whose shorter side is longer, px. None: store them as they are.
     max_resolution: int | None = None  # The same for the longer side.
     quality: int = 95
     """JPEG quality, 1 to 100, of what has to be encoded again; sound pictures that need no shrinking are not."""
@@ -77,8 +73,7 @@ class Prepared(NamedTuple):
     encoding: int  # JPEG or RAW
     height: int  # of what is stored, px
     width: int
-    changes: tuple[str, ...]
-    """Why this is not the source's picture unchanged, such as "CMYK" or "shrunk"; empty where it is."""
+    changes: tuple[str, ...]  # why it is not the source's picture, such as "CMYK" or "shrunk"; empty where it is
 
 
 class BadPicture(ValueError):
@@ -104,13 +99,16 @@ def read_picture(path: Path) -> Image.Image:
     return Image.frombytes("RGB", (prepared.width, prepared.height), prepared.content)
 
 
-def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
-    """What to store for the picture file `source`. Raises BadPicture, and nothing else, for what cannot be stored."""
+def prepare_picture(source: bytes, treatment: Treatment, is_sound: bool = False) -> Prepared:
+    """What to store for the picture file `source`. Raises BadPicture, and nothing else, for what cannot be stored.
+
+    `is_sound`: it was decoded before, by this function; a JPEG that needs nothing is not decoded again.
+    """
     if not source:
         raise BadPicture("empty file")
     try:
         if source.startswith(b"\xff\xd8\xff"):
-            return _prepare_jpeg(source, treatment)
+            return _prepare_jpeg(source, treatment, is_sound)
         return _prepare_other(source, treatment)
     except BadPicture:
         raise
@@ -124,7 +122,7 @@ def prepare_picture(source: bytes, treatment: Treatment) -> Prepared:
         raise BadPicture("damaged", str(error) or type(error).__name__) from None
 
 
-def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
+def _prepare_jpeg(source: bytes, treatment: Treatment, is_sound: bool) -> Prepared:
     header = read_header(source)
     height, width = header.height, header.width
     limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, refuses above twice it, and lets the user lift it
@@ -137,11 +135,13 @@ def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
     if header.orientation != 1:
         changes.append("EXIF orientation")  # some readers turn it, some do not
     if not changes and target == (height, width):
-        raw = treatment.write_mode == "raw"
-        # To gray, every coefficient of every component is decoded all the same, and it is there that damage is found;
-        # what is saved is the chroma's inverse transform and the colors.
-        pixels = _decode_strictly(source, "RGB" if raw else "GRAY")
-        return Prepared(pixels.tobytes() if raw else source, RAW if raw else JPEG, height, width, ())
+        if treatment.write_mode == "raw":
+            return Prepared(_decode_strictly(source, "RGB").tobytes(), RAW, height, width, ())
+        if not is_sound:
+            # To gray, every coefficient of every component is decoded all the same, and it is there that damage is found;
+            # what is saved is the chroma's inverse transform and the colors.
+            _decode_strictly(source, "GRAY")
+        return Prepared(source, JPEG, height, width, ())
 
     gray = len(header.sampling) == 1
     reduction = 1 if cmyk else _largest_reduction((height, width), target)
@@ -152,8 +152,8 @@ def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
             picture = opened.convert("RGB")
     else:
         picture = Image.fromarray(pixels[:, :, 0] if gray else pixels)
-    # The last row and column of a scaled picture may stand for less than the others, so the picture's part of it has a
-    # fractional size. Taken for whole, they would shift the grid by up to a pixel: 28 dB instead of 45.
+    # The last row and column of a scaled picture may stand for less than the others. Taken for whole, they would shift the
+    # grid by up to a pixel: 28 dB instead of 45.
     part = (0, 0, width / reduction, height / reduction)
     return _store_pixels(picture, part, target, header.orientation, changes, treatment)
 
@@ -161,8 +161,7 @@ def _prepare_jpeg(source: bytes, treatment: Treatment) -> Prepared:
 def _largest_reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
     """By how much JPEG's own scaling divides the sides: as far as both stay at least twice the target's.
 
-    That is two to three times as fast as decoding the whole, and within 45 dB of it on each of 125 photographs, where
-    quality 95 alone costs 39 dB; without the factor of two it would be 32 dB.
+    On 125 photographs two to three times as fast as decoding the whole, and within 45 dB of it; quality 95 costs 39 dB.
     """
     fitting = [by for by in (2, 4, 8) if all(2 * by * new <= old for old, new in zip(size, target, strict=True))]
     return max(fitting, default=1)
@@ -264,7 +263,7 @@ def _exif_orientation(content: bytes) -> int:
     try:
         exif.load(content)
         orientation = exif.get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in _TURNS else 1
+        return orientation if orientation in range(2, 9) else 1
     except Exception:  # of many kinds, and a picture with broken EXIF data is no broken picture
         return 1
 
@@ -278,17 +277,15 @@ def _store_pixels(
     `target` is height and width before turning.
     """
     if part != (0, 0, target[1], target[0]):
-        # Antialiased. Bicubic is what Pillow's thumbnails use: sharper than bilinear, less ringing than Lanczos and a
-        # third cheaper.
+        # Antialiased. Bicubic is sharper than bilinear, rings less than Lanczos and is a third cheaper.
         picture = picture.resize(target[::-1], Image.Resampling.BICUBIC, box=part)
         changes.append("shrunk")
     if orientation != 1:
-        picture = picture.transpose(Image.Transpose[_TURNS[orientation]])
+        picture = picture.transpose(Image.Transpose[_TURNS[orientation - 2]])
     width, height = picture.size
     if treatment.write_mode == "raw":
         return Prepared(picture.convert("RGB").tobytes(), RAW, height, width, tuple(changes))
-    # From bare pixels, so that no EXIF, ICC or comment is carried along. 4:4:4 unless asked, for at quality 90 and above
-    # 4:2:0 takes more bytes for the same error in RGB, and at 75 as many.
+    # From bare pixels, so that no EXIF, ICC or comment is carried along.
     gray = picture.mode == "L"
     pixels = np.asarray(picture)[:, :, None] if gray else np.asarray(picture)
     jpeg = simplejpeg.encode_jpeg(pixels, treatment.quality, "GRAY" if gray else "RGB", treatment.chroma)

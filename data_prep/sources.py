@@ -9,12 +9,11 @@
     DIR with a manifest of ours    a packed set: its samples as they are stored
     DIR/samples.beton              the same
 
-A folder is asked for a manifest of ours, then for pictures, then for tars; pictures are known by their extensions. What is no
-picture is counted by kind, and so are names that begin with a dot and links to folders, but for class folders themselves.
+Pictures are known by their extensions. What is no picture is counted by kind, and so are names that begin with a dot and
+links to folders, but for class folders themselves.
 
-Pictures of folders and tars are listed by (class folder, name), whatever order the disk or the tar has them in; those
-of lists and of packed sets in the order they have there. The list is a SQLite file, so no number of pictures fills the
-memory; what is kept there are the names of the classes and of the tars.
+Pictures of folders and tars are listed by (class folder, name), those of lists and of packed sets in the order they have
+there. The list is a SQLite file, so no number of pictures fills the memory, but the names of the classes and tars are there.
 
     source = list_source(Path("imagenet/train"), Path("OUT/packing/listing.sqlite"))
     source.read(source.entry(17))
@@ -46,8 +45,7 @@ PICTURE_EXTENSIONS = (
 )
 LIST_EXTENSIONS = (".txt", ".tsv", ".csv", ".lst")
 LINE_BREAK, NOT_REGULAR, UNREADABLE = "line break in the name", "not a regular file", "unreadable"
-MAX_PICTURE_BYTES = 2**30
-"""A picture is in memory whole. The largest one that Pillow consents to decode is as long as this when uncompressed."""
+MAX_PICTURE_BYTES = 2**30  # it is in memory whole; as long is the largest that Pillow consents to decode, uncompressed
 
 
 def as_text(name: bytes) -> str:
@@ -99,15 +97,10 @@ class Facts(NamedTuple):
     container_bytes: Sequence[int] = ()  # how long each of them was when it was listed
 
 
-class Unreadable(BadPicture):
-    """A picture that cannot be read. The message is the whole reason, "unreadable: Permission denied"."""
-
-
 class Listing:
-    """The pictures of a source, as `list_source` wrote them; may be pickled."""
+    """The pictures of a source, as `list_source` wrote them; may be pickled. ValueError for a file that cannot be read."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """ValueError, with the remedy, for a file that cannot be read."""
         self.path = Path(path).absolute()
         # Immutable: no locks, which not every network file system has.
         self._database = _database(self.path, "immutable=1")
@@ -134,10 +127,10 @@ class Listing:
     def read(self, entry: Entry) -> bytes:
         """The picture's bytes; of a file of its own, what there is now, whatever was listed. For several threads.
 
-        Raises Unreadable where the picture is to be left out, ValueError where packing is to stop: the source has gone.
+        Raises BadPicture where the picture is to be left out, ValueError where packing is to stop: the source has gone.
         """
         if entry.fault:
-            raise Unreadable(*entry.fault.split(": ", 1))
+            raise BadPicture(*entry.fault.split(": ", 1))
         within = entry.container is not None
         path = os.path.join(self._root, as_bytes(self.facts.containers[entry.container] if within else entry.name))
         try:
@@ -149,7 +142,7 @@ class Listing:
                     return file.read()
         except OSError as error:
             if error.errno in _OF_ONE_PICTURE:
-                raise Unreadable(UNREADABLE, error.strerror) from None
+                raise BadPicture(UNREADABLE, error.strerror) from None
             raise _vanished(path, error.strerror) from None
         if len(content) < entry.byte_count:
             raise _vanished(path, f"it ends at byte {entry.offset + len(content)}, within {entry.name}")
@@ -165,10 +158,9 @@ class Listing:
 
 
 class PackedListing:
-    """The samples of a packed set, in its order; may be pickled."""
+    """The samples of a packed set, in its order; may be pickled. ShardError for a set that cannot be opened."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """ShardError for a set that cannot be opened."""
         self.index = DatasetIndex.open(path)
         total_bytes = sum(shard.byte_count for shard in self.index.manifest.shards)
         self.facts = Facts("packed", str(self.index.path), self.index.class_names, len(self.index), total_bytes)
@@ -348,20 +340,23 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
     root, class_folders, tars, waiting = os.fsencode(data.absolute()), [], [], [(b"", None)]
     while waiting:
         folder, class_text = waiting.pop()
-        for entry in _entries(os.path.join(root, folder), writer):
-            name, is_link = os.path.join(folder, entry.name), entry.is_symlink()
-            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # a link to itself is none
-            if is_folder and is_link and folder:  # it may lead back up
-                writer.ignore(entry.name, "linked folder")
-            elif is_folder:
-                waiting.append((name, class_text or entry.name))
-                class_folders += [] if folder else [name]
-            elif _is_picture(entry.name):
-                writer.add(name, class_text, **_look_at(entry.path))
-            elif not folder and _TAR_NAME.fullmatch(name):
-                tars.append(name)
-            else:
-                writer.ignore(name)
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                name, is_link = os.path.join(folder, entry.name), entry.is_symlink()
+                is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # a link to itself is none
+                if entry.name.startswith(b"."):
+                    writer.ignore(entry.name, "hidden")
+                elif is_folder and is_link and folder:  # it may lead back up
+                    writer.ignore(entry.name, "linked folder")
+                elif is_folder and entry.name != b"lost+found":  # a disk's own: for the superuser, and without pictures
+                    waiting.append((name, class_text or entry.name))
+                    class_folders += [] if folder else [name]
+                elif _is_picture(entry.name):
+                    writer.add(name, class_text, **_look_at(entry.path))
+                elif not folder and _TAR_NAME.fullmatch(name):
+                    tars.append(name)
+                elif not is_folder:
+                    writer.ignore(name)
     has_classes = writer.all_have("class", data)
     if tars and writer.count:
         raise ValueError(f"{data} holds both pictures and tars ({as_text(min(tars))}): move one of the two away.")
@@ -371,16 +366,6 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
     if (data / STATE_NAME).is_dir() and format_files(data):
         DatasetIndex.open(data)  # raises, for this is a set of ours whose packing did not end
     _list_tars(sorted(tars), root, data, writer)
-
-
-def _entries(folder: bytes, writer: ListingWriter) -> Iterator[os.DirEntry]:
-    """What lies in a folder and is not hidden."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                writer.ignore(entry.name, "hidden")
-            elif entry.name != b"lost+found":  # of a disk's own root: for the superuser alone, and without pictures
-                yield entry
 
 
 def _is_picture(name: bytes) -> bool:

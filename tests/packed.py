@@ -8,6 +8,7 @@ from typing import NamedTuple
 from data_prep.beton import BetonFile, part_path, report_path
 from data_prep.index import JPEG, STATE_NAME, DatasetIndex
 from data_prep.pack import Report, Samples, join
+from data_prep.pictures import Prepared
 from inscon.guard import whole_file
 
 
@@ -39,9 +40,10 @@ def write_set(
         with whole_file(path) as file:
             written = Samples(file, number if is_tar else None)
             for entry in left_out if number == 0 else ():
-                written.reject(*entry)
+                written.report.rejected.append(dict(zip(("name", "kind", "reason"), entry)))
             for sample in members:
-                written.add(**sample._asdict())
+                picture = Prepared(sample.content, sample.encoding, sample.height, sample.width, changes=())
+                written.add(picture, sample.label, sample.name)
             written.finish(path.name)
         written.report.save(report_path(folder, number))
     facts = {

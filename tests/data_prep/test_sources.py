@@ -19,13 +19,13 @@ import pytest
 import webdataset
 
 from data_prep.index import JPEG, NO_LABEL, RAW, ShardError
+from data_prep.pictures import BadPicture
 from data_prep.sources import (
     LINE_BREAK,
     MAX_PICTURE_BYTES,
     NOT_REGULAR,
     Entry,
     Listing,
-    Unreadable,
     as_bytes,
     as_text,
     list_source,
@@ -241,7 +241,7 @@ def test_what_is_no_file_is_listed_with_its_fault_and_never_opened(tmp_path, lis
     reader = listing
     for entry in entries(listing):
         if entry.fault:
-            with pytest.raises(Unreadable) as caught:
+            with pytest.raises(BadPicture) as caught:
                 reader.read(entry)
             assert str(caught.value) == entry.fault
             assert caught.value.kind == entry.fault.partition(":")[0]
@@ -725,7 +725,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, listed, monkeypatch
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "open", fail)
-    with pytest.raises(Unreadable) as caught:
+    with pytest.raises(BadPicture) as caught:
         open_listing(tmp_path, listing.path).read(listing.entry(0))
     assert str(caught.value) == f"unreadable: {os.strerror(number)}"
     assert caught.value.kind == "unreadable"
@@ -744,7 +744,7 @@ def test_what_a_file_has_become_is_read(tmp_path, listed):
     assert reader.read(listing.entry(0)) == b"longer" * 1000
     assert reader.read(listing.entry(1)) == b""
     for position in (2, 3):
-        with pytest.raises(Unreadable, match="^unreadable: not a regular file$"):
+        with pytest.raises(BadPicture, match="^unreadable: not a regular file$"):
             reader.read(listing.entry(position))
 
 
@@ -773,7 +773,7 @@ def test_a_tar_that_changed_stops_the_packing(tmp_path, listed, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(Unreadable, match="^unreadable: Input/output error$"):
+    with pytest.raises(BadPicture, match="^unreadable: Input/output error$"):
         held.read(first)
 
 
@@ -805,7 +805,7 @@ def test_listings_and_readers_travel_to_other_processes(tmp_path, listed):
     other = pickle.loads(pickle.dumps(listing))
     assert entries(other) == entries(listing) and other.facts == listing.facts
     assert pickle.loads(pickle.dumps(listing.entry(3))) == listing.entry(3)
-    for fault in (Unreadable("unreadable: x"), ValueError("sentence")):
+    for fault in (BadPicture("unreadable: x"), ValueError("sentence")):
         assert str(pickle.loads(pickle.dumps(fault))) == str(fault)
 
 
