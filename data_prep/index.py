@@ -101,8 +101,7 @@ class Manifest:
     rejected: Mapping[str, int]  # how many pictures were left out, by kind of fault
     changed: Mapping[str, int]  # how many are not as they came, by kind of change; to be stored as pixels is none
     ignored: Mapping[str, int] = field(default_factory=dict)  # how many files were no pictures, by kind, such as ".txt"
-    content: str
-    """XXH3-128 over every sample's size, label, encoding and checksum, in order: equal wherever the same samples lie."""
+    content: str  # XXH3-128 over every sample's size, label, encoding, checksum: equal wherever the same samples lie
     index: StoredFile
     names: StoredFile
     rejected_list: StoredFile

@@ -198,7 +198,6 @@ CREATE TABLE labels (sample BLOB PRIMARY KEY, text BLOB) WITHOUT ROWID;
 CREATE TABLE facts (facts TEXT);
 BEGIN;
 """
-_CLASSES = "SELECT DISTINCT coalesce(text, class) FROM found LEFT JOIN labels USING (sample)"
 _SORTED = """
 CREATE TABLE entries AS SELECT name, label_of(coalesce(text, class)), container, offset, byte_count, fault
 FROM found LEFT JOIN labels USING (sample) ORDER BY
@@ -261,8 +260,8 @@ class ListingWriter:
 
         With `integers`, class texts that all are some are the labels.
         """
-        found = {text for (text,) in self._database.execute(_CLASSES)} - {None}
-        texts = sorted(found.union(classes))
+        query = "SELECT DISTINCT coalesce(text, class) FROM found LEFT JOIN labels USING (sample)"
+        texts = sorted({text for (text,) in self._database.execute(query)}.union(classes) - {None})
         labels, names = range(len(texts)), list(map(as_text, texts))
         if integers and texts and all(re.fullmatch(rb"-?\d{1,18}", text) for text in texts):
             labels = list(map(int, texts))
@@ -317,8 +316,7 @@ def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> S
         raise OSError(None, f"{path} cannot be written: {error}") from None
     except OSError as error:
         raise ValueError(
-            f"{as_text(os.fsencode(error.filename))} cannot be listed ({error.strerror}): make it readable, mount it or move it "
-            "away."
+            f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror}): make it readable, mount it or move it away."
         ) from None
     finally:
         writer.close()
