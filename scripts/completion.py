@@ -5,39 +5,27 @@ inscon completion bash > ~/.local/share/bash-completion/completions/inscon
 
 import dataclasses
 import importlib
-import sys
-from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import tyro
-
-if not __package__:  # run as a script, beside which Python looks
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inscon import config, guard, methods
 from inscon.__main__ import COMMANDS
 from inscon.recipes import RECIPES
 
-TAKES = {
-    "pack": "DaliConfig", "pack-ffcv": "BetonConfig", "verify": "verify", "views": "options", "train": None, "report": "options",
-    "export": "ExportConfig", "knn": "KnnConfig", "linear": "LinearConfig", "detect": "DetectionConfig",
-    "attention": "AttentionConfig", "completion": "completion",
-}  # fmt: skip
-"""Command -> what its module has the flags in; `options`, or None where there are none, stand beside those of training."""
-
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh"]]) -> None:
-    kinds = [Annotated[kind, tyro.conf.subcommand(word)] for word in TAKES if (kind := flags_of(word))]
+    kinds = [Annotated[kind, tyro.conf.subcommand(word)] for word in COMMANDS if (kind := flags_of(word))]
     tyro.cli(Union[tuple(kinds)], prog="inscon", args=["--tyro-print-completion", shell])  # noqa: UP007
 
 
 def flags_of(word: str):
     """What tyro makes flags of; None where a package that the command needs is missing."""
+    place, name, _ = COMMANDS[word]
     try:
-        module = importlib.import_module(COMMANDS[word][0])
+        module = importlib.import_module(place)
     except SystemExit:  # which it says itself when it is called
         return None
-    name = TAKES[word]
     if name not in (None, "options"):
         return vars(module)[name]
     groups = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind) and kind is not config.Config]
