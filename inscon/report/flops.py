@@ -1,6 +1,5 @@
 """How much arithmetic a step takes, and how much the device can do: together they give MFU. And how fast it copies."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -35,8 +34,7 @@ class StepFlops(NamedTuple):
 @functools.lru_cache
 def step_flops(config: Config) -> StepFlops:
     """Counted operator by operator on tensors without contents; `config` is resolved."""
-    model = dataclasses.replace(config.model, norm="none", split_size=None)  # whose groups change no count
-    config = dataclasses.replace(config, model=model)
+    config = config.replaced(norm="none", split_size=None)  # whose groups change no count
     size, specs = min(COUNTED_IMAGES, config.optim.batch_size), config.method.view_specs(config.views)
     feed = Feed(MadeUpIndex(), specs, config.method.mosaics(), batch_size=size, seed=0)
     with torch.device("meta"):

@@ -5,7 +5,6 @@ it is; inscon/report/page.py says in words what each figure is.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import itertools
@@ -127,11 +126,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def noise(config: Config) -> Config:
-    """The same, with synthetic batches."""
-    return dataclasses.replace(config, loader=dataclasses.replace(config.loader, pipeline="synthetic"))
-
-
 class Measurement:
     """All that goes to report.json.
 
@@ -143,7 +137,7 @@ class Measurement:
 
     def __init__(self, config: Config, feed_of: Callable[[Config], Feed], device, out: Path, steps: int, warm_up: int):
         # A folder that does not exist: nothing is continued, nothing is written.
-        self._asked = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=out / "no-run"))
+        self._asked = config.replaced(run_dir=out / "no-run")
         self.config = resolve(self._asked, distributed.world_size())
         self.feed, self.device, self.out, self.steps, self.warm_up = feed_of(self.config), device, out, steps, warm_up
         self._feed_of, self.training = feed_of, train.set_up(self.config, device, self.feed.index.fingerprint)
@@ -195,19 +189,19 @@ class Measurement:
 
     def open(self, config: Config, first: int, steps: int) -> Pipeline:
         """Batches of steps first .. first + steps - 1."""
-        dtype, feed = self.training.precision.pixel_dtype, self._feed_of(config)
-        loader = dataclasses.replace(config.loader, color=self._color)
-        return open_pipeline(feed, loader, device=self.device, dtype=dtype, start_step=first, total_steps=first + steps)
+        dtype, loader = self.training.precision.pixel_dtype, config.replaced(color=self._color).loader
+        where = {"device": self.device, "dtype": dtype}
+        return open_pipeline(self._feed_of(config), loader, **where, start_step=first, total_steps=first + steps)
 
     def synthetic(self, training: Training, config: Config, steps: int, warm_up: int, eager: bool = False) -> dict:
         """Training on noise that is there already."""
-        with self.open(noise(config), 0, warm_up + steps) as batches:
+        with self.open(config.replaced(pipeline="synthetic"), 0, warm_up + steps) as batches:
             return run_steps(training, batches, steps, warm_up, eager=eager)
 
     def on_device(self, end_to_end: dict, fed: bool) -> dict:
         """Of eager steps: the `bytes` that one moves, and `step`, on noise, as `inscon.report.device.summary` tells. Where a loader
         feeds them: `fed_kernel_ms`, of its kernels and theirs, and `taken_ms`, by which it makes a step of the run longer."""
-        with self.open(noise(self.config), 0, 2 + TRACED) as batches:
+        with self.open(self.config.replaced(pipeline="synthetic"), 0, 2 + TRACED) as batches:
             kept = list(batches)
         with Traffic() as traffic:
             run_step(self.training, kept[0])
@@ -256,10 +250,8 @@ class Measurement:
         other = batch // 2 if batch // world >= 64 else 2 * batch
         split = self._asked.model.split_size
         split = split and split * other // batch  # as many BatchNorm groups
-        model = dataclasses.replace(self._asked.model, split_size=split)
-        optim = dataclasses.replace(self._asked.optim, batch_size=other)
         try:
-            config = resolve(dataclasses.replace(self._asked, model=model, optim=optim), world)
+            config = resolve(self._asked.replaced(split_size=split, batch_size=other), world)
         except ValueError:
             return None
         training = train.set_up(config, self.device, self.feed.index.fingerprint)

@@ -5,7 +5,6 @@ own and wants a pickle of NumPy arrays. timm's networks are written for timm. Wh
 attribute `inscon` of the dictionary (.pth), an entry (.pkl).
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import pickle
@@ -132,18 +131,13 @@ def any_backbone(source: str | Path, untrained: bool = False) -> tuple[Backbone,
         tensors, held = read(file)
     facts = {"what": str(file), "step": held["step"], "config": held["config"]}
     if untrained:
-        return untrained_backbone(facts["config"]), facts | {"what": "the network before training", "step": 0}
+        config = rebuild(facts["config"]).replaced(norm="none", split_size=None)
+        torch.manual_seed(config.run.seed)
+        backbone = config.method.build(config, config.optim.batch_size).backbone.eval()
+        return backbone, facts | {"what": "the network before training", "step": 0}
     backbone = build_backbone(facts["config"]["model"]["backbone"])
     backbone.network.load_state_dict(tensors)
     return backbone.eval(), facts
-
-
-def untrained_backbone(config: dict) -> Backbone:
-    """The backbone as the run with this configuration, of `Config.to_dict`, started it; in eval mode."""
-    config = rebuild(config)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="none", split_size=None))
-    torch.manual_seed(config.run.seed)
-    return config.method.build(config, config.optim.batch_size).backbone.eval()
 
 
 def rebuild(values: dict) -> Config:
@@ -205,16 +199,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def write(file: BinaryIO, tensors: dict[str, Tensor], facts: dict) -> None:
-    if facts["format"] != "detectron2":
-        held = OrderedDict(tensors)
-        held.inscon = json.dumps(facts)
-        torch.save(held, file)
+    if facts["format"] == "detectron2":
+        file.write(for_detectron2(tensors, facts))
         return
+    held = OrderedDict(tensors)
+    held.inscon = json.dumps(facts)
+    torch.save(held, file)
+
+
+def for_detectron2(tensors: dict[str, Tensor], facts: dict) -> bytes:
+    """A pickle with detectron2's names."""
     model = {to_detectron2(name): value.numpy() for name, value in tensors.items()}
     held = {"model": model, "__author__": "InsCon", "matching_heuristics": True, "inscon": facts}
     # Protocol 3 names globals in plain text; NumPy 2 moved this one, and the old name is there in both.
-    pickled = pickle.dumps(held, protocol=3)
-    file.write(pickled.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    return pickle.dumps(held, protocol=3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
 _NUMPY = {

@@ -7,12 +7,10 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor
-
 from inscon import guard
 from inscon.nn.backbones import TORCHVISION, facts_of
 from inscon.report.run import read_metrics
-from inscon.transfer.export import ExportError, digest, gather, write
+from inscon.transfer.export import ExportError, digest, for_detectron2, gather
 from pipelines.color import MEAN, STD
 
 LINES = {
@@ -60,9 +58,7 @@ Settings:
 def check(out: Path, license: str | None) -> None:
     """ExportError unless weights may be written to the folder `out`, under a license that somebody chose."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license or ""):
-        raise ExportError(
-            f"the license of the weights is yours to choose. Found: {license}; set --license cc-by-4.0, say"
-        )
+        raise ExportError(f"the license of the weights is yours to choose. Found: {license}; set --license cc-by-4.0")
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
@@ -74,62 +70,54 @@ def check(out: Path, license: str | None) -> None:
 
 def export(run: Path, out: Path, license: str, statistics: dict | None = None, norm_batches: int = 0) -> dict:
     """Write the folder `out`, which appears when everything in it is whole; return what `export.export` does."""
+    from safetensors.torch import load, save
+
     tensors, facts = gather(run, "hub", statistics, norm_batches)
-    shared = {group: held for group, held in facts["config"].items() if group not in ("loader", "run")}  # no paths
+    config = {group: held for group, held in facts["config"].items() if group not in ("loader", "run")}  # no paths
+    shared, name = facts | {"config": config}, config["model"]["backbone"]
+    weights = save(tensors, {"format": "pt", "inscon": json.dumps(shared)})
+    assert digest(load(weights)) == facts["digest"]
     folder = run if run.is_dir() else run.parent.parent
     windows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     window = next((found for found in reversed(windows) if found["step"] <= facts["step"]), {})
+    files = {"model.safetensors": weights, "config.json": timm_config(name, config["views"]["view_size"])}
+    loaders = ["timm", *["torchvision"] * (name in TORCHVISION)]
+    if re.fullmatch(r"resnet\d+", name):
+        loaders.append("detectron2")
+        files["detectron2.pkl"] = for_detectron2(tensors, shared | {"format": "detectron2"})
+    files["README.md"] = card(shared, license, window, loaders).encode()
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        _fill(unfinished, tensors, facts | {"config": shared}, license, window)
+        for file_name, content in files.items():
+            with guard.whole_file(unfinished / file_name) as file:
+                file.write(content)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return facts
 
 
-def _fill(folder: Path, tensors: dict[str, Tensor], facts: dict, license: str, window: dict) -> None:
-    from safetensors.torch import load, save
-
-    name, weights = facts["config"]["model"]["backbone"], save(tensors, {"format": "pt", "inscon": json.dumps(facts)})
-    assert digest(load(weights)) == facts["digest"]
-    detectron2 = re.fullmatch(r"resnet\d+", name)
-    loaders = ["timm", *["torchvision"] * (name in TORCHVISION), *["detectron2"] * bool(detectron2)]
-    content = {
-        "model.safetensors": weights,
-        "config.json": json.dumps(timm_config(name, facts["config"]["views"]["view_size"]), indent=2).encode(),
-        "README.md": card(facts, license, window, loaders).encode(),
-    }
-    for file_name, written in content.items():
-        with guard.whole_file(folder / file_name) as file:
-            file.write(written)
-    if detectron2:
-        with guard.whole_file(folder / "detectron2.pkl") as file:
-            write(file, tensors, facts | {"format": "detectron2"})
-
-
-def timm_config(name: str, side: int) -> dict:
-    """What timm builds the network by; `side` of the pictures, px."""
+def timm_config(name: str, side: int) -> bytes:
+    """What timm builds the network by, config.json; `side` of the pictures, px."""
     known = getattr(facts_of(name).network, "pretrained_cfg", {"first_conv": "conv1", "classifier": "fc"})
     layers = {key: known[key] for key in ("first_conv", "classifier") if key in known}
     pictures = {"input_size": [3, side, side], "mean": MEAN, "std": STD, "interpolation": "bilinear", "crop_pct": 0.875}
-    return {"architecture": name, "num_classes": 0, "pretrained_cfg": {"num_classes": 0, **layers, **pictures}}
+    held = {"architecture": name, "num_classes": 0, "pretrained_cfg": {"num_classes": 0, **layers, **pictures}}
+    return json.dumps(held, indent=2).encode()
 
 
 def card(facts: dict, license: str, window: dict, loaders: list[str]) -> str:
     """README.md, as the Hugging Face hub reads it; `window`: of the run's metrics."""
     name = facts["config"]["model"]["backbone"]
     network = {
-        "name": name,
-        "depth": name.removeprefix("resnet"),
-        "width": 64 if name in ("resnet18", "resnet34") else 256,
-    }
-    levels = {"means": [255 * m for m in MEAN], "stds": [255 * s for s in STD]}
-    lines = {library: LINES[library].format(**network, **levels) for library in loaders}
+        "name": name, "depth": name.removeprefix("resnet"), "width": 64 if name in ("resnet18", "resnet34") else 256,
+        "means": [255 * m for m in MEAN], "stds": [255 * s for s in STD],
+    }  # fmt: skip
+    lines = [f"With {library}:\n\n```python\n{LINES[library].format(**network)}\n```" for library in loaders]
     figures = [f"{key} {value:.6g}" for key, value in window.items() if key.startswith(("loss", "top1", "knn"))]
     return CARD.format(
         license=license, name=name, **{key: facts[key] for key in ("step", "inscon", "data")}, torch=version("torch"),
         mean=MEAN, std=STD, config=json.dumps(facts["config"], indent=1), figures=", ".join(figures) or "none there",
-        loading="\n\n".join(f"With {library}:\n\n```python\n{code}\n```" for library, code in lines.items()),
+        loading="\n\n".join(lines),
     )  # fmt: skip
