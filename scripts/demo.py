@@ -28,12 +28,11 @@ from PIL import ImageOps
 from data_prep.make_dali import pack_folder
 from data_prep.make_scenes import make_scenes
 from inscon import guard
-from inscon.methods.method import resolve
+from inscon.report.run import read_metrics
 from inscon.scripts import show_views, train
 from inscon.scripts.attention_maps import joined
 from inscon.transfer import knn
 from inscon.transfer.export import any_backbone, estimate_statistics
-from pipelines import open_pipeline
 from pipelines.evaluation import LabelledViews
 from pipelines.reference import picture_of
 
@@ -63,14 +62,8 @@ def main(config: DemoConfig) -> dict:
         f"training passes over them, and compares the network with itself before: minutes on 2 cores. The result is {out}/demo.png."
     )
     guard.check_output_folder(out)
-    make_scenes(
-        out / "scenes",
-        num_images=config.pictures,
-        num_val=config.held_out,
-        num_classes=CLASSES,
-        size=SIDE,
-        seed=config.seed,
-    )
+    scenes = {"num_images": config.pictures, "num_val": config.held_out, "num_classes": CLASSES, "size": SIDE}
+    make_scenes(out / "scenes", seed=config.seed, **scenes)
     for split in ("train", "val"):
         pack_folder(out / "scenes" / split, out / split)
     train.main(flags(config))
@@ -82,11 +75,9 @@ def main(config: DemoConfig) -> dict:
     draw(config, rows, scores)
     with guard.whole_file(out / "summary.json") as file:
         file.write((json.dumps(summary, indent=1) + "\n").encode())
+    votes = f"of {config.held_out} scenes are of the class that their {NEIGHBORS} neighbors vote for"
     for name, score in scores.items():
-        between = f"{score:.1f} % +- {half_interval(score, config.held_out):.1f}"
-        print(
-            f"{name}: {between} of {config.held_out} scenes are of the class that their {NEIGHBORS} neighbors vote for"
-        )
+        print(f"{name}: {score:.1f} % +- {half_interval(score, config.held_out):.1f} {votes}")
     print(f"{out}/demo.png shows it; {summary['seconds']} s in all.")
     return summary
 
@@ -113,7 +104,7 @@ def draw(config: DemoConfig, rows: dict[str, list[knn.Rows]], scores: dict[str, 
     """OUT/demo.png."""
     from matplotlib import pyplot
 
-    windows = [json.loads(line) for line in (config.out / "run/metrics.jsonl").read_text().splitlines()]
+    windows = read_metrics(config.out / "run")
     figure, axes = pyplot.subplots(2, 2, figsize=(14, 10), layout="constrained", width_ratios=(1, 1.2))
     for name in sorted(name for name in windows[-1] if name.startswith("loss_")):
         axes[0, 0].plot([w["step"] for w in windows], [w[name] for w in windows], label=name.removeprefix("loss_"))
@@ -124,7 +115,7 @@ def draw(config: DemoConfig, rows: dict[str, list[knn.Rows]], scores: dict[str, 
     axes[1, 0].bar_label(bars, fmt="%.1f %%", label_type="center", padding=8)
     axes[1, 0].set(title=f"scenes classified by neighbors, % of {config.held_out}; chance: {100 / CLASSES:.1f}")
     shown = {
-        "views, cells with one number show the same": views_of(config),
+        "views, cells with one number show the same": show_views.sheet(train.parse(flags(config)), images=2),
         "nearest: scene | before | after": neighbors_of(config, rows),
     }
     for axis, (title, image) in zip(axes[:, 1], shown.items(), strict=True):
@@ -136,25 +127,17 @@ def draw(config: DemoConfig, rows: dict[str, list[knn.Rows]], scores: dict[str, 
     pyplot.close(figure)
 
 
-def views_of(config: DemoConfig):
-    """The first scenes of the run as it saw them."""
-    resolved = resolve(train.parse(flags(config)), 1)
-    feed = train.feed_of(resolved)
-    with open_pipeline(feed, resolved.loader, total_steps=1) as loader:
-        return show_views.draw(next(iter(loader)), feed.index, 2)
-
-
 def neighbors_of(config: DemoConfig, rows: dict[str, list[knn.Rows]]):
     """A row per scene of the held-out set, the first of each class: itself, its nearest before and after."""
     bank, val = (LabelledViews(config.out / split, 32) for split in ("train", "val"))
     queries = [int((val.labels == label).nonzero()[0]) for label in range(SHOWN)]
     lines = []
     for query in queries:
-        line = [tile_of(val, query)]
+        tiles = [[tile_of(val, query)]]
         for trained_on, judged in rows.values():
-            similarity = torch.cosine_similarity(trained_on[0], judged[0][query], dim=1)
-            line.append(joined([tile_of(bank, int(i)) for i in similarity.topk(NEAREST).indices]))
-        lines.append(joined(line))
+            nearest = torch.cosine_similarity(trained_on[0], judged[0][query], dim=1).topk(NEAREST).indices
+            tiles.append([tile_of(bank, int(i)) for i in nearest])
+        lines.append(joined([joined(part) for part in tiles]))
     return joined(lines, down=True)
 
 

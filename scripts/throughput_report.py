@@ -70,16 +70,15 @@ def main(arguments: list[str]) -> int:
         if distributed.rank() == 0:
             publish(report, own.out)
             if own.html:
-                write_html(own.html, report, own.run)
+                write(own.html, web_page(report, own.run))
     finally:
         distributed.stop()
     return 0
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
     add = parser.add_argument
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
     add("--steps", type=int, default=30, help="measured, of each of the measurements")
@@ -94,13 +93,11 @@ def options() -> argparse.ArgumentParser:
 
 
 def publish(report: dict, out: Path) -> None:
-    """report.json and report.md in `out`, each whole or not there, and the page on the screen."""
+    """report.json and report.md in `out`, and the page on the screen."""
     text = page.page(report)
-    for name, content in {"report.json": json.dumps(report, indent=1) + "\n", "report.md": text}.items():
-        with guard.whole_file(out / name) as file:
-            file.write(content.encode())
     Console().print(Markdown(text))
-    print(f"{out}/report.md, report.json")
+    write(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write(out / "report.md", text)
 
 
 def show_comparison(before: Path, after: Path, tolerance: float) -> int:
@@ -120,13 +117,14 @@ def show_run(run: Path, html: Path | None) -> int:
     note = "Rates are in source images/s. What holds a run back is measured by --data SHARDS."
     Console().print(Markdown(title + "\n\n" + page.table("Medians of log windows", ("", "median"), rows, note)))
     if html:
-        write_html(html, None, run)
+        write(html, web_page(None, run))
     return 0
 
 
-def write_html(path: Path, report: dict | None, run: Path | None) -> None:
+def write(path: Path, text: str) -> None:
+    """A file that is whole or not there."""
     with guard.whole_file(path) as file:
-        file.write(web_page(report, run).encode())
+        file.write(text.encode())
     print(path)
 
 
