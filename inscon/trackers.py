@@ -73,18 +73,14 @@ def check_installed(names: Iterable[str]) -> None:
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
-            raise ValueError(
-                f"--tracker {name} needs the package {name}; pip install 'inscon[{name}]', or leave {name} out"
-            )
+            raise ValueError(f"--tracker {name} needs a package: pip install 'inscon[{name}]', or leave {name} out")
 
 
 class Trackers:
     """Those named; if `start_step` is not 0, each in the run it had. Steps up to `logged_step`, which W&B and MLflow have of it and
-    cannot take back, stay as they were."""
+    cannot take back, stay as they were. `say` prints a line."""
 
-    def __init__(
-        self, names: Iterable[str], run_dir: Path, settings: dict, start_step: int, logged_step: int, say: Callable
-    ):
+    def __init__(self, names: Iterable[str], run_dir: Path, settings: dict, start_step: int, logged_step: int, say):
         self._say, self._open = say, {}
         for name in dict.fromkeys(names):
             self._attempt(name, self._start, name, run_dir, settings, start_step, logged_step)
@@ -94,9 +90,8 @@ class Trackers:
         before = kept.read_text() if start_step and kept.exists() else None
         run_id, log, close = TRACKERS[name](run_dir, settings, before, start_step)
         self._open[name] = log, close, logged_step if before else 0
-        if run_id != before:
-            with guard.whole_file(kept) as file:
-                file.write(run_id.encode())
+        if run_id is not None:
+            kept.write_text(run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, (log, _, logged_step) in list(self._open.items()):

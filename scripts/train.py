@@ -125,10 +125,7 @@ def run(config: Config, feed: Feed, device: torch.device, when_stopped: Callable
         total_steps=total_steps,
     )  # fmt: skip
     with contextlib.closing(batches) as loader:
-        monitor = knn_monitor(training)
-        stopped = train.train(
-            training, loader, feed.steps_per_epoch, total_steps, telemetry=loader.read, monitor=monitor
-        )
+        stopped = train.train(training, loader, feed.steps_per_epoch, total_steps, loader.read, knn_monitor(training))
         if stopped:
             when_stopped()
         return stopped

@@ -94,9 +94,7 @@ def _cases(report: dict) -> list[tuple]:
     computing, idle = "CPU-bound", "a GPU; on this CPU the loader is fast enough"
     if "gpu" in report["machine"]:
         computing, idle = "GPU-bound", "nothing in the data path; see the kernels, MFU and memory for what is left"
-    more = min(
-        shares[WAIT], 100 * max(1 - rates[END_TO_END] / rates[MODEL], 0.0)
-    )  # than the model alone, nothing gives
+    more = min(shares[WAIT], 100 * max(1 - rates[END_TO_END] / rates[MODEL], 0.0))  # the model alone is a ceiling
     return [
         (shares[WAIT], NOTICED, "loader-bound", f"the loader's stage {loader}", ADVICE[loader], more),
         (shares[WIRE], NOTICED, "communication-bound", WIRE,
@@ -136,11 +134,9 @@ def fixed_percent(batch: int, sizes: list[int], compute_ms: list[float]) -> floa
 def disturbed(report: dict) -> dict | None:
     """Instead of a verdict, where figures cannot be true: a ceiling beaten by what it bounds, negative time per image."""
     rates, scaling = report["ceilings"], report["scaling"]
-    used = rates[END_TO_END] * report["flops_per_image"] / report["ranks"]
+    rate, used = rates[END_TO_END], rates[END_TO_END] * report["flops_per_image"] / report["ranks"]
     claims = [
-        (rates[END_TO_END], "images/s end to end", rates[name], f"of the {name}") for name in CEILINGS if rates[name]
-    ]
-    claims += [
+        *[(rate, "images/s end to end", rates[name], f"of the {name}") for name in CEILINGS if rates[name]],
         (used / 1e9, "GFLOP/s in the step", report["matrix_flops_per_s"] / 1e9, "of matrix products"),
         (sum(report["shares"].values()), "% of the step in all its parts", 100.0, "% of the step itself"),
     ]
@@ -171,18 +167,17 @@ def compare(before: dict, after: dict) -> list[tuple[str, float, float, float]]:
     """(figure, before, after, percent by which it became worse) of all that both have. ValueError where machine or settings
     differ, naming which."""
     one, other = _set_up(before), _set_up(after)
-    differ = [
-        f"{name} {one.get(name)} and {other.get(name)}" for name in one | other if one.get(name) != other.get(name)
-    ]
+    names = [name for name in one | other if one.get(name) != other.get(name)]
+    differ = [f"{name} {one.get(name)} and {other.get(name)}" for name in names]
     if differ:
         raise ValueError(
             f"two reports are compared on one machine with one set-up. Found: {', '.join(differ)}; measure both in the same way"
         )
-    groups = ("ceilings", -1), ("memory", 1)
-    figures = [
-        (name, sign, before[group][name], after[group][name]) for group, sign in groups for name in before[group]
-    ]
-    return [(name, a, b, sign * 100 * (b - a) / a) for name, sign, a, b in figures if a and b]
+    found = []
+    for group, sign in (("ceilings", -1), ("memory", 1)):
+        pairs = [(name, before[group][name], after[group][name]) for name in before[group]]
+        found += [(name, a, b, sign * 100 * (b - a) / a) for name, a, b in pairs if a and b]
+    return found
 
 
 def _set_up(report: dict) -> dict:

@@ -44,9 +44,8 @@ def check_name(form: str, out: Path) -> None:
     """ExportError unless a file for `form` may be called so: detectron2 loads nothing of a .pth, and trains from noise."""
     suffix = ".pkl" if form == "detectron2" else ".pth"
     if out.suffix != suffix:
-        raise ExportError(
-            f"a file for {form} must end in {suffix}. Found: {out.name}; set --out {out.with_suffix(suffix).name}"
-        )
+        name = out.with_suffix(suffix).name
+        raise ExportError(f"a file for {form} must end in {suffix}. Found: {out.name}; set --out {name}")
 
 
 def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm_batches: int = 0) -> dict:
@@ -154,9 +153,8 @@ def read_run(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
     file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
     contents = checkpoint.load(file)
     if "config" not in contents:
-        raise checkpoint.CheckpointError(
-            f"{file} is a detector of scripts/finetune_detection.py, no pre-training; give the run folder of a scripts/train.py"
-        )
+        made_by = "is a detector of scripts/finetune_detection.py"
+        raise checkpoint.CheckpointError(f"{file} {made_by}; give the run folder of a scripts/train.py")
     prefix = contents["backbone"] + "."
     tensors = {
         name.removeprefix(prefix): value.cpu().contiguous()
@@ -176,9 +174,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors, facts = _read(path)
     except Exception as error:  # of torch and pickle alike, for whatever the file may be
-        raise ExportError(
-            f"{path} is no export of this program ({type(error).__name__}); write one with scripts/export.py"
-        ) from error
+        found = f"is no export of this program ({type(error).__name__})"
+        raise ExportError(f"{path} {found}; write one with scripts/export.py") from error
     broken = checkpoint.not_finite(tensors)
     if broken:
         raise ExportError(f"{path} is of a run that had diverged: {broken} is not finite; export an earlier step")

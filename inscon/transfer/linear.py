@@ -133,9 +133,8 @@ class Probe:
         held = checkpoint.load(self.path, self.device)
         names = [name for name, value in self._identity.items() if held["identity"].get(name) != value]
         if names:
-            raise ValueError(
-                f"{self.path} is a probe with another {' and '.join(names)}; set another --out, or delete it to begin again"
-            )
+            other = " and ".join(names)
+            raise ValueError(f"{self.path} is a probe with another {other}; set another --out, or delete it")
         self.layer.load_state_dict(held["layer"])
         self.optimizer.load_state_dict(held["optimizer"])
         self.epoch = held["epoch"]

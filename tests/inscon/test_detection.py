@@ -600,7 +600,7 @@ RLE = {"size": [30, 40]}
         ((*FIRST, "bbox"), [5, 5, float("nan"), 10], "JSON is malformed: invalid character (byte "),
         ((*FIRST, "bbox"), [5, 5, 10**400, 10], "Number out of range - at `$.annotations[0].bbox[2]`"),
         ((*LAST, "bbox"), [5, 5, 1e9, 10], "`$.annotations[4].bbox[2]`"),
-        ((*FIRST, "area"), -1, "annotations, id 0: Expected `float` >= 0.0 - at `$.annotations[0].area`"),
+        ((*FIRST, "area"), -1, "Expected `float` >= 0.0 - at `$.annotations[0].area`"),
         ((*FIRST, "iscrowd"), "0", "Expected `bool | int`, got `str` - at `$.annotations[0].iscrowd`"),
         ((*FIRST, "iscrowd"), 2, "Invalid enum value 2 - at `$.annotations[0].iscrowd`"),
         ((*FIRST, "image_id"), "7", "Expected `int`, got `str` - at `$.annotations[0].image_id`"),

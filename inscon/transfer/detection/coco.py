@@ -7,7 +7,6 @@ are passed over. Category ids may have gaps (COCO's 80 lie in 1..90): labels are
 import contextlib
 import io
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -130,26 +129,18 @@ class CocoSet:
         return target
 
 
-def _whose(raw: object, error: str) -> str:
-    """Whose field is wrong, "annotations, id 7: ", where it has an id."""
-    found = re.search(r"\$\.(images|annotations|categories)\[(\d+)\]", error)
-    entry = raw[found[1]][int(found[2])] if found else None
-    return f"{found[1]}, id {entry['id']}: " if isinstance(entry, dict) and "id" in entry else ""
-
-
 def read_coco(path: Path, folder: Path, masks: bool, categories: dict[int, str] | None = None) -> CocoSet:
     """Read and check a json and its folder of pictures. `masks`: every annotation must have one; `categories`: what it must have.
 
     Raises ValueError: other contents, a field that can't be used, ids twice, pictures that are not there.
     """
-    written, raw = path.read_bytes(), None
+    written = path.read_bytes()
     try:
         raw = msgspec.json.decode(written)
         contents = msgspec.convert(raw, MaskedContents if masks else Contents)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no json of COCO's format: {_whose(raw, str(error))}{error}; correct it, or give an "
-            "instances json such as instances_val2017.json "
+            f"{path} is no json of COCO's format: {error}; correct it, or give an instances json such as instances_val2017.json "
             "(VOC's XML has to be converted, and only --arch fasterrcnn-fpn learns without segmentation)"
         ) from None
     for wrong in _wrong(contents, folder):
