@@ -82,9 +82,7 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
 
 def share_cores(load: Path = Path("/proc/loadavg")) -> None:
     """Let torch's threads sleep while they wait for each other, if others compute on this machine now; before torch is imported.
-
-    Alone, spinning is faster. But two jobs that spin on the same two cores slowed each other 25 times (docs/measured.md).
-    """
+    Alone, spinning is faster, but two jobs on the same two cores slowed each other 25 times (docs/measured.md)."""
     with contextlib.suppress(OSError):  # no Linux
         looks = [time.sleep(0.01) or int(load.read_text().split()[3].partition("/")[0]) for _ in range(5)]
         if min(looks) > 1:  # this one and another
@@ -170,10 +168,8 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk. Left by an error, nothing stays of it.
-
-    What is under construction has a name of its own, so two processes never write one file. OSError has the file's name.
-    """
+    """A file that gets its name when it is whole and on the disk; until then it has one of this process's own, and an error leaves
+    nothing of it. OSError has the file's name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
@@ -202,10 +198,9 @@ def remove_unfinished(folder: Path, pattern: str = "*") -> None:
 
 @contextlib.contextmanager
 def only_process(folder: Path, flag: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds `folder`, which is made, against other processes; ends with the process that holds it.
+    """Holds `folder` against other processes, until this one ends. It is made, and goes again if it is still empty.
 
-    ValueError, naming `flag`, where another one has it for `wait_s` more seconds (and which), or nothing can be written there. A
-    folder that was made here and is still empty at the end goes again. Where the file system knows no locks nothing is held.
+    ValueError, naming `flag`, where another one has it for `wait_s` more seconds (and which), or nothing can be written there.
     """
     folder, deadline = Path(folder), time.monotonic() + wait_s
     new = not folder.exists()

@@ -48,10 +48,8 @@ class Stopwatch:
 
 
 class Pace:
-    """How long steps take one by one, to notice a machine that is shared. Pauses between steps, and waits for data, are left out.
-
-    On a GPU the times are the device's, by events in its stream; they are read when it has been waited for anyway.
-    """
+    """How long steps take one by one, without pauses and waits for data, to notice a machine that is shared; on a GPU by events in
+    its stream."""
 
     FIRST, ENOUGH, KEPT = 10, 40, 200
     """Steps: left out at the start, where everything happens for the first time; needed for a verdict; that it is about."""
@@ -71,8 +69,7 @@ class Pace:
             self._marks.append((start, now(self._device)))
 
     def look(self, data_wait_percent: float) -> list[str]:
-        """The sentence about a shared machine, once; to be called after a wait for the device, with the worst rank's data wait
-        since the last look."""
+        """The sentence about a shared machine, once; called after a wait for the device, with the worst rank's data wait."""
         if data_wait_percent <= self.LITTLE_WAIT:
             self._took_s.extend(seconds(*mark) for mark in self._marks)
         self._marks.clear()
@@ -118,10 +115,8 @@ class LossMeter:
 
 
 class MetricsLog:
-    """Rank 0's sinks: lines on the screen, `metrics.jsonl`, `warnings.jsonl`, and the trackers, which are given the `settings`.
-
-    Lines of steps after `start_step` in an existing metrics.jsonl are dropped: they will be written again.
-    """
+    """Rank 0's sinks: lines on the screen, `metrics.jsonl`, whose lines of steps after `start_step` are dropped, `warnings.jsonl`,
+    and the trackers, which are given the `settings`."""
 
     def __init__(
         self, run_dir: Path, total_steps: int, start_step: int, trackers: Sequence[str] = (), settings: dict | None = None

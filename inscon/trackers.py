@@ -11,11 +11,8 @@ from pathlib import Path
 
 from inscon import guard
 
-Run = tuple[str | None, Callable[[int, dict[str, float]], object], Callable[[bool], object]]
-"""A tracker's: the id to go on with, if any; log(step, figures); close(whether the training is finished)."""
 
-
-def tensorboard(run_dir: Path, settings: dict, _run_id: str | None, start_step: int) -> Run:
+def tensorboard(run_dir: Path, settings: dict, _run_id: str | None, start_step: int) -> tuple:
     """Event files in `tensorboard/`, out of which steps after the checkpoint are taken."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +28,7 @@ def tensorboard(run_dir: Path, settings: dict, _run_id: str | None, start_step: 
     return None, log, lambda _: writer.close()
 
 
-def wandb(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> Run:
+def wandb(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> tuple:
     """A run of Weights & Biases, in `wandb/` and nowhere else unless WANDB_MODE says so."""
     from wandb import init
 
@@ -42,7 +39,7 @@ def wandb(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -
     return run.id, lambda step, values: run.log(values, step), lambda done: run.finish(0 if done else 1)
 
 
-def mlflow(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> Run:
+def mlflow(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) -> tuple:
     """A run of MLflow, in the files of `mlruns/` unless MLFLOW_TRACKING_URI names a server or another store."""
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since version 3 it wants to be asked for
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 13 s; its own 7 take four minutes
@@ -66,13 +63,13 @@ def mlflow(run_dir: Path, settings: dict, run_id: str | None, _start_step: int) 
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}
+"""Each returns the id of its run to go on with, if any, and log(step, figures) and close(whether the training is finished)."""
 
 
 def check_installed(names: Iterable[str]) -> None:
     """ValueError, with what to install, for a tracker whose package isn't. A mere folder of that name, as wandb makes, is none."""
     for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:
+        if getattr(importlib.util.find_spec(name), "origin", None) is None:
             raise ValueError(f"--tracker {name} needs a package: pip install 'inscon[{name}]', or leave {name} out")
 
 

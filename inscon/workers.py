@@ -68,19 +68,15 @@ def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Itera
 
 
 def worker_init(*_: object) -> None:
-    """A DataLoader's `worker_init_fn`: the worker ends with its parent, and only so.
-
-    Ctrl-C in a terminal and Slurm's signals reach every process of a job, and the parent still wants its last step.
-    """
+    """A DataLoader's `worker_init_fn`: the worker ends with its parent, and only so; signals reach every process of a job, and the
+    parent still wants its last step."""
     guard.ignore_stops()
     guard.end_with_parent()
 
 
 def shared(item):
-    """A DataLoader's `collate_fn`: the tensors of `item` in shared memory, moved now, where a lack of it can be told.
-
-    Left to the DataLoader, a thread of the worker drops what finds no room, and the parent waits.
-    """
+    """A DataLoader's `collate_fn`: the tensors of `item` in shared memory, moved now, where a lack of it can be told; a thread of
+    the DataLoader's own would drop what finds no room, and the parent wait."""
     if torch.utils.data.get_worker_info() is None:
         return item
     return tree_map_only(torch.Tensor, torch.Tensor.share_memory_, item)

@@ -50,10 +50,8 @@ class KnnConfig(FrozenConfig):
 def open_frozen(
     config: FrozenConfig, device: torch.device, untrained: bool, seed: int = 0
 ) -> tuple[Backbone, dict, Precision, tuple[LabelledViews, LabelledViews]]:
-    """The backbone and what is known of it, its precision, and the sets to learn from and to be tested on.
-
-    ValueError where they do not fit each other, or the network takes no pictures of this size.
-    """
+    """The backbone and what is known of it, its precision, and the sets to learn from and to be tested on. ValueError where they do
+    not fit each other, or the network takes no pictures of this size."""
     backbone, facts = any_backbone(config.checkpoint, untrained)
     side = config.view_size or facts["config"]["views"]["view_size"]
     check_side(facts["config"]["model"]["backbone"], side)

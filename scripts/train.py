@@ -88,8 +88,7 @@ def pretrain(
 ) -> bool:  # fmt: skip
     """Train as `config` says, from the newest checkpoint in its run_dir, if any; whether a signal or Ctrl-C stopped it.
 
-    `fit(config, ranks)` has the last word on settings. What is logged is in run_dir/metrics.jsonl. ValueError, with the remedy,
-    before any work.
+    `fit(config, ranks)` has the last word on settings. The log is run_dir/metrics.jsonl. ValueError before any work.
     """
     device = distributed.start()
     try:

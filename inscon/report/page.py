@@ -51,19 +51,10 @@ def figures(report: dict) -> str:
         ("matrix products here and now, TFLOP/s", f"{report['matrix_flops_per_s'] / 1e12:.3f}"),
         ("model-FLOP utilization (MFU), % of that", mfu),
         ("memory copied here and now, GB/s read and written", f"{report['copy_bytes_per_s'] / 1e9:,.1f}"),
-        *_traffic(report),
         (f"processor, cores busy of the {cores:g} of a rank", f"{steps['cpu_cores']:.1f}"),
         *[(name, f"{value:,.0f}") for name, value in report["memory"].items()],
     ]
     return table("Figures", ("end to end", "value"), rows)
-
-
-def _traffic(report: dict) -> list[tuple[str, str]]:
-    if report["device"] is None:
-        return []
-    percent = "not known" if report["memory_percent"] is None else f"{report['memory_percent']:.1f}"
-    moved = f"{report['device']['bytes'] / 1e9:,.1f}"
-    return [("bytes that a step moves at least, GB", moved), ("copying as many, % of the step", percent)]
 
 
 def device(report: dict) -> str:
@@ -72,9 +63,12 @@ def device(report: dict) -> str:
         return "## The GPU\n\nno GPU\n"
     step, fed = found["step"], found.get("fed_kernel_ms", {})
     busy = min(100 * step["busy_ms"] / verdict.alone_ms(report), 100.0)
+    memory = "not known" if report["memory_percent"] is None else f"{report['memory_percent']:.1f}"
     rows = [
         ("launches", f"{step['launches']:,.0f}", ""), ("host's time for them, ms", f"{step['host_ms']:,.1f}", ""),
         ("GPU busy, % of the step as the run takes it", f"{busy:.1f}", ""),
+        ("bytes that a step moves at least, GB", f"{found['bytes'] / 1e9:,.1f}", ""),
+        ("copying as many, % of the step", memory, ""),
         *[(f"{name}, ms", f"{step['kernel_ms'].get(name, 0):,.2f}", f"{fed[name]:,.2f}" if name in fed else "")
           for name in step["kernel_ms"] | fed],
     ]  # fmt: skip

@@ -72,17 +72,10 @@ def gather(run: Path, form: str, statistics: dict | None, norm_batches: int) -> 
     if form not in ("timm", "hub") and backbone not in TORCHVISION:
         raise ExportError(f"{form} has no {backbone}, which is a network of timm's; set --format timm")
     tensors |= statistics or {}
-    return tensors, {
-        "format": form,
-        "inscon": importlib.metadata.version("inscon"),
-        "checkpoint": file.name,
-        "step": contents["step"],
-        "norm_batches": norm_batches,
-        "untrained": untrained_parameters(contents["config"]),
-        "digest": digest(tensors),
-        "config": contents["config"],
-        "data": contents["data"],
-    }
+    facts = {name: contents[name] for name in ("step", "config", "data")}
+    facts |= {"format": form, "checkpoint": file.name, "inscon": importlib.metadata.version("inscon")}
+    facts |= {"norm_batches": norm_batches, "digest": digest(tensors)}
+    return tensors, facts | {"untrained": untrained_parameters(contents["config"])}
 
 
 def untrained_parameters(config: dict) -> list[str]:
@@ -119,10 +112,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def any_backbone(source: str | Path, untrained: bool = False) -> tuple[Backbone, dict]:
-    """A backbone in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it.
-
-    `untrained`: the network as that run began. Raises CheckpointError or ExportError.
-    """
+    """A backbone in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it; `untrained`:
+    the network as that run began. Raises CheckpointError or ExportError."""
     file = Path(source)
     if file.is_dir() or file.suffix == ".pt":
         tensors, held, file = read_run(file)
@@ -165,10 +156,8 @@ def read_run(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of an export, by torchvision's or timm's names, and what travels with them; no code in it is run.
-
-    Raises ExportError for a file that is none, isn't finite, or isn't as it was written.
-    """
+    """The tensors of an export, by torchvision's or timm's names, and what travels with them; no code in it is run. Raises
+    ExportError for a file that is none, isn't finite, or isn't as it was written."""
     if not Path(path).is_file():
         raise ExportError(f"there is no file {path}; give a run folder, a checkpoint, or a file of scripts/export.py")
     try:

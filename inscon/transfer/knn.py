@@ -1,7 +1,6 @@
 """k nearest neighbors on frozen features: is the run healthy, today, without training anything.
 
-Protocol of Wu et al. (2018): pooled features, L2-normalized, cosine similarity, the k nearest vote with weight
-exp(similarity / 0.1).
+Protocol of Wu et al. (2018): cosine similarity of pooled features, the k nearest vote with weight exp(similarity / 0.1).
 """
 
 import math
@@ -54,10 +53,8 @@ def features(
 
 
 def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: torch.device | str = "cpu") -> float:
-    """Share of queries, 0..1, whose class wins the vote of their `k` nearest rows of `bank`.
-
-    `bank`: None is the queries themselves, of which none votes for itself. `device`: where similarities are computed.
-    """
+    """Share of queries, 0..1, whose class wins the vote of their `k` nearest rows of `bank`; None: the queries themselves, of which
+    none votes for itself. `device`: where similarities are computed."""
     rows, labels = queries
     others, classes = (part.to(device) for part in bank or queries)
     rows, others = F.normalize(rows, dim=1), F.normalize(others, dim=1)
@@ -82,8 +79,7 @@ def monitor(
 ) -> float:
     """Share, 0..1, of a held-out set's pictures whose class wins among their neighbors in the same set; NaN of less than two.
 
-    For a backbone in training, whose mode is as it was afterwards; its weights and statistics aren't touched. Each rank gives
-    the features of its own `batches`; all ranks know the answer.
+    For a backbone in training, which stays as it is. Each rank gives the features of its own `batches`; all know the answer.
     """
     was_training = backbone.training
     rows, labels = features(backbone.eval(), batches, device, amp_dtype)

@@ -51,8 +51,7 @@ def lr_at(protocol: Protocol, iteration: int) -> float:
 class FineTuning:
     """A fine-tuning between two iterations; `iteration` is the next one, counted from 0.
 
-    `model`: (images, targets) -> losses by name; `data`: of `CocoSet.learnable`. An earlier part of the run in `folder` is gone on
-    from; ValueError if it is of another run.
+    `model`: (images, targets) -> losses by name. Goes on from what is in `folder`; ValueError if that is of another run.
     """
 
     def __init__(self, model: nn.Module, design: Design, data: CocoSet, folder: Path, precision: Precision):
@@ -204,10 +203,8 @@ def detections(made: dict[str, Tensor], image_id: int, categories: list[int]) ->
 
 
 def score(data: CocoSet, found: list[dict], kind: str) -> dict[str, float | None]:
-    """The twelve numbers in percent of `found` (results format); None where the set has no such objects.
-
-    `kind`: "bbox" or "segm"; sizes of found objects are then those of their boxes or of their masks.
-    """
+    """The twelve numbers in percent of `found` (results format); None where the set has no such objects. `kind`: "bbox" or "segm",
+    by which objects have their sizes."""
     if kind == "segm":
         found = [{name: value for name, value in entry.items() if name != "bbox"} for entry in found]
     with contextlib.redirect_stdout(io.StringIO()):

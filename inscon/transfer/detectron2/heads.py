@@ -6,10 +6,8 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):
-    """Regions through res5, then a norm of MODEL.RESNETS.NORM, then boxes and masks.
-
-    A frozen-BatchNorm network needs no such thing; one that trains its BatchNorm ends in a sum of unknown scale.
-    """
+    """Regions through res5, then a norm of MODEL.RESNETS.NORM, then boxes and masks: a network that trains its BatchNorm ends in a
+    sum of unknown scale."""
 
     @classmethod
     def from_config(cls, cfg, input_shape):
