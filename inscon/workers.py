@@ -20,13 +20,11 @@ from inscon import guard
 def alive(loader: DataLoader, what: str, timeout_s: float, remedy: str) -> Iterator:
     """What the workers of `loader` made, in order; the workers end with this generator.
 
-    Args:
-        loader: with `worker_init` and a `multiprocessing_context` other than fork, or without workers.
-        what: names it in sentences, "the pipeline reference".
-        timeout_s: for an item, before it is given up.
-        remedy: what takes less memory, "fewer --threads".
+    `loader` has `worker_init` and a `multiprocessing_context` other than fork, or no workers. Sentences call it `what`, "the
+    pipeline reference", and advise `remedy`, what takes less memory, "fewer --threads".
 
-    Raises ChildProcessError where a worker died, TimeoutError where no item comes, MemoryError where shared memory has no room.
+    Raises ChildProcessError where a worker died, TimeoutError where no item comes for `timeout_s`, MemoryError where shared memory
+    has no room.
     """
     if not loader.num_workers:
         yield from loader

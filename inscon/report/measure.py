@@ -127,13 +127,8 @@ def versions() -> dict[str, str]:
 
 
 class Measurement:
-    """All that goes to report.json.
-
-    Args:
-        config: of the run, not resolved, so that another batch size can be tried.
-        feed_of: the work of this rank, for a resolved configuration.
-        out: folder of the report; traces go there.
-    """
+    """All that goes to report.json. `config`: not resolved, so that another batch size can be tried; `feed_of`: the work of this
+    rank, for a resolved one; `out`: folder of traces."""
 
     def __init__(self, config: Config, feed_of: Callable[[Config], Feed], device, out: Path, steps: int, warm_up: int):
         # A folder that does not exist: nothing is continued, nothing is written.

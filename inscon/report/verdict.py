@@ -37,10 +37,9 @@ ADVICE = {
 def conclusions(report: dict) -> dict:
     """What follows from what was measured: MFU, the same of memory, and the verdict.
 
-    A verdict is the `kind` of bound (GPU-bound, CPU-bound, loader-bound, launch-bound, communication-bound; host-bound, where a GPU
-    waits for launches, or time goes by in the step and no part of it claims it), the `stage` or part that binds, the `advice` what
-    to do next, the `gain` at best, images/s then over images/s now, and all that as a `sentence`. A "disturbed" one says what
-    cannot be true instead.
+    A verdict is the `kind` of bound (host-bound: a GPU waits for launches, or time goes by in the step that no part claims), the
+    `stage` or part that binds, the `advice` what to do next, the `gain` at best, images/s then over images/s now, and all that as
+    a `sentence`. A "disturbed" one says what cannot be true instead.
     """
     rates = report["ceilings"]
     mfu = 100 * rates[END_TO_END] * report["flops_per_image"] / (report["ranks"] * report["matrix_flops_per_s"])

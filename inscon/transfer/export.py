@@ -1,8 +1,7 @@
 """A trained backbone as a file for torchvision, timm, mmdet or detectron2: written, read back and compared.
 
-torchvision, timm and mmdet name a ResNet's tensors alike, so their file is the same plain dictionary; detectron2 has names of its
-own and wants a pickle of NumPy arrays. timm's networks are written for timm. What it was made from travels in the file: an
-attribute `inscon` of the dictionary (.pth), an entry (.pkl).
+torchvision, timm and mmdet name a ResNet's tensors alike, so their file is the same plain dictionary; detectron2's is a pickle of
+NumPy arrays. What it was made from travels in the file: an attribute `inscon` of the dictionary (.pth), an entry (.pkl).
 """
 
 import importlib.metadata

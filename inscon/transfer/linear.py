@@ -46,14 +46,10 @@ class Protocol:
 
 
 class Probe:
-    """A probe between two epochs.
+    """A probe between two epochs. `sets`: to learn from and to be tested on; `amp_dtype`: of the backbone's convolutions, None:
+    float32. `folder` receives `probe.pt`, what a stopped probe goes on from, and `metrics.jsonl`.
 
-    Args:
-        sets: to learn from and to be tested on.
-        folder: receives `probe.pt`, what a stopped probe goes on from, and `metrics.jsonl`.
-        amp_dtype: of the backbone's convolutions; None: float32.
-
-    Raises ValueError where `folder` holds a probe of other data, another backbone or protocol.
+    ValueError where `folder` holds a probe of other data, another backbone or protocol.
     """
 
     def __init__(
