@@ -110,8 +110,7 @@ def sentence_of(error: BaseException) -> str:
 
 def say_once(sentence: str) -> bool:
     """One line on stderr; of torchrun's ranks on a machine only the first one with the same sentence prints it, and gets True."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         said = Path(error_file).parent.parent / f"said-{hashlib.sha256(sentence.encode()).hexdigest()}"
         about = {"message": sentence, "timestamp": int(time.time())}
         try:
@@ -283,8 +282,7 @@ def ignore_stops() -> None:
 
 def end_with_parent(*_: object) -> None:
     """For a worker process, at its start (a DataLoader's worker_init_fn, say): when its parent is gone, however, it ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 

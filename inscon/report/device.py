@@ -54,12 +54,15 @@ def summary(events: Iterable[Event], steps: int) -> dict:
     kernels = Counter()
     for event in work:
         kernels[class_of(event.name)] += event.duration
-    launches, host = _launching(calls)
-    figures = {"host_ms": host, "busy_ms": sum(event.duration for event in work) - _overlap(work)}
+    (launches, host), per_step = _launching(calls), 1e3 * steps
+    busy = sum(event.duration for event in work) - _overlap(work)
+    kernel_ms = {name: us / per_step for name, us in kernels.most_common()}
     return {
-        "launches": launches / steps, **{name: us / 1e3 / steps for name, us in figures.items()},
-        "kernel_ms": {name: us / 1e3 / steps for name, us in kernels.most_common()},
-    }  # fmt: skip
+        "launches": launches / steps,
+        "host_ms": host / per_step,
+        "busy_ms": busy / per_step,
+        "kernel_ms": kernel_ms,
+    }
 
 
 def class_of(kernel: str) -> str:

@@ -44,11 +44,9 @@ def features(
     for pixels, labels in batches:
         found.append((pooled(backbone, pixels.to(device), amp_dtype).cpu(), labels))
     rows, labels = map(torch.cat, zip(*found))
-    broken = int((~rows.isfinite()).any(1).sum())
-    if broken:
-        raise FloatingPointError(
-            f"{broken} of {len(rows)} pictures have features that are not finite; set --precision fp32"
-        )
+    if broken := int((~rows.isfinite()).any(1).sum()):
+        found = f"{broken} of {len(rows)} pictures have features that are not finite"
+        raise FloatingPointError(f"{found}; set --precision fp32")
     return rows, labels
 
 

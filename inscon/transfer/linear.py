@@ -115,8 +115,7 @@ class Probe:
         return knn.features(self.backbone, self.val_set.center_crops(), self.device, self._amp)
 
     def _check_finite(self, loss: Tensor) -> None:
-        broken = checkpoint.not_finite({"loss": loss, **self._state()})
-        if broken:
+        if broken := checkpoint.not_finite({"loss": loss, **self._state()}):
             raise FloatingPointError(
                 f"the probe's {broken} is not finite any more. Found: loss {loss:g}; set a smaller --base-lr than "
                 f"{self.protocol.base_lr:g} and another --out"
@@ -127,8 +126,7 @@ class Probe:
 
     def _resume(self) -> None:
         held = checkpoint.load(self.path, self.device)
-        names = [name for name, value in self._identity.items() if held["identity"].get(name) != value]
-        if names:
+        if names := [name for name, value in self._identity.items() if held["identity"].get(name) != value]:
             other = " and ".join(names)
             raise ValueError(f"{self.path} is a probe with another {other}; set another --out, or delete it")
         self.layer.load_state_dict(held["layer"])

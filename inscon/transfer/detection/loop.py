@@ -62,11 +62,9 @@ class FineTuning:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         self._parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.iteration = 0
-        path = checkpoint.latest(self.folder)
-        if path is not None:
+        if path := checkpoint.latest(self.folder):
             held = _read(path, self.device)
-            other = [name for name, value in asdict(design).items() if held["design"][name] != value]
-            if other:
+            if other := [name for name, value in asdict(design).items() if held["design"][name] != value]:
                 raise ValueError(f"{path} has another {' and '.join(other)}; set another --out, or the old settings")
             for name, part in self._parts.items():
                 part.load_state_dict(held[name])

@@ -154,8 +154,7 @@ def check_weights(cfg, file: str, whole: bool) -> str:
             value.fill_(torch.nan)
         Quiet(model, save_to_disk=False).load(file, checkpointables=[])
     wanted = [name for name in tensors if whole or BACKBONE.search(name)]
-    wrong = [name for name in wanted if not tensors[name].isfinite().all()] + surplus
-    if wrong:
+    if wrong := [name for name in wanted if not tensors[name].isfinite().all()] + surplus:
         raise SettingsError(
             f"MODEL.WEIGHTS must have finite values for the {len(wanted)} tensors of the {what}, and no others, or training would "
             f'begin from noise. Found: "{file}", which fails for {len(wrong)}, {wrong[0]} say; {remedy}'
