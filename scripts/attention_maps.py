@@ -4,8 +4,7 @@
 
 A column per run (a run folder, a checkpoint or an exported file; "random" is the first one's network before training), a row
 per picture. Bright is where the last map is strong: the sum of squares over its channels (Zagoruyko and Komodakis, "Paying more
-attention to attention", ICLR 2017, F_sum^2). It needs no label, no head and no gradient, so that it is equally fair to every
-checkpoint; what it cannot say is which object a strong place belongs to. The paper doesn't say how it made its figure.
+attention to attention", ICLR 2017, F_sum^2), which needs no label, head or gradient. The paper doesn't say how it made its figure.
 """
 
 import sys

@@ -4,8 +4,7 @@
 
 Scenes are drawn whose classes are a shape with a texture (data_prep/make_scenes.py), packed, and trained on through DALI by the
 recipe `demo`, without labels. Then each scene of a held-out set is classified by its nearest neighbors among the training scenes,
-with the features of the network at step 0 and of the same network at the end; both have their BatchNorm statistics estimated over
-the training scenes. OUT gets demo.png (losses, kNN, views, neighbors), summary.json, the packed sets and the run.
+by the network at step 0 and at the end, both with BatchNorm of the training scenes. OUT gets demo.png, summary.json, sets and run.
 """
 
 import json

@@ -101,11 +101,6 @@ def divided(parts_ms: dict[str, float], eager_ms: dict[str, float]) -> dict[str,
     return {name: share * ms for name, ms in eager_ms.items()} | {WAIT: parts_ms[WAIT]}
 
 
-def computing(run: dict) -> float:
-    """Milliseconds of a step of `run_steps` that do not go into waiting for data."""
-    return run["wall_ms"] - run["parts_ms"][WAIT]
-
-
 def machine() -> dict[str, str | int]:
     """The hardware that a figure was measured on: CPU, cores this process may use, system, GPU if there is one."""
     model = "unknown"
@@ -206,7 +201,8 @@ class Measurement:
         with self.open(self.config, 0, KEPT) as pipeline:
             kept = [batch.each(torch.clone) for batch in pipeline]
         cached = run_steps(self.training, itertools.cycle(kept), self.steps, self.warm_up)
-        found["taken_ms"] = max(computing(end_to_end) - computing(cached), 0.0)
+        fed_ms, cached_ms = (run["wall_ms"] - run["parts_ms"][WAIT] for run in (end_to_end, cached))
+        found["taken_ms"] = max(fed_ms - cached_ms, 0.0)
         with self.open(self.config, 0, 2 + TRACED) as pipeline:
             return found | {"fed_kernel_ms": self.traced(pipeline)["kernel_ms"]}
 

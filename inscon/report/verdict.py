@@ -35,26 +35,17 @@ ADVICE = {
 
 
 def conclusions(report: dict) -> dict:
-    """What follows from what was measured: MFU, the same of memory, and the verdict.
+    """What follows from what was measured: MFU, the same of copies within memory, None where not known, and the verdict.
 
     A verdict is the `kind` of bound (host-bound: a GPU waits for launches, or time goes by in the step that no part claims), the
     `stage` or part that binds, the `advice` what to do next, the `gain` at best, images/s then over images/s now, and all that as
     a `sentence`. A "disturbed" one says what cannot be true instead.
     """
-    rates = report["ceilings"]
-    mfu = 100 * rates[END_TO_END] * report["flops_per_image"] / (report["ranks"] * report["matrix_flops_per_s"])
-    return {
-        "mfu_percent": mfu if mfu <= 100 else None, "memory_percent": memory_percent(report),
-        "verdict": disturbed(report) or judge(report),
-    }  # fmt: skip
-
-
-def memory_percent(report: dict) -> float | None:
-    """Percent of a step that copying as many bytes as it moves at least would take; None where that is not known."""
-    if report["device"] is None:
-        return None
-    percent = 100 * report["device"]["bytes"] / (report["copy_bytes_per_s"] * report["end_to_end"]["wall_ms"] / 1e3)
-    return percent if percent <= 100 else None
+    rate, device, copied = report["ceilings"][END_TO_END], report["device"], report["copy_bytes_per_s"]
+    mfu = 100 * rate * report["flops_per_image"] / (report["ranks"] * report["matrix_flops_per_s"])
+    memory = 1e5 * device["bytes"] / (copied * report["end_to_end"]["wall_ms"]) if device else None
+    mfu, memory = (percent if percent is not None and percent <= 100 else None for percent in (mfu, memory))
+    return {"mfu_percent": mfu, "memory_percent": memory, "verdict": disturbed(report) or judge(report)}
 
 
 def alone_ms(report: dict) -> float:
@@ -169,9 +160,7 @@ def compare(before: dict, after: dict) -> list[tuple[str, float, float, float]]:
     names = [name for name in one | other if one.get(name) != other.get(name)]
     differ = [f"{name} {one.get(name)} and {other.get(name)}" for name in names]
     if differ:
-        raise ValueError(
-            f"two reports are compared on one machine with one set-up. Found: {', '.join(differ)}; measure both in the same way"
-        )
+        raise ValueError(f"two reports must be of one set-up. Found: {', '.join(differ)}; measure both in the same way")
     found = []
     for group, sign in (("ceilings", -1), ("memory", 1)):
         pairs = [(name, before[group][name], after[group][name]) for name in before[group]]
@@ -181,7 +170,9 @@ def compare(before: dict, after: dict) -> list[tuple[str, float, float, float]]:
 
 def _set_up(report: dict) -> dict:
     """What must be equal for a comparison to mean anything."""
-    settings, run = report["settings"], {name: report[name] for name in ("precision", "ranks")}
+    settings = report["settings"]
     groups = {name: settings[name] for name in ("method", "model", "views")} | {"machine": report["machine"]}
-    groups["run"] = run | {"batch size": settings["optim"]["batch_size"]}
+    groups["run"] = {name: report[name] for name in ("precision", "ranks")} | {
+        "batch size": settings["optim"]["batch_size"]
+    }
     return {f"{group} {name}": value for group, values in groups.items() for name, value in values.items()}

@@ -9,6 +9,7 @@ tools/train.py is mmdet's. Two images on each of 8 GPUs; with other numbers the 
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"  # SGD, learning rate 0.02, 12 epochs
 
 norm = {"type": "SyncBN", "requires_grad": True}
+box_head = {"type": "Shared4Conv1FCBBoxHead", "conv_out_channels": 256, "norm_cfg": norm}
 model = {
     # mean and std are those of red, green, blue; mmdet reads blue first, so it turns the pixels around.
     "data_preprocessor": {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "bgr_to_rgb": True},
@@ -20,10 +21,7 @@ model = {
         "init_cfg": {"type": "Pretrained", "checkpoint": "r50.pth"},
     },
     "neck": {"norm_cfg": norm},
-    "roi_head": {
-        "bbox_head": {"type": "Shared4Conv1FCBBoxHead", "conv_out_channels": 256, "norm_cfg": norm},
-        "mask_head": {"norm_cfg": norm},
-    },
+    "roi_head": {"bbox_head": box_head, "mask_head": {"norm_cfg": norm}},
 }
 
 train_pipeline = [
