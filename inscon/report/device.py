@@ -56,13 +56,8 @@ def summary(events: Iterable[Event], steps: int) -> dict:
         kernels[class_of(event.name)] += event.duration
     (launches, host), per_step = _launching(calls), 1e3 * steps
     busy = sum(event.duration for event in work) - _overlap(work)
-    kernel_ms = {name: us / per_step for name, us in kernels.most_common()}
-    return {
-        "launches": launches / steps,
-        "host_ms": host / per_step,
-        "busy_ms": busy / per_step,
-        "kernel_ms": kernel_ms,
-    }
+    figures = {"launches": launches / steps, "host_ms": host / per_step, "busy_ms": busy / per_step}
+    return figures | {"kernel_ms": {name: us / per_step for name, us in kernels.most_common()}}
 
 
 def class_of(kernel: str) -> str:

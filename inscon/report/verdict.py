@@ -170,9 +170,7 @@ def compare(before: dict, after: dict) -> list[tuple[str, float, float, float]]:
 
 def _set_up(report: dict) -> dict:
     """What must be equal for a comparison to mean anything."""
-    settings = report["settings"]
+    settings, run = report["settings"], {name: report[name] for name in ("precision", "ranks")}
     groups = {name: settings[name] for name in ("method", "model", "views")} | {"machine": report["machine"]}
-    groups["run"] = {name: report[name] for name in ("precision", "ranks")} | {
-        "batch size": settings["optim"]["batch_size"]
-    }
+    groups["run"] = run | {"batch size": settings["optim"]["batch_size"]}
     return {f"{group} {name}": value for group, values in groups.items() for name, value in values.items()}
