@@ -10,6 +10,7 @@ torchvision: `model.fc = torch.nn.Identity(); model.load_state_dict(torch.load("
 `timm.create_model(NAME, num_classes=0).load_state_dict(torch.load("r50.pth"))`.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,17 +44,14 @@ class ExportConfig:
 
 
 def main(config: ExportConfig) -> dict:
-    to_hub = config.format == "hub"
-    if to_hub:
+    if config.format == "hub":
         hub.check(config.out, config.license)
+        write = functools.partial(hub.export, config.run, config.out, config.license)
     else:
         export.check_name(config.format, config.out)
         guard.check_output_file(config.out)
-    statistics = estimate_statistics(config) if config.norm_batches else {}
-    if to_hub:
-        facts = hub.export(config.run, config.out, config.license, statistics, config.norm_batches)
-    else:
-        facts = export.export(config.run, config.format, config.out, statistics, config.norm_batches)
+        write = functools.partial(export.export, config.run, config.format, config.out)
+    facts = write(estimate_statistics(config) if config.norm_batches else {}, config.norm_batches)
     print(
         f"{config.out}: the {facts['config']['model']['backbone']} of step {facts['step']} of "
         f"{facts['config']['run']['run_dir']} for {config.format}, read back and equal."

@@ -27,9 +27,6 @@ from inscon.report.prediction import MACHINES, predict
 from inscon.report.run import read_metrics, run_speed
 from inscon.report.web_page import web_page
 
-FEWEST = {"steps": 10, "warm_up": 2, "trace": 0}
-"""Below which no rate is given, and no trace."""
-
 
 def main(arguments: list[str]) -> int:
     own, rest = options().parse_known_args(arguments)
@@ -43,7 +40,7 @@ def main(arguments: list[str]) -> int:
         return show_run(own.run, own.html)
     if own.run and not (own.html and read_metrics(own.run)):
         raise ValueError("--run beside a measurement is for its curves in --html FILE; set that, or leave --run out")
-    guard.check_ranges(own, **FEWEST)
+    guard.check_ranges(own, steps=10, warm_up=2, trace=0)  # fewer give no rate
     # PyTorch and the engines take seconds to import, which no refusal above waits for.
     from inscon import distributed
     from inscon.methods.method import resolve

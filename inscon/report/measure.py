@@ -1,7 +1,6 @@
 """What a report measures, one thing after the other, so that nothing runs beside what is timed.
 
-Rates are over steps after a warm-up, of the slowest rank, in source images of all ranks. What is measured goes to report.json as
-it is; inscon/report/page.py says in words what each figure is.
+Rates are over steps after a warm-up, of the slowest rank, in source images of all ranks. inscon/report/page.py names the figures.
 """
 
 import contextlib

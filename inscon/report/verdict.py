@@ -145,9 +145,7 @@ def load_report(path: Path) -> dict:
         report = json.loads(Path(path).read_text())
     version = report.get("report_version") if isinstance(report, dict) else None
     if version != VERSION:
-        raise ValueError(
-            f"{path} must be a report.json of version {VERSION}. Found: {version}; make it anew with scripts/throughput_report.py"
-        )
+        raise ValueError(f"{path} must be a report.json of version {VERSION}. Found: {version}; make it anew")
     if found := disturbed(report):
         raise ValueError(f"{path} cannot be compared. {found['sentence']}")
     return report

@@ -47,11 +47,9 @@ def check_name(form: str, out: Path) -> None:
 
 
 def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm_batches: int = 0) -> dict:
-    """Write the backbone of `run` (a checkpoint, or a run folder's newest) to `out`; return what travels in it.
-
-    `statistics`: of `estimate_statistics` over `norm_batches`, in place of the checkpoint's. The file gets its name when it has
-    been read back and found the same. Raises ExportError or CheckpointError, and leaves an older file of that name as it is.
-    """
+    """Write the backbone of `run` (a checkpoint, or a run folder's newest) to `out`, which gets its name when it has been read back
+    and found the same; return what travels in it. `statistics`: of `estimate_statistics` over `norm_batches`, in place of the
+    checkpoint's. Raises ExportError or CheckpointError, and leaves an older file as it is."""
     out = Path(out)
     check_name(form, out)
     tensors, facts = gather(run, form, statistics, norm_batches)
@@ -84,11 +82,9 @@ def untrained_parameters(config: dict) -> list[str]:
 
 
 def estimate_statistics(backbone: Backbone, batches: Iterable) -> dict[str, Tensor]:
-    """BatchNorm's buffers by their names in `backbone.network`, estimated anew over `batches` of pixels [B 3 S S] ("precise BN").
-
-    Means of the batches' means and unbiased variances. In training they trail the weights by a moving average, over groups of
-    32 images; frozen use reads them. Raises ValueError where there is no batch, or no BatchNorm.
-    """
+    """BatchNorm's buffers by their names in `backbone.network`, estimated anew over `batches` of pixels [B 3 S S] ("precise BN"):
+    means of the batches' means and unbiased variances. In training they trail the weights by a moving average, over groups of
+    32 images. Raises ValueError where there is no batch, or no BatchNorm."""
     update_bn(batches, backbone)
     held = backbone.network.state_dict()
     statistics = {name: value.cpu().clone() for name, value in held.items() if name.endswith(STATISTICS)}

@@ -1,8 +1,7 @@
 """The linear probe (MoCo's protocol): one linear layer on the pooled features of a frozen backbone.
 
-The backbone stays in eval mode and gets no gradient; its checksum is taken before and after. The layer starts as N(0, 0.01) with
-bias 0 and is trained by SGD with momentum 0.9 and no weight decay; the learning rate, 30 for 256 images, falls to a tenth at
-60 % and at 80 % of the epochs.
+The backbone stays in eval mode; its checksum is taken before and after. The layer starts as N(0, 0.01) with bias 0; SGD with
+momentum 0.9 and no weight decay; the learning rate, 30 for 256 images, falls to a tenth at 60 % and at 80 % of the epochs.
 """
 
 import functools
@@ -47,10 +46,8 @@ class Protocol:
 
 class Probe:
     """A probe between two epochs. `sets`: to learn from and to be tested on; `amp_dtype`: of the backbone's convolutions, None:
-    float32. `folder` receives `probe.pt`, what a stopped probe goes on from, and `metrics.jsonl`.
-
-    ValueError where `folder` holds a probe of other data, another backbone or protocol.
-    """
+    float32. `folder` receives `metrics.jsonl` and `probe.pt`, what a stopped probe goes on from; ValueError where that is of other
+    data, another backbone or protocol."""
 
     def __init__(
         self, backbone: Backbone, protocol: Protocol, sets: tuple[LabelledViews, LabelledViews], folder: Path,

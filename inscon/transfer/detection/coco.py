@@ -131,9 +131,7 @@ class CocoSet:
 
 def read_coco(path: Path, folder: Path, masks: bool, categories: dict[int, str] | None = None) -> CocoSet:
     """Read and check a json and its folder of pictures. `masks`: every annotation must have one; `categories`: what it must have.
-
-    Raises ValueError: other contents, a field that can't be used, ids twice, pictures that are not there.
-    """
+    ValueError for other contents, a field that can't be used, ids twice, pictures that are not there."""
     written = path.read_bytes()
     try:
         raw = msgspec.json.decode(written)

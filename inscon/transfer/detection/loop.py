@@ -72,9 +72,7 @@ class FineTuning:
 
     def train(self, checkpoint_every: int = 1000, log_every: int = 20, workers: int = 4) -> str | None:
         """The iterations that are left. On SIGTERM, SIGUSR1 or Ctrl-C it finishes one, writes a checkpoint and returns its name.
-
-        Raises FloatingPointError for losses or weights that are not finite; the checkpoints are of iterations before.
-        """
+        FloatingPointError for losses or weights that are not finite, which are not saved."""
         left = range(self.iteration, self.design.iterations)
         losses, watch = LossMeter(), Stopwatch()
         log = MetricsLog(self.folder, left.stop, left.start)

@@ -86,9 +86,7 @@ def read_config(file: str, options: list[str], num_gpus: int):
 
 def check_output(cfg, resume: bool, eval_only: bool) -> Path | None:
     """The checkpoint in OUTPUT_DIR to go on from, if `resume`; MODEL.WEIGHTS is set to what the fine-tuning there began with.
-
-    SettingsError where OUTPUT_DIR holds another fine-tuning than this one, which would be replaced or tested in its place.
-    """
+    SettingsError where it is another than this one, which would be replaced or tested in its place."""
     folder = Path(cfg.OUTPUT_DIR)
     if not any(folder.glob("model_*.pth")):
         return None
