@@ -261,8 +261,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While it runs, SIGTERM, SIGUSR1, which Slurm, systemd and torchrun repeat, and Ctrl-C only ask to stop; a second Ctrl-C raises
-    KeyboardInterrupt. In another thread than the main one they do what they did."""
+    """While it runs, SIGTERM and SIGUSR1, which Slurm, systemd and torchrun repeat, and Ctrl-C only ask to stop; a second Ctrl-C
+    raises KeyboardInterrupt. In another thread than the main one they do what they did."""
     stop, here = StopRequest(), threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, stop) for number in (STOPS if here else ())}
     try:
