@@ -35,11 +35,9 @@ from inscon.transfer.export import any_backbone, estimate_statistics
 from pipelines.evaluation import LabelledViews
 from pipelines.reference import picture_of
 
-CLASSES, SIDE = 8, 96
-"""Kinds of scenes; their typical height and width, px."""
+CLASSES, SIDE = 8, 96  # Kinds of scenes; their typical height and width, px.
 NEIGHBORS = 20
-SHOWN, NEAREST, TILE = 5, 4, 72
-"""Scenes of the picture, neighbors of each, side of each, px."""
+SHOWN, NEAREST, TILE = 5, 4, 72  # Scenes of the picture, neighbors of each, side of each, px.
 
 
 @dataclass(frozen=True, kw_only=True)

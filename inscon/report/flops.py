@@ -85,5 +85,4 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-matrix_rate = functools.lru_cache(measure_matrix_rate)
-"""The same, measured once in a process."""
+matrix_rate = functools.lru_cache(measure_matrix_rate)  # The same, measured once in a process.

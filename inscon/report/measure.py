@@ -34,8 +34,7 @@ from pipelines.prefetch import Pipeline
 
 PACKAGES = ("numpy", "numba", "torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv")
 """Whose versions a figure depends on."""
-KEPT, TRACED = 4, 3
-"""Batches of the loader that cached ones repeat; steps of a trace."""
+KEPT, TRACED = 4, 3  # Batches of the loader that cached ones repeat; steps of a trace.
 
 
 def run_steps(

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from inscon.clock import AFTER_UPDATE, OPTIMIZER, REST, WAIT, WIRE
 
-VERSION = 4
-"""Of report.json; another one is not compared."""
+VERSION = 4  # Of report.json; another one is not compared.
 CEILINGS = LOADER, MODEL, END_TO_END = "loader alone", "model alone, on synthetic batches", "end to end"
 OWN = (OPTIMIZER, AFTER_UPDATE, REST)
 """Parts of a step that are neither passes through the networks nor waiting."""
 NOTICED = 5.0
 """Percent of a step from which on waiting for data, for other ranks or for nothing is what to mend first."""
-OVERHEAD = 10.0
-"""Percent of a step that OWN should stay under."""
+OVERHEAD = 10.0  # Percent of a step that OWN should stay under.
 FIXED = 35.0
 """Percent of the computing that does not shrink with the batch, from which on the batch is too small."""
 LAUNCHING = 90.0

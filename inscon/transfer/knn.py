@@ -14,15 +14,11 @@ from torch import Tensor
 from inscon import distributed
 from inscon.nn.backbones import Backbone
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""(pixels [B 3 S S], labels [B])."""
-Rows = tuple[Tensor, Tensor]
-"""Pooled features [N F] float32 and labels [N] int64, on the CPU."""
+Batches = Iterable[tuple[Tensor, Tensor]]  # (pixels [B 3 S S], labels [B]).
+Rows = tuple[Tensor, Tensor]  # Pooled features [N F] float32 and labels [N] int64, on the CPU.
 TEMPERATURE = 0.1
-SIMILARITIES = 1 << 26
-"""Computed at once, at most: 256 MB in float32."""
-MONITORED = 20
-"""Neighbors in `monitor`."""
+SIMILARITIES = 1 << 26  # Computed at once, at most: 256 MB in float32.
+MONITORED = 20  # Neighbors in `monitor`.
 
 
 @torch.no_grad()

@@ -79,10 +79,8 @@ class CocoSet:
 
     json: Path
     folder: Path
-    images: list[dict]
-    """As in the json, some or all of them."""
-    truth: COCO
-    """The json, crowds included: what AP counts."""
+    images: list[dict]  # As in the json, some or all of them.
+    truth: COCO  # The json, crowds included: what AP counts.
     categories: dict[int, str]
     """Names by id, in the order of the ids; labels 1..K are their places."""
     fingerprint: str  # checksum of the json

@@ -16,8 +16,7 @@ from inscon.nn.backbones import TORCHVISION, Backbone, build_backbone, check_sid
 from inscon.transfer.export import any_backbone, digest
 
 ARCHES = {"maskrcnn-fpn": maskrcnn_resnet50_fpn_v2, "fasterrcnn-fpn": fasterrcnn_resnet50_fpn_v2}
-STRIDES = (4, 8, 16, 32)
-"""Of the maps that a pyramid stands on, px."""
+STRIDES = (4, 8, 16, 32)  # Of the maps that a pyramid stands on, px.
 
 
 @dataclass(frozen=True, kw_only=True)
