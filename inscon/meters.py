@@ -27,10 +27,9 @@ class Stopwatch:
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
-            try:
-                with part(WAIT):
-                    batch = next(iterator)
-            except StopIteration:
+            with part(WAIT):
+                batch = next(iterator, None)
+            if batch is None:
                 return
             self._wait_s += time.perf_counter() - start
             self._steps += 1
@@ -159,11 +158,9 @@ def window(
     losses: LossMeter, watch: Stopwatch, images_per_step: int, lr: float, loader: dict[str, float] | None = None,
     full_rate: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s.
-
-    `full_rate` is the rate at which the devices would do nothing but matrix products: MFU is the share of it.
-    `loader` is what the pipeline says of itself: the worst rank too, but for `loader_substituted`, a sum.
-    """
+    """Everything logged for one window: losses as means over ranks, times as the worst rank, rate in source images/s, MFU as the
+    share of `full_rate`, at which the devices would do nothing but matrix products, and what the pipeline says of itself, `loader`:
+    the worst rank too, but for `loader_substituted`, a sum."""
     values = distributed.mean(losses.read())  # waits for the device, so that the watch below sees finished work
     times = distributed.worst(watch.read())
     rate = images_per_step / times["step_s"]

@@ -154,8 +154,7 @@ def compare(before: dict, after: dict) -> list[tuple[str, float, float, float]]:
     differ, naming which."""
     one, other = _set_up(before), _set_up(after)
     names = [name for name in one | other if one.get(name) != other.get(name)]
-    differ = [f"{name} {one.get(name)} and {other.get(name)}" for name in names]
-    if differ:
+    if differ := [f"{name} {one.get(name)} and {other.get(name)}" for name in names]:
         raise ValueError(f"two reports must be of one set-up. Found: {', '.join(differ)}; measure both in the same way")
     found = []
     for group, sign in (("ceilings", -1), ("memory", 1)):

@@ -71,10 +71,8 @@ def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: torch.devic
 def monitor(
     backbone: Backbone, batches: Batches, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None
 ) -> float:
-    """Share, 0..1, of a held-out set's pictures whose class wins among their neighbors in the same set; NaN of less than two.
-
-    For a backbone in training, which stays as it is. Each rank gives the features of its own `batches`; all know the answer.
-    """
+    """Share, 0..1, of a held-out set's pictures whose class wins among their neighbors in the same set; NaN of less than two. The
+    backbone may be in training, and stays as it is. Each rank gives the features of its own `batches`; all know the answer."""
     was_training = backbone.training
     rows, labels = features(backbone.eval(), batches, device, amp_dtype)
     backbone.train(was_training)

@@ -178,8 +178,7 @@ def _wrong(contents: Contents, folder: Path) -> Iterator[str]:
     places = [os.path.normpath(os.path.join(folder, name)) for name in names["picture"]]
     folders = [held for held in {os.path.dirname(place) for place in places} if os.path.isdir(held)]
     there = {entry.path for held in folders for entry in os.scandir(held) if entry.is_file()}
-    missing = [place for place in places if place not in there]
-    if missing:
+    if missing := [place for place in places if place not in there]:
         yield f"{len(missing)} of the {len(places)} pictures are not there, the first is {missing[0]}"
 
 

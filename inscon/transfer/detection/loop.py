@@ -48,10 +48,8 @@ def lr_at(protocol: Protocol, iteration: int) -> float:
 
 
 class FineTuning:
-    """A fine-tuning between two iterations; `iteration` is the next one, counted from 0.
-
-    `model`: (images, targets) -> losses by name. Goes on from what is in `folder`; ValueError if that is of another run.
-    """
+    """A fine-tuning between two iterations; `iteration` is the next one, counted from 0. `model`: (images, targets) -> losses by
+    name. Goes on from what is in `folder`; ValueError if that is of another run."""
 
     def __init__(self, model: nn.Module, design: Design, data: CocoSet, folder: Path, precision: Precision):
         self.model, self.design, self.data, self.folder, self.precision = model, design, data, Path(folder), precision

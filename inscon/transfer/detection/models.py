@@ -64,11 +64,9 @@ class Design(Protocol):
 
 
 def build(design: Design, backbone: Backbone | None = None, device: torch.device | str = "cpu") -> FasterRCNN:
-    """The detector around a backbone; None: around one of noise.
-
-    In train mode it takes images [3 H W] in 0..1 and targets of `CocoSet.target` and returns losses by name; in eval mode it
-    returns, per image, `boxes` [n 4] in px of the image given, `labels` [n], `scores` [n] and maybe `masks` [n 1 H W] in 0..1.
-    """
+    """The detector around a backbone; None: around one of noise. In train mode it takes images [3 H W] in 0..1 and targets of
+    `CocoSet.target` and returns losses by name; in eval mode, per image, `boxes` [n 4] in px of the image given, `labels` [n],
+    `scores` [n] and maybe `masks` [n 1 H W] in 0..1."""
     model = ARCHES[design.arch](
         weights=None, weights_backbone=None, num_classes=len(design.categories) + 1, min_size=design.min_size,
         max_size=design.max_size, rpn_post_nms_top_n_test=design.proposals, box_batch_size_per_image=design.rois,
@@ -86,11 +84,9 @@ def build(design: Design, backbone: Backbone | None = None, device: torch.device
 
 
 def read_start(source: str, name: str | None = None) -> tuple[Backbone, str, str]:
-    """The backbone a detector starts from, its name, and in words what it is, with a checksum. Noise only for who asks for it.
-
-    `source`: a run, a checkpoint or an export; "torchvision", the weights that papers compare with; or "random", noise. `name`:
-    what it must be; None: what the file holds, else resnet50. Raises ValueError for anything else, another detector, say.
-    """
+    """The backbone a detector starts from, its name, and in words what it is, with a checksum. `source`: a run, a checkpoint or an
+    export; "torchvision", the weights that papers compare with; or "random", noise, only for who asks for it. `name`: what it must
+    be; None: what the file holds, else resnet50. Raises ValueError for anything else, another detector, say."""
     if source == "random":
         return build_backbone(name or "resnet50"), name or "resnet50", "noise"
     if source == "torchvision":

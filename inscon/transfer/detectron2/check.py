@@ -114,8 +114,7 @@ def check_data_set(cfg, name: str) -> None:
         images = DatasetCatalog.get(name)
         folders = {os.path.dirname(image["file_name"]) for image in images}
         there = {os.path.join(folder, entry) for folder in folders for entry in os.listdir(folder)}
-        missing = [image["file_name"] for image in images if image["file_name"] not in there]
-        if missing:
+        if missing := [image["file_name"] for image in images if image["file_name"] not in there]:
             raise ValueError(f"{len(missing)} of {len(images)} images are missing, {missing[0]} say")
     boxes = [box for image in images for box in image.get("annotations", ()) if "bbox" in box]
     if not boxes:
