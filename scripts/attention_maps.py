@@ -83,9 +83,8 @@ def attention(backbone: Backbone, picture: Image.Image) -> Float[Tensor, "h w"]:
     try:
         energy = backbone(pixels)[backbone.last][0].float().square().sum(0)
     except (AssertionError, RuntimeError) as error:  # of timm's networks that take one size
-        raise ValueError(
-            f"the backbone takes no picture of {picture.size} px ({error}); set another --side, or crop it to a square"
-        ) from None
+        found = f"the backbone takes no picture of {picture.size} px ({error})"
+        raise ValueError(f"{found}; set another --side, or crop it to a square") from None
     low, high = energy.min(), energy.max()
     return (energy - low) / torch.maximum(high - low, 1e-6 * high).clamp(min=1e-30)
 

@@ -87,9 +87,7 @@ def pretrain(
     when_stopped: Callable[[], None] = lambda: None,
 ) -> bool:  # fmt: skip
     """Train as `config` says, from the newest checkpoint in its run_dir, if any; whether a signal or Ctrl-C stopped it.
-
-    `fit(config, ranks)` has the last word on settings. The log is run_dir/metrics.jsonl. ValueError before any work.
-    """
+    `fit(config, ranks)` has the last word on settings. The log is run_dir/metrics.jsonl. ValueError before any work."""
     device = distributed.start()
     try:
         world = distributed.world_size()

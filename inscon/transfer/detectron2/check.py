@@ -55,11 +55,9 @@ def require(cfg, expected: dict, reason: str) -> None:
 
 
 def read_config(file: str, options: list[str], num_gpus: int):
-    """detectron2's settings: its defaults, `file`, `options` (key, value, ...), and the schedule for so many GPUs (all machines').
-
-    Fewer GPUs take smaller steps, and more of them: detectron2's own rule, applied here so that config.yaml says what was done.
-    SettingsError for what detectron2 makes no settings or no schedule of.
-    """
+    """detectron2's settings: its defaults, `file`, `options` (key, value, ...), and the schedule for so many GPUs (all machines'):
+    fewer GPUs take smaller steps, and more of them, detectron2's own rule, applied here so that config.yaml says what was done.
+    SettingsError for what detectron2 makes no settings or no schedule of."""
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultTrainer
     from detectron2.solver import build_lr_scheduler
@@ -127,9 +125,7 @@ def check_data_set(cfg, name: str) -> None:
 
 def check_weights(cfg, file: str, whole: bool) -> str:
     """Build the model and load `file` into it as detectron2 does, which is silent about what doesn't match; say what it has.
-
-    SettingsError where a tensor of the backbone (`whole`: of the model) isn't reached or isn't finite, or the file has more blocks.
-    """
+    SettingsError where a tensor of the backbone (`whole`: of the model) isn't reached or finite, or the file has more blocks."""
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 

@@ -41,9 +41,8 @@ def check_start(cfg, args) -> None:
     """Everything that can be refused before a process is started. Of a test, MODEL.WEIGHTS and OUTPUT_DIR are set to its own."""
     there = 1 if cfg.MODEL.DEVICE == "cpu" else torch.cuda.device_count()
     if args.num_gpus > there:
-        raise check.SettingsError(
-            f"--num-gpus must be at most {there} here. Found: {args.num_gpus}; lower it, or set it to 1 and MODEL.DEVICE cpu"
-        )
+        found = f"--num-gpus must be at most {there} here. Found: {args.num_gpus}"
+        raise check.SettingsError(f"{found}; lower it, or set it to 1 and MODEL.DEVICE cpu")
     for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         check.check_data_set(cfg, name)
     last = check.check_output(cfg, args.resume, args.eval_only)
