@@ -197,10 +197,8 @@ def remove_unfinished(folder: Path, pattern: str = "*") -> None:
 
 @contextlib.contextmanager
 def only_process(folder: Path, flag: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds `folder` against other processes, until this one ends. It is made, and goes again if it is still empty.
-
-    ValueError, naming `flag`, where another one has it for `wait_s` more seconds (and which), or nothing can be written there.
-    """
+    """Holds `folder` against other processes, until this one ends; it is made, and one that was new goes again if it is empty.
+    ValueError, naming `flag`, where another one has it for `wait_s` more seconds (and which), or nothing can be written there."""
     folder, deadline = Path(folder), time.monotonic() + wait_s
     new = not folder.exists()
     check_output_folder(folder, flag)

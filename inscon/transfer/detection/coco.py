@@ -144,9 +144,8 @@ def read_coco(path: Path, folder: Path, masks: bool, categories: dict[int, str] 
     held = dict(sorted((category.id, category.name) for category in contents.categories))
     if categories not in (None, held):
         number, name = min(categories.items() ^ held.items())
-        raise ValueError(
-            f"{path} must have the categories of the training. Found: {number} ({name}), which is not in both; write both again"
-        )
+        found = f"{number} ({name}), which is not in both"
+        raise ValueError(f"{path} must have the categories of the training. Found: {found}; write both again")
     for number, (annotation, known) in enumerate(zip(raw["annotations"], contents.annotations), 1):
         area = known.bbox[2] * known.bbox[3] if known.area is None else known.area
         annotation |= {"id": number, "area": area, "iscrowd": known.iscrowd}  # pycocotools takes 0 for "not found"

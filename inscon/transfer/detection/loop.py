@@ -39,8 +39,7 @@ Batch = list[tuple[Tensor, dict[str, Tensor]]]
 
 
 def lr_at(protocol: Protocol, iteration: int) -> float:
-    """The learning rate: proportional to the batch size, a tenth after 2/3 and again after 8/9 of the iterations, which are 60k
-    and 80k of COCO's 90k, and at the start linear from a thousandth."""
+    """Proportional to the batch size, a tenth after 2/3 and after 8/9 of the iterations, at the start linear from a thousandth."""
     lr = protocol.base_lr * protocol.batch_size / 16
     lr *= 0.1 ** sum(iteration >= round(share * protocol.iterations) for share in (2 / 3, 8 / 9))
     warmup = min(protocol.warmup, protocol.iterations // 10)
