@@ -9,12 +9,14 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from inscon.clock import WAIT
 from inscon.report import page, verdict
 from inscon.report.run import read_metrics
 
 CURVES = ("loss", "top1", "knn", "images_per_s", "data_wait_percent", "mfu_percent", "lr")
 """Beginnings of the names in metrics.jsonl that are drawn, in this order. Axes begin at 0, but for those of losses and rates."""
-MOST_POINTS = 120  # Of a curve; each is the mean of as many log windows as that takes.
+MOST_POINTS = 120
+"""Of a curve; each is the mean of as many log windows as that takes."""
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
 :root { --paper: #fff; --card: #f6f7f9; --ink: #14171c; --quiet: #667080; --line: #e3e6eb; --bar: #a9b2c0; --accent: #0b6bcb }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark;
@@ -22,12 +24,12 @@ HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 * { box-sizing: border-box; margin: 0 }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
   max-width: 70rem; margin: auto; padding: 3rem 1.5rem }
-html { background: var(--paper) } h1, .verdict h2 { font-size: 1.6rem; font-weight: 600; line-height: 1.3 }
-h2 { font-size: 1rem; margin: 0 0 .75rem } p, th, figcaption { color: var(--quiet); font-weight: 400 }
+html { background: var(--paper) } h1, .verdict h2, dd { font-size: 1.6rem; font-weight: 600; line-height: 1.3 }
+h2 { font-size: 1rem; margin: 0 0 .75rem } p, dt, th, figcaption { color: var(--quiet); font-weight: 400 }
 section { break-inside: avoid; padding-bottom: 2.5rem } section p { margin-top: .75rem; font-size: .875rem }
 .verdict { margin: 0 0 2rem; padding: 1.25rem 1.5rem; background: var(--card); border-left: 4px solid var(--accent) }
 h1 + p { margin-bottom: 2rem } .verdict h2 { margin: 0; color: var(--accent) } .verdict p { margin-top: .25rem; color: var(--ink) }
-.curves { display: grid; gap: 1.75rem 2rem; margin: 0 0 2.5rem;
+dl, .curves { display: grid; gap: 1.75rem 2rem; margin: 0 0 2.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(15rem, 45%), 1fr)) }
 .columns { columns: 27rem; column-gap: 3rem } svg { display: block; width: 100%; fill: var(--ink) }
 rect { fill: var(--line) } .bar { fill: var(--bar) } .marked { fill: var(--accent) }
@@ -58,16 +60,21 @@ def web_page(report: dict | None, run: Path | None) -> str:
 
 
 def _summary(report: dict) -> list[str]:
-    """The verdict, where the time goes, and the rates."""
-    found, steps, parts = report["verdict"], report["end_to_end"], report["end_to_end"]["parts_ms"]
+    """The verdict, the figures that matter most, and where the time goes."""
+    found, steps = report["verdict"], report["end_to_end"]
     says = escape(found["sentence"].removeprefix(f"{found['kind']}. ")).replace(" Next: ", "</p><p>Next: ")
-    rates = {name: rate for name, rate in report["ceilings"].items() if rate}
+    mfu = "not known" if report["mfu_percent"] is None else f"{report['mfu_percent']:.1f} %"
+    figures = {
+        "source images/s": f"{steps['images_per_s']:,.1f}", "a step": f"{steps['step_ms']:,.1f} ms",
+        "of it waits for data": f"{report['shares'].get(WAIT, 0.0):.1f} %", "MFU": mfu,
+    }  # fmt: skip
+    rates, parts = {name: rate for name, rate in report["ceilings"].items() if rate}, steps["parts_ms"]
     return [
-        f'<div class="verdict"><h2>{escape(found["kind"])}</h2><p>{says}</p></div><div class="columns">',
-        _bars("Where the time of a step goes, ms", parts, steps["wall_ms"], max(parts, key=parts.get)),
-        _bars("Source images/s", rates, max(rates.values()), verdict.END_TO_END),
-        "</div>",
-    ]
+        f'<div class="verdict"><h2>{escape(found["kind"])}</h2><p>{says}</p></div>',
+        "<dl>", *(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()), "</dl>",
+        '<div class="columns">', _bars("Where the time of a step goes, ms", parts, steps["wall_ms"], max(parts, key=parts.get)),
+        _bars("Source images/s", rates, max(rates.values()), verdict.END_TO_END), "</div>",
+    ]  # fmt: skip
 
 
 def _bars(title: str, values: dict[str, float], full: float, marked: str) -> str:
