@@ -31,8 +31,9 @@ def flags_of(word: str):
     groups = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind) and kind is not config.Config]
     groups += map(methods.settings_of, methods.names())
     found = {field.name: field.type for group in groups for field in dataclasses.fields(group)}
-    own = vars(module.options().parse_args([])) if name else {}
-    found |= {flag: bool if isinstance(default, bool) else str for flag, default in own.items()}
+    for action in module.options()._actions[1:] if name else ():  # the first is --help
+        plain = bool if isinstance(action.default, bool) else str
+        found[action.dest] = Literal[tuple(action.choices)] if action.choices else plain
     found |= {"recipe": Literal[tuple(RECIPES)], "method": Literal[tuple(methods.names())]}
     fields = [(field, bool, False) if kind is bool else (field, kind | None, None) for field, kind in found.items()]
     return dataclasses.make_dataclass("Flags", fields)
