@@ -31,7 +31,7 @@ try:
     from inscon.transfer.detection.coco import read_coco
     from inscon.transfer.detection.models import Design, Protocol, build, read_start
 except ModuleNotFoundError as error:
-    raise SystemExit(f"finetune_detection.py needs the package {error.name}: pip install -e '.[transfer]'") from None
+    raise SystemExit(f"finetune_detection.py needs the package {error.name}: pip install 'inscon[transfer]'") from None
 
 
 @dataclass(frozen=True, kw_only=True)
