@@ -166,8 +166,8 @@ class DatasetIndex:
 
     path: Path  # absolute, so that a later change of directory does no harm
     manifest: Manifest
-    _records: np.ndarray
-    _file: Callable[[str], io.FileIO]  # one of the set's files, by name; those used last stay open
+    _records: np.ndarray = field(repr=False)
+    _file: Callable[[str], io.FileIO] = field(repr=False)  # one of the set's files, by name; those used last stay open
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DatasetIndex":

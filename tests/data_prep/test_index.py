@@ -53,6 +53,7 @@ def test_a_sample_comes_back_as_it_was_added(tmp_path):
     assert index.sizes([]).shape == (0, 2)
     assert index.name(3) == "class_1/picture 3.JPEG"
     assert index.describe(6) == "sample 6 (class_0/picture 6.JPEG) in shard-000002.tar"
+    assert "array" not in repr(index)  # which a notebook shows
 
 
 def test_the_checksums_and_counts_in_the_manifest_are_those_of_the_files(tmp_path):
