@@ -139,7 +139,7 @@ def disturbed(report: dict) -> dict | None:
 def load_report(path: Path) -> dict:
     """ValueError, naming the file, for what is no report of this version, and for one whose figures cannot be true."""
     report = None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(ValueError):
         report = json.loads(Path(path).read_text())
     version = report.get("report_version") if isinstance(report, dict) else None
     if version != VERSION:
