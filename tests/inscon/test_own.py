@@ -3,6 +3,9 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +147,24 @@ def test_a_run_that_has_begun_keeps_its_settings_on_other_gpus(tmp_path):
     assert fitted(Pictures(100_000), f"{flags} --lr 0.5")[0].optim.lr == 0.5
     with pytest.raises(ValueError, match="multiple of 4 images .* times 80 rank"):
         fitted(Pictures(100_000), flags, ranks=80)
+
+
+@pytest.mark.slow
+def test_the_runs_of_the_page_can_be_repeated(tmp_path):
+    """Its commands as they are printed, on fewer pictures, from another folder."""
+    root = Path(__file__).resolve().parents[2]
+    printed = (root / "docs/own-pictures.md").read_text().partition("## Does it help?")[2].split("```")[1]
+    for many, few in (
+        ("--num-images 4096", "--num-images 128"),
+        ("--num-val 1024", "--num-val 64"),
+        ("--epochs 8", "--epochs 1"),
+    ):
+        assert many in printed
+        printed = printed.replace(many, few)
+    for line in re.findall(r"^python (.*)$", printed, re.MULTILINE):
+        script, *flags = line.split()
+        done = subprocess.run([sys.executable, root / script, *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+    assert re.search(
+        r" untrained: [0-9.]+ % of 64 pictures.* trained: [0-9.]+ % of 64 pictures", done.stdout, re.DOTALL
+    )

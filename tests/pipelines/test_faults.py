@@ -1,6 +1,7 @@
 """What goes wrong while a run reads its data: one sentence naming shard and sample; no hang, no leak. Who stands in for a bad
 sample is in test_stand_ins.py."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -224,6 +225,9 @@ def test_ctrl_c_in_the_middle_ends_clean(name, shards):
         python(body, installed(name), shards), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "running\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    for last in (False, True):  # Python drops a Ctrl-C that comes while something is finalized
+        process.send_signal(signal.SIGINT)
+        with contextlib.nullcontext() if last else contextlib.suppress(subprocess.TimeoutExpired):
+            out, err = process.communicate(timeout=30)
+            break
     assert out == "stopped 0\n" and process.returncode == 0, err
