@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -288,6 +289,7 @@ def check_ranges(settings: object, **ranges: float | tuple[float, float]) -> Non
         found = getattr(settings, name)
         least, most = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
         values = found if isinstance(found, tuple) else (found,)
-        if not values or any(value is not None and not least <= value <= most for value in values):  # which NaN isn't
+        fits = [v is None or (isinstance(v, Real) and least <= v <= most) for v in values]  # which NaN doesn't
+        if not fits or not all(fits):
             said = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise ValueError(f"--{name.replace('_', '-')} must be {said}. Found: {found}")

@@ -68,6 +68,8 @@ def test_a_refusal_is_an_exception_and_a_stop_leaves_the_signals_as_they_were(ty
     config, train = typed["config"], typed["train"]
     with pytest.raises(ValueError, match="batch_size must be a multiple of 4 .* Found: 6; set --batch-size 4"):
         train.pretrain(config.replaced(batch_size=6))
+    with pytest.raises(ValueError, match="--max-steps must be at least 1. Found: ten"):
+        config.replaced(max_steps="ten")
     with pytest.raises(ValueError, match="there is no setting epoch; the nearest are epochs, "):
         config.replaced(epoch=3)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
