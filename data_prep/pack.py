@@ -206,7 +206,7 @@ class Job:
     def report(self, shard: int) -> "Report | None":
         try:
             return Report.load(report_path(self.config.out, shard))
-        except FileNotFoundError:
+        except (FileNotFoundError, IndexError):  # none, or of a version that wrote no file for an empty shard
             return None
 
     def is_done(self, shard: int) -> bool:
@@ -498,9 +498,9 @@ def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Rep
         yield from (_write_shard(job, shard) for shard in todo)
         return
     stopped = _SPAWN.Event()
-    pool = ProcessPoolExecutor(workers, _SPAWN, _begin_worker, [stopped])
+    pool = ProcessPoolExecutor(workers, _SPAWN, _begin_worker, (job, stopped))
     try:
-        for written in as_completed([pool.submit(_write_shard, job, shard) for shard in todo]):
+        for written in as_completed([pool.submit(_write_in_worker, shard) for shard in todo]):
             yield written.result()
     except BrokenExecutor:
         raise ValueError(
@@ -512,11 +512,15 @@ def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Rep
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(stopped: Any) -> None:
-    global _stopped
+def _begin_worker(job: Job, stopped: Any) -> None:
+    global _job, _stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
     guard.end_with_parent()
-    _stopped = stopped
+    _job, _stopped = job, stopped  # once: to open a packed source anew looks at all of its files
+
+
+def _write_in_worker(shard: int) -> tuple[int, Report]:
+    return _write_shard(_job, shard)
 
 
 def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> DatasetIndex:

@@ -22,7 +22,7 @@ import os
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -172,16 +172,18 @@ class Store:
         console = Console(stderr=True, quiet=quiet or not missing, soft_wrap=True, markup=False, highlight=False)
         console.print(f"Fetching {left / 1e9:.4g} GB of {self._address} into {folder}.")
         with Progress(console=console, transient=True) as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
-            task = bar.add_task("", total=left)
+            task, coming = bar.add_task("", total=left), iter(missing)  # of which every thread takes the next
             self._tell = lambda byte_count: bar.advance(task, byte_count)
             try:
-                for fetched in as_completed(
-                    [pool.submit(self._fetch_file, file, folder / file.name) for file in missing]
-                ):
-                    fetched.result()
+                for thread in as_completed([pool.submit(self._fetch_some, folder, coming) for _ in range(CONNECTIONS)]):
+                    thread.result()
             finally:
                 self._stopped.set()
         return folder
+
+    def _fetch_some(self, folder: Path, coming: Iterator[StoredFile]) -> None:
+        for stored in coming:
+            self._fetch_file(stored, folder / stored.name)
 
     def _fetch_file(self, stored: StoredFile, path: Path) -> None:
         """Returns when the file has come, also by another process, or all are to stop."""

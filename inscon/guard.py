@@ -120,7 +120,7 @@ def say_once(sentence: str) -> bool:
         except FileExistsError:
             return False
         except OSError:
-            pass
+            pass  # then every rank says it
     print(sentence, file=sys.stderr, flush=True)
     return True
 

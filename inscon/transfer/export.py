@@ -55,7 +55,7 @@ def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm
     tensors, facts = gather(run, form, statistics, norm_batches)
     guard.remove_unfinished(out.parent, f"{out.name}.*")
     with guard.whole_file(out) as file:
-        write(file, tensors, facts)
+        _write(file, tensors, facts)
         file.flush()
         read(Path(file.name))
     return facts
@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {name: torch.from_numpy(held["model"][to_detectron2(name)].copy()) for name in names}, held["inscon"]
 
 
-def write(file: BinaryIO, tensors: dict[str, Tensor], facts: dict) -> None:
+def _write(file: BinaryIO, tensors: dict[str, Tensor], facts: dict) -> None:
     if facts["format"] == "detectron2":
         file.write(for_detectron2(tensors, facts))
         return

@@ -197,12 +197,12 @@ def test_an_export_is_of_the_trained_encoder_not_of_its_slow_copy(run, tmp_path)
 def test_an_export_that_is_wrong_never_gets_its_name(run, tmp_path, monkeypatch):
     file = tmp_path / "a.pth"
     file.write_bytes(b"an older file")
-    write = export.write
+    write = export._write
 
     def careless(opened, tensors, facts):
         write(opened, {n: torch.zeros_like(v) for n, v in tensors.items()}, facts)
 
-    monkeypatch.setattr(export, "write", careless)
+    monkeypatch.setattr(export, "_write", careless)
     with pytest.raises(export.ExportError, match="is not as it was written"):
         export.export(run, "torchvision", file)
     assert file.read_bytes() == b"an older file" and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
