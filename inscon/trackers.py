@@ -87,8 +87,9 @@ class Trackers:
         before = kept.read_text() if start_step and kept.exists() else None
         run_id, log, close = TRACKERS[name](run_dir, settings, before, start_step)
         self._open[name] = log, close, logged_step if before else 0
-        if run_id is not None:
-            kept.write_text(run_id)
+        if run_id != before:
+            with guard.whole_file(kept) as file:
+                file.write(run_id.encode())
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, (log, _, logged_step) in list(self._open.items()):
