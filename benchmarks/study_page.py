@@ -58,10 +58,12 @@ def page(result: dict) -> str:
     """study.md."""
     runs = result["runs"]
     figures = [name for name in FIGURES if any(values_of(of, name) for of in runs.values())]
-    heads = [head for name in figures for head in (FIGURES[name], "over untrained")] + ["paper: box AP", "linear"]
+    starts = [UNTRAINED, *[name for name in runs if name != UNTRAINED][:1]]
+    compared = [f"over {start}" for start in starts]
+    heads = [head for name in figures for head in (FIGURES[name], *compared)] + ["paper: box AP", "linear"]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, of in runs.items():
-        cells = [cell(values_of(of, figure, start)) for figure in figures for start in (None, runs[UNTRAINED])]
+        cells = [cell(values_of(of, figure, start)) for figure in figures for start in (None, *map(runs.get, starts))]
         cells += [str(table.get(name, "-")) for table in (PAPER, PAPER_LINEAR)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     means = {name: statistics.mean(values) for name, of in runs.items() if (values := values_of(of, "knn"))}
