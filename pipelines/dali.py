@@ -216,7 +216,7 @@ class DaliEngine(Engine):
     def _run_step(self, step: int) -> tuple[Work, Slot | None, list[list[Tensor]]]:
         crops = []
         while True:
-            with self._clock.at(f"decoding the samples of step {step}", "decode", waits=True):
+            with self._clock.at(f"decoding the samples of step {step}", "decode"):
                 shapes, *made = self._graph.run()
             part = self._in_flight.popleft()
             assert part.work.step == step

@@ -136,7 +136,8 @@ class Pipeline(Iterator[Batch], contextlib.AbstractContextManager):
         if self._queue is not None:
             asked, starved, self._asked, self._starved = max(self._asked, 1), self._starved, 0, 0
             found["loader_starved_percent"] = 100 * starved / asked
-            found["loader_graph_starved_percent"] = 100 * spent["late"] / max(spent["waits"], 1)
+        if spent["waits"]:
+            found["loader_graph_starved_percent"] = 100 * spent["late"] / spent["waits"]
         return found | self._engine.figures()
 
     def close(self) -> None:

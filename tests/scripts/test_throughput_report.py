@@ -461,7 +461,6 @@ def test_a_slow_disk_is_named(data, tmp_path, monkeypatch):
     report = planted.measure(small_run(data, pipeline="dali"), tmp_path, kind="loader-bound")
     assert report["verdict"]["kind"] == "loader-bound" and report["verdict"]["stage"].endswith("stage read")
     assert "SSD" in report["verdict"]["advice"] and report["verdict"]["gain"] > 1.2
-    assert report["loader"]["loader_graph_starved_percent"] > verdict.HUNGRY
 
 
 @pytest.mark.slow
