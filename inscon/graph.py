@@ -5,6 +5,7 @@ queues move their own pointers, the gradient scaler decides there, and losses co
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ Figures = dict[str, Tensor]
 """Losses and figures of a step by name, 0-d, on the device."""
 WARM_UP = 3
 """Steps before the capture, in which libraries choose their algorithms and allocate what stays."""
+AHEAD = 2
+"""Replays that the host is ahead of the device at most: with more, batches pile up, and computing would pass as data wait."""
 
 
 class NotCaptured(RuntimeError):
@@ -47,16 +50,33 @@ class CudaGraphs:
             with torch.cuda.stream(self._stream), capture:
                 found = work()
         except RuntimeError as error:
-            # Else no memory that two streams have shared would ever be free again.
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            self._give_back(graph, pool)
             raise NotCaptured(str(error.__context__ or error).splitlines()[0]) from error
+        under_way = deque()
 
         def again() -> Figures:
+            if len(under_way) == AHEAD:
+                under_way.popleft().synchronize()
             graph.replay()
+            under_way.append(torch.cuda.Event(blocking=True))
+            under_way[-1].record()
             return found
 
         return again
+
+    def _give_back(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """What a capture that failed has taken, which PyTorch keeps: memory, and the default generator (until 2.11)."""
+        device = torch.cuda.current_device()
+        # Its name until 2.7, where `_C` lacks the other.
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
+        with contextlib.suppress(RuntimeError):  # else no memory that two streams have shared would ever be free again
+            end(device, pool)
+        graph.reset()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_releasePool(device, pool)
+        sound = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local")
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream), sound:
+            torch.zeros((), device=device)  # a capture that ends well lets go of the generator
 
 
 class GraphedStep:

@@ -22,6 +22,7 @@ from inscon import distributed, guard, train
 from inscon.batch import Batch
 from inscon.clock import BACKWARD, REST, WAIT, WIRE, StepClock, listen, part
 from inscon.config import Config
+from inscon.graph import WARM_UP
 from inscon.meters import LossMeter
 from inscon.methods.method import resolve
 from inscon.report import verdict
@@ -129,6 +130,8 @@ class Measurement:
         self.config = resolve(self._asked, distributed.world_size())
         self.feed, self.device, self.out, self.steps, self.warm_up = feed_of(self.config), device, out, steps, warm_up
         self._feed_of, self.training = feed_of, train.set_up(self.config, device, self.feed.index.fingerprint)
+        if self.training.graph:
+            self.warm_up = max(warm_up, WARM_UP + 1)  # with the capture
         self._color = config.loader.color
 
     def report(self) -> dict:
@@ -201,7 +204,8 @@ class Measurement:
         cached = run_steps(self.training, itertools.cycle(kept), self.steps, self.warm_up)
         fed_ms, cached_ms = (run["wall_ms"] - run["parts_ms"][WAIT] for run in (end_to_end, cached))
         found["taken_ms"] = max(fed_ms - cached_ms, 0.0)
-        with self.open(self.config, 0, 2 + TRACED) as pipeline:
+        # More than were made before the trace begins, so that the loader is at work in it.
+        with self.open(self.config, 0, 2 + TRACED + self.config.loader.prefetch + 2) as pipeline:
             return found | {"fed_kernel_ms": self.traced(pipeline)["kernel_ms"]}
 
     def traced(self, batches: Iterable[Batch]) -> dict:
@@ -211,7 +215,7 @@ class Measurement:
         for batch in itertools.islice(coming, 2):
             run_step(self.training, batch)
         with profiler:
-            for batch in coming:
+            for batch in itertools.islice(coming, TRACED):
                 wait_for(self.device)
                 run_step(self.training, batch)
             wait_for(self.device)

@@ -1,6 +1,8 @@
 """Captured steps equal those that the host launches. Without a GPU, a recording of every operation stands in for the graph."""
 
 import contextlib
+import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from inscon import checkpoint, clock, methods, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from inscon.graph import WARM_UP, CudaGraphs, GraphedStep, NotCaptured
+from inscon.graph import AHEAD, WARM_UP, CudaGraphs, GraphedStep, NotCaptured
 from inscon.meters import LossMeter
 from inscon.methods import inscon
 from inscon.methods.method import resolve
@@ -250,6 +252,39 @@ def test_a_graph_takes_a_copy_of_its_batch_and_nobody_hears_the_capture():
     assert all(torch.equal(own, given) for own, given in zip(taken[0].tensors(), batches[-1].tensors(), strict=True))
 
 
+def test_the_host_is_two_replays_ahead_at_most(monkeypatch):
+    """A device stood in for, which works only while somebody waits for it."""
+    done, waiting, most = [], [], [0]
+
+    class Graph:
+        def replay(self):
+            waiting.append(object())
+            most[0] = max(most[0], len(waiting))
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # else the host's thread would spin
+
+        def record(self):
+            self.last = waiting[-1]
+
+        def synchronize(self):
+            while self.last in waiting:
+                done.append(waiting.pop(0))
+
+    fake = {
+        "Stream": object,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph_pool_handle": tuple,
+        "stream": contextlib.nullcontext,
+    }
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(**fake, graph=lambda *_, **__: contextlib.nullcontext()))
+    again = CudaGraphs().capture(lambda: {"loss": 1})
+    assert [again() for _ in range(6)] == 6 * [{"loss": 1}]
+    assert (len(done), len(waiting), most) == (4, 2, [AHEAD])
+
+
 def test_an_optimizer_of_the_host_gets_no_graph(tmp_path, capsys):
     training = train.set_up(changed(make_config(tmp_path), "optim", optimizer="foreach"), CPU, "set A")
     assert training.graph is None and train._graph(training) is None
@@ -341,9 +376,15 @@ def test_a_capture_that_fails_leaves_everything_as_it_was():
     """Streams, memory and the next capture."""
     graphs, before = CudaGraphs(), torch.cuda.current_stream()
     one = torch.ones((), device="cuda")
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
     with pytest.raises(NotCaptured, match="captur"):
-        graphs.capture(lambda: {"asked": one.add(1).item()})
+        graphs.capture(lambda: {"asked": one.expand(2**26).add(torch.rand((), device="cuda")).sum().item()})
     assert torch.cuda.current_stream() == before
+    gc.collect()  # the error's frames
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved + 2**26
+    assert 0 <= torch.rand((), device="cuda").item() < 1
     again = graphs.capture(lambda: {"sum": one.add_(1)})
     assert one.item() == 1
     assert [again()["sum"].item() for _ in range(3)] == [2, 3, 4]

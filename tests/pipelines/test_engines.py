@@ -289,7 +289,9 @@ def test_stages_are_timed(name, shards):
         figures = pipeline.read()
         assert all(figures[f"loader_{stage}_ms"] > 0 for stage in ("read", "decode", "finish"))
         assert 0 <= figures["loader_starved_percent"] <= 100 and figures["loader_substituted"] == 0
-        assert ("loader_graph_starved_percent" in figures) == (name == "ffcv")  # DALI's read in the thread that takes pictures
+        assert ("loader_graph_starved_percent" in figures) == (
+            name == "ffcv"
+        )  # DALI's read in the thread that takes pictures
         assert pipeline.read()["loader_decode_ms"] == 0
 
 
