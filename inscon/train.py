@@ -90,7 +90,7 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     method = config.method.build(config, config.optim.batch_size // world)
     synced = config.model.norm == "sync" and world > 1
     if device.type == "cuda":
-        fuse_norms(method, device, synced)
+        fuse_norms(method, device, precision.autocast_dtype or torch.float32, synced)
     if synced:
         sync_batch_norm(method, config.model.backbone)
     method = method.to(device=device, memory_format=torch.channels_last)
@@ -120,19 +120,21 @@ def _graph(training: Training) -> GraphedStep | None:
     return None
 
 
-def fuse_norms(method: Method, device: torch.device, synced: bool) -> None:
-    """Have `method`, which will be on `device`, normalize, add and cut off at once where the device runs these kernels, or say
-    why it does not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
+def fuse_norms(method: Method, device: torch.device, dtype: torch.dtype, synced: bool) -> None:
+    """Have `method`, which will be on `device`, normalize maps of `dtype`, add and cut off at once where the devices of all ranks
+    run these kernels, or say why not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
     try:
         from inscon.nn.fused_norm import fuse, refusal  # needs Triton, which is not everywhere
 
-        reason = refusal(device)
+        reason = refusal(device, dtype)
     except ImportError as error:
         reason = str(error)
-    if reason is None:
+    if not distributed.any_rank(reason is not None):  # ranks must exchange the same things
         fuse(method, synced)
     else:
-        guard.say_once(f"the BatchNorm kernels do not serve on {device} ({reason}); PyTorch's own ones take longer")
+        guard.say_once(
+            f"the BatchNorm kernels do not serve on {device} ({reason or 'on another rank'}); PyTorch's own ones take longer"
+        )
 
 
 def train(

@@ -63,8 +63,8 @@ def open_pipeline(
             f"pip install 'inscon[{EXTRAS[package]}]', or set --pipeline reference"
         ) from None
     device, clock = torch.device(device), StageClock()
-    finish = Finish(feed, device, dtype, color_on_host(loader, device, feed.views))
     with guard.say_if_long(f"the pipeline {loader.pipeline} to start; the first time, kernels are compiled"):
+        finish = Finish(feed, device, dtype, color_on_host(loader, device, feed.views))
         engine = engine_class(feed, loader, range(start_step, total_steps), finish, clock)
     return Pipeline(
         finish.batches(engine, clock), engine, clock, depth=None if engine.works_ahead else loader.prefetch, device=device,

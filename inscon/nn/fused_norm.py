@@ -8,6 +8,7 @@ Golub and LeVeque do (The American Statistician 37, 1983), so that a large mean 
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,14 @@ from inscon.nn.norm import SplitBatchNorm2d
 
 ROWS, COLUMNS = 64, 64
 """Of a tile: the fastest of those tried on an H200."""
-SLICES = 64
-"""At most so many slices of a group's rows; enough programs for any card, and few enough to be combined in one tile."""
+SLICES, PROGRAMS = 64, 512
+"""At most so many slices of a group's rows, or as many as give a reduction so many programs: one group of few channels, too, shall
+keep a card with 132 multiprocessors busy."""
+COMBINED = 4096
+"""Figures of a tile in which slices are combined."""
+kernel = triton.jit(
+    do_not_specialize=("rows", "slices", "tiles", "of_all")
+)  # else far more kernels are compiled at the start
 
 
 @triton.jit
@@ -33,7 +40,7 @@ def _tile(group, row, column, rows, channels):
     return (group * rows + row).to(tl.int64)[:, None] * channels + column[None, :], there
 
 
-@triton.jit
+@kernel
 def _of_slices(
     x, partial, rows, channels, slices, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -58,7 +65,7 @@ def _of_slices(
     tl.store(second + place, squares - total * mean, mask=column < channels)
 
 
-@triton.jit
+@kernel
 def _of_group(
     partial, mean, variance, rows, channels, slices, LENGTH: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -79,9 +86,12 @@ def _of_group(
 
 @triton.jit
 def _follow(
-    running_mean, running_var, mean, variance, channels, momentum, unbiased, GROUPS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Running statistics, moved by each group in order."""
+    running_mean, running_var, tracked, mean, variance, channels, momentum, unbiased,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Running statistics, moved by each group in order, and the number of batches."""
+    if tl.program_id(0) == 0:
+        tl.store(tracked, tl.load(tracked) + 1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < channels
     slow_mean = tl.load(running_mean + column, mask=inside)
@@ -105,7 +115,7 @@ def _normalized(x, mean, variance, weight, bias, places, there, group, column, c
     return hat, hat * factor[None, :] + shift[None, :], (factor * scale)[None, :]
 
 
-@triton.jit
+@kernel
 def _forward(
     x, residual, y, mean, variance, weight, bias, rows, channels, tiles, eps,
     ADD: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -132,7 +142,7 @@ def _gradient(y, made, gradient, places, there, ADD: tl.constexpr, RELU: tl.cons
     return arrived
 
 
-@triton.jit
+@kernel
 def _backward_of_slices(
     x, y, gradient, partial, mean, variance, weight, bias, rows, channels, slices, eps,
     ADD: tl.constexpr, RELU: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -153,7 +163,7 @@ def _backward_of_slices(
     tl.store(partial + tl.num_programs(0) * channels + place, products, mask=column < channels)
 
 
-@triton.jit
+@kernel
 def _backward(
     x, y, gradient, of_x, of_residual, sums, mean, variance, weight, bias, rows, channels, tiles, eps, of_all,
     ADD: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -223,7 +233,7 @@ class _Shape:
         self.rows = x.numel() // (groups * self.channels)
         columns, self.tiles = triton.cdiv(self.channels, COLUMNS), triton.cdiv(self.rows, ROWS)
         # A power of two, so that few kernels are compiled for many sizes.
-        self.rounds = triton.next_power_of_2(triton.cdiv(self.tiles, SLICES))
+        self.rounds = triton.next_power_of_2(triton.cdiv(self.tiles, max(SLICES, PROGRAMS // (groups * columns))))
         self.slices = triton.cdiv(self.tiles, self.rounds)
         self.tiled, self.sliced = (groups * self.tiles, columns), (groups * self.slices, columns)
 
@@ -234,9 +244,11 @@ class _Shape:
         _of_slices[self.sliced](
             x, partial, self.rows, self.channels, self.slices, ROUNDS=self.rounds, ROWS=ROWS, COLUMNS=COLUMNS
         )
-        _of_group[(self.groups, self.sliced[1])](
+        pieces = triton.next_power_of_2(self.slices)
+        columns = min(COLUMNS, max(COMBINED // pieces, 1))
+        _of_group[(self.groups, triton.cdiv(self.channels, columns))](
             partial, mean, variance, self.rows, self.channels, self.slices,
-            LENGTH=self.rounds * ROWS, PIECES=triton.next_power_of_2(self.slices), COLUMNS=COLUMNS,
+            LENGTH=self.rounds * ROWS, PIECES=pieces, COLUMNS=columns,
         )  # fmt: skip
         return mean, variance
 
@@ -255,7 +267,7 @@ def batch_norm(
     x: Float[Tensor, "N F h w"],
     weight: Float[Tensor, "F"],
     bias: Float[Tensor, "F"],
-    running: tuple[Tensor, Tensor],
+    running: tuple[Tensor, Tensor, Tensor],
     *,
     groups: int = 1,
     momentum: float = 0.1,
@@ -268,15 +280,16 @@ def batch_norm(
 
     Args:
         x: float16, bfloat16 or float32; channels last in memory, or copied to be so. The result has its type.
-        running: mean and variance [F], float32, moved by every group in order with `momentum`.
+        running: mean and variance [F], float32, moved by every group in order with `momentum`; the number of batches, int64.
         synced: statistics are those of all ranks, each of which has as many images.
     """
     residual = None if residual is None else channels_last(residual).to(x.dtype)
-    y, mean, variance = _BatchNorm.apply(channels_last(x), weight, bias, residual, groups, eps, relu, synced)
     of_all = x.numel() // (groups * x.shape[1]) * (distributed.world_size() if synced else 1)
-    _follow[(triton.cdiv(x.shape[1], COLUMNS),)](
-        *running, mean, variance, x.shape[1], momentum, of_all / max(of_all - 1, 1), GROUPS=groups, COLUMNS=COLUMNS
-    )
+    with torch.cuda.device_of(x):
+        y, mean, variance = _BatchNorm.apply(channels_last(x), weight, bias, residual, groups, eps, relu, synced)
+        _follow[(triton.cdiv(x.shape[1], COLUMNS),)](
+            *running, mean, variance, x.shape[1], momentum, of_all / max(of_all - 1, 1), GROUPS=groups, COLUMNS=COLUMNS
+        )
     return y
 
 
@@ -294,10 +307,11 @@ class FusedBatchNorm2d(SplitBatchNorm2d):
             made = super().forward(x)
             made = made if residual is None else made + residual
             return F.relu(made) if self.relu else made
-        self.num_batches_tracked.add_(1)
+        self.check_divides(x)
+        running = self.running_mean, self.running_var, self.num_batches_tracked
         return batch_norm(
-            x, self.weight, self.bias, (self.running_mean, self.running_var), groups=self.num_groups,
-            momentum=self.momentum_of_group, eps=self.eps, residual=residual, relu=self.relu, synced=self.synced,
+            x, self.weight, self.bias, running, groups=self.num_groups, momentum=self.momentum_of_group, eps=self.eps,
+            residual=residual, relu=self.relu, synced=self.synced,
         )  # fmt: skip
 
 
@@ -363,20 +377,39 @@ def _fuse_norm(norm: nn.BatchNorm2d) -> FusedBatchNorm2d:
     return norm
 
 
+CHECKED = (8, 80, 72, 64)
+"""Of the map that is tried at the start: slices of several rounds, and channels that do not fill their last tile."""
+DIGITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""By which results may differ from PyTorch's in float32, in the largest one."""
+
+
 @functools.cache
-def refusal(device: torch.device) -> str | None:
-    """Why the kernels do not serve on `device`, in a few words; None where they make of a small map what PyTorch makes of it, and
-    of its gradients."""
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not serve on `device`, in a few words; None where they make of a map of `dtype` what PyTorch makes of it
+    in float32, with and without a residual: values, gradients and running statistics."""
     try:
-        x, residual, weight, bias = given = [
-            torch.randn(shape, device=device).requires_grad_() for shape in ((4, 3, 5, 5), (4, 3, 5, 5), 3, 3)
-        ]
-        running = torch.zeros(3, device=device), torch.ones(3, device=device)
-        ours = batch_norm(x, weight, bias, running, groups=2, residual=residual, relu=True)
-        groups = [F.batch_norm(part, None, None, weight, bias, training=True) for part in x.chunk(2)]
-        theirs = (torch.cat(groups) + residual).relu()
-        made, expected = ([y, *torch.autograd.grad(y.square().sum(), given)] for y in (ours, theirs))
-        apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(made, expected))
-        return None if apart < 1e-4 else f"their results are {apart:.1g} away from PyTorch's"
+        apart = max(_apart(device, dtype, add) for add in (True, False))
+        return None if apart < DIGITS[dtype] else f"their results are {apart:.1g} away from PyTorch's"
     except Exception as error:  # whatever a compiler of other people's finds to say
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+
+
+def _apart(device: torch.device, dtype: torch.dtype, add: bool) -> float:
+    """The largest difference from PyTorch's in its tensor's largest value; inf where there is a value that is none."""
+    maps = [torch.randn(CHECKED, device=device).to(dtype) for _ in range(1 + add)]
+    given = [channels_last(x) for x in maps] + [torch.randn(CHECKED[1], device=device) for _ in range(2)]
+    found = []
+    for wide in (False, True):
+        *maps, weight, bias = leaves = [(x.float() if wide else x).clone().requires_grad_() for x in given]
+        running = torch.zeros_like(bias), torch.ones_like(bias), torch.zeros((), dtype=torch.int64, device=device)
+        x, residual = maps if add else (*maps, None)
+        if wide:
+            settings = {"weight": weight, "bias": bias, "training": True}
+            y = torch.cat([F.batch_norm(part, *running[:2], **settings) for part in x.chunk(2)])
+            y = (y + residual if add else y).relu()
+        else:
+            y = batch_norm(x, weight, bias, running, groups=2, residual=residual, relu=True)
+        # The output is its own gradient, which is 0 where ReLU's begins.
+        found.append([y, *running[:2], *torch.autograd.grad(y, leaves, y.detach())])
+    apart = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(*found)]).max().item()
+    return apart if math.isfinite(apart) else math.inf

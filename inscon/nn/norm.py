@@ -32,16 +32,19 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def momentum_of_group(self) -> float:
         return 1 - (1 - self.momentum) ** (1 / self.num_groups)
 
-    def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
-        if not self.training or self.num_groups == 1:
-            return super().forward(x)
-        momentum = self.momentum_of_group
-        running = (self.running_mean, self.running_var)
+    def check_divides(self, x: Tensor) -> None:
         if x.shape[0] % self.num_groups:
             raise ValueError(
                 f"split BatchNorm needs a multiple of {self.num_groups} samples, one equal part per group. "
                 f"Found: {x.shape[0]}"
             )
+
+    def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
+        if not self.training or self.num_groups == 1:
+            return super().forward(x)
+        momentum = self.momentum_of_group
+        running = (self.running_mean, self.running_var)
+        self.check_divides(x)
         self.num_batches_tracked.add_(1)
         if x.device.type == "cpu" and x.dtype == self.weight.dtype:
             return _BatchNormOfGroups.apply(x, self.weight, self.bias, *running, self.num_groups, momentum, self.eps)

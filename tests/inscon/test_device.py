@@ -144,13 +144,14 @@ def test_bytes_that_our_kernels_move():
 
     where = "cuda" if CUDA else "cpu"
     x, ones = channels_last(torch.randn(4, 70, 9, 9, device=where)), torch.ones(70, device=where)
+    running = ones.clone(), ones.clone(), torch.zeros((), dtype=torch.int64, device=where)
     with Noted() as traffic:
-        batch_norm(x, ones, ones, (ones.clone(), ones.clone()), groups=2, relu=True)
+        batch_norm(x, ones, ones, running, groups=2, relu=True)
     image, vector = 4 * x.numel(), 4 * 70
     partial = 2 * 2 * 3 * vector  # of 2 groups of 162 rows, in slices of 64
     # Of the running statistics mean and variance, one vector each; of a group, too. One tensor given twice is read once.
     assert moved[:2] == [image + partial, partial + 2 * 2 * vector]
-    assert moved[2:] == [2 * image + 2 * 2 * vector + vector, 2 * vector + 2 * 2 * vector]
+    assert moved[2:] == [2 * image + 2 * 2 * vector + vector, 2 * vector + 2 * 2 * vector + 8]
     assert traffic.moved >= sum(moved) and not any(kernel.pre_run_hooks for kernel in device._triton_kernels())
 
 

@@ -209,14 +209,15 @@ def test_overflows_at_the_start_and_in_the_middle_leave_a_run_finite(tmp_path, m
 def test_a_run_goes_on_fused_and_plain_again(tmp_path, monkeypatch):
     """Checkpoints, exports and the monitor of kNN do not know whether BatchNorm was fused. Interpreted here, with large tiles."""
     fused_norm = pytest.importorskip("inscon.nn.fused_norm", reason="Triton is not installed")
-    if fused_norm.refusal(CPU):
-        pytest.skip(f"Triton's interpreter is off: {fused_norm.refusal(CPU)}")
+    monkeypatch.setattr(fused_norm, "CHECKED", (2, 3, 5, 5))
+    if reason := fused_norm.refusal(CPU, torch.float32):
+        pytest.skip(f"Triton's interpreter is off: {reason}")
     monkeypatch.setattr(fused_norm, "ROWS", 512), monkeypatch.setattr(fused_norm, "COLUMNS", 128)
     config = changed(make_config(tmp_path), "method", heads=("single",))
     run(changed(config, "run", run_dir=tmp_path / "plain"), total=2)
     run(config, total=1)
     fused = train.set_up(config, CPU, "set A")
-    train.fuse_norms(fused.method, CPU, synced=False)
+    train.fuse_norms(fused.method, CPU, torch.float32, synced=False)
     assert fused.step == 1
     kinds = {type(module) for module in fused.method.modules() if isinstance(module, torch.nn.BatchNorm2d)}
     assert kinds == {fused_norm.FusedBatchNorm2d}  # of queries and of keys
@@ -240,9 +241,19 @@ def test_a_run_goes_on_fused_and_plain_again(tmp_path, monkeypatch):
 def test_a_device_without_the_kernels_keeps_pytorchs(tmp_path, monkeypatch, capsys):
     method = train.set_up(make_config(tmp_path), CPU, "set A").method
     monkeypatch.setitem(sys.modules, "inscon.nn.fused_norm", None)  # as where Triton is missing
-    assert not train.fuse_norms(method, CPU, synced=False)
+    train.fuse_norms(method, CPU, torch.float32, synced=False)
     assert capsys.readouterr().err.count("the BatchNorm kernels do not serve on cpu (") == 1
     assert type(method.backbone.network.bn1) is SplitBatchNorm2d
+
+
+def test_ranks_agree_on_their_kernels(tmp_path, monkeypatch, capsys):
+    """Those of another card do not serve: what ranks exchange in synchronized BatchNorm must be the same."""
+    fused_norm = pytest.importorskip("inscon.nn.fused_norm", reason="Triton is not installed")
+    method = train.set_up(make_config(tmp_path), CPU, "set A").method
+    monkeypatch.setattr(fused_norm, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr("inscon.distributed.any_rank", lambda refused: True)
+    train.fuse_norms(method, CPU, torch.float32, synced=True)
+    assert "(on another rank)" in capsys.readouterr().err and type(method.backbone.network.bn1) is SplitBatchNorm2d
 
 
 @pytest.mark.gpu

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+language = pytest.importorskip("triton.language", reason="Triton is not installed")
+if not hasattr(language, "gather"):
+    pytest.skip("Triton before 3.3, that of torch 2.7, cannot blur", allow_module_level=True)
 
 from inscon.plan import (
     BRIGHTNESS,
@@ -164,8 +166,10 @@ for name, tile in tiles.items():
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
     fixed = {argument: (sizes | tile)[argument] for argument in kernel.arg_names if argument not in types}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(key),): value for key, value in fixed.items()})
-    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
-    assert "fma.rn.f32" not in made.asm["ptx"] and "div.full" not in made.asm["ptx"] and made.asm["cubin"]
+    for capability in (70, 90):
+        options = {"enable_fp_fusion": False, "num_warps": 8 if name == "_columns" else 4}
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert "fma.rn.f32" not in made.asm["ptx"] and "div.full" not in made.asm["ptx"] and made.asm["cubin"]
 """
 
 

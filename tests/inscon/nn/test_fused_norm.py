@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from inscon.nn import fused_norm
 from inscon.nn.backbones import Backbone, build_backbone
@@ -46,9 +46,11 @@ def apart(ours, exact):
     ((6, 3, 1, 1), 6, True, False),  # one row in a group
     ((2, 5, 9, 17), 1, False, False),  # more slices than one, the last one short
     ((4, 4, 17, 31), 2, True, True),  # more than one round of a slice, the last one short
+    ((2, 70, 17, 17), 1, True, True),  # slices combined in narrower tiles
 ])  # fmt: skip
 def test_values_and_gradients_are_those_of_float64(shape, groups, add, relu, dtype, monkeypatch):
-    monkeypatch.setattr(fused_norm, "SLICES", 6)
+    for name, value in (("SLICES", 6), ("PROGRAMS", 16), ("COMBINED", 256)):
+        monkeypatch.setattr(fused_norm, name, value)
     generator = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
     x, residual, gradient = (
@@ -61,14 +63,14 @@ def test_values_and_gradients_are_those_of_float64(shape, groups, add, relu, dty
         [value.clone().requires_grad_() for value in given],
         [value.double().requires_grad_() for value in given],
     )
-    running = mean.clone(), variance.clone()
+    running = mean.clone(), variance.clone(), torch.tensor(4, device=DEVICE)
     made = batch_norm(
         *ours[:3], running, groups=groups, momentum=0.1, residual=ours[3] if add else None, relu=relu
     )  # fmt: skip
     expected, *moved = in_float64(*exact[:3], (mean, variance), groups, 0.1, exact[3] if add else None, relu)
     assert made.dtype == dtype and made.is_contiguous(memory_format=torch.channels_last)
     assert apart(made, expected) < DIGITS[dtype]
-    for value, true in zip(running, moved, strict=True):
+    for value, true in zip(running, [*moved, torch.tensor(5)], strict=True):
         assert apart(value, true) < 2e-6
     made.backward(gradient), expected.backward(gradient.double())
     for value, true in zip(ours, exact, strict=True):
@@ -82,7 +84,7 @@ from triton.compiler import ASTSource
 from inscon.nn import fused_norm as kernels
 
 sizes = dict(ROUNDS=2, ROWS=64, COLUMNS=64, LENGTH=128, PIECES=64, GROUPS=8)
-maps = ("x", "residual", "y", "gradient", "of_x", "of_residual")
+types = dict.fromkeys(("x", "residual", "y", "gradient", "of_x", "of_residual")) | {"tracked": "*i64"}
 numbers = dict.fromkeys(("rows", "channels", "slices", "tiles", "of_all"), "i32")
 numbers |= dict.fromkeys(("eps", "momentum", "unbiased"), "fp32")
 for name in ("_of_slices", "_of_group", "_follow", "_forward", "_backward_of_slices", "_backward"):
@@ -90,7 +92,7 @@ for name in ("_of_slices", "_of_group", "_follow", "_forward", "_backward_of_sli
     for capability, dtype, flag in ((70, "*fp16", True), (80, "*bf16", False), (90, "*fp32", True)):
         fixed = sizes | {"ADD": flag, "RELU": True}
         signature = {
-            a: "constexpr" if a in fixed else numbers.get(a, dtype if a in maps else "*fp32") for a in kernel.arg_names
+            a: "constexpr" if a in fixed else numbers.get(a) or types.get(a, "*fp32") or dtype for a in kernel.arg_names
         }
         values = {(place,): fixed[a] for place, a in enumerate(kernel.arg_names) if a in fixed}
         target = GPUTarget("cuda", capability, 32)
@@ -98,6 +100,7 @@ for name in ("_of_slices", "_of_group", "_follow", "_forward", "_backward_of_sli
 """
 
 
+@pytest.mark.skipif(triton.__version__ < "3.3", reason="compiled by other words before Triton 3.3")
 def test_the_kernels_compile(tmp_path):
     """For cards that are not there, V100 included; the interpreter takes programs that the compiler refuses."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -109,7 +112,7 @@ def test_the_kernels_compile(tmp_path):
 def test_a_large_mean_costs_no_digits():
     x = channels_last(torch.randn(4, 8, 20, 20, generator=torch.Generator().manual_seed(0)) + 1000).to(DEVICE)
     one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
-    made = batch_norm(x, one, zero, (zero.clone(), one.clone()), groups=2)
+    made = batch_norm(x, one, zero, (zero.clone(), one.clone(), torch.tensor(0, device=DEVICE)), groups=2)
     expected, *_ = in_float64(x.double(), one.double(), zero.double(), (zero, one), 2, 0.1, None, False)
     assert apart(made, expected) < 1e-4  # the pixels themselves are rounded to 6e-5
 
@@ -187,18 +190,30 @@ def test_blocks_with_more_in_them_keep_their_way():
     )
 
 
-def test_a_card_that_computes_something_else_is_refused(monkeypatch):
+@pytest.mark.parametrize("dtype", DIGITS)
+@pytest.mark.parametrize(("planted", "reason"), [
+    (lambda made, running: None, None),
+    (lambda made, running: made.data.mul_(1.1), "away from PyTorch's"),
+    (lambda made, running: made.register_hook(lambda gradient: 1.1 * gradient), "away from PyTorch's"),
+    (lambda made, running: running[0].zero_(), "away from PyTorch's"),
+    (lambda made, running: made.register_hook(lambda gradient: torch.nan * gradient), "inf away from"),
+    (lambda made, running: made.nothing, "AttributeError"),
+])  # fmt: skip
+def test_a_card_that_computes_something_else_is_refused(planted, reason, dtype, monkeypatch):
+    def wrong(*given, residual, **settings):
+        made = batch_norm(*given, residual=residual, **settings)
+        if residual is None:
+            planted(made, given[3])
+        return made
+
+    monkeypatch.setattr(fused_norm, "CHECKED", (4, 3, 5, 5)), monkeypatch.setattr(fused_norm, "batch_norm", wrong)
     refusal.cache_clear()
-    assert refusal(DEVICE) is None
-    for planted, reason in (
-        (lambda *a, residual, **k: batch_norm(*a, residual=1.1 * residual, **k), "away from PyTorch's"),  # a value
-        (
-            lambda *a, residual, **k: batch_norm(*a, residual=residual.detach() + 0 * residual, **k),
-            "away from",
-        ),  # a gradient
-        (None, "TypeError"),
-    ):
-        refusal.cache_clear()
-        monkeypatch.setattr("inscon.nn.fused_norm.batch_norm", planted)
-        assert reason in refusal(DEVICE)
+    found = refusal(DEVICE, dtype)
     refusal.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+def test_groups_must_be_equal():
+    norm = FusedBatchNorm2d(3, num_groups=2).to(DEVICE)
+    with pytest.raises(ValueError, match="multiple of 2 samples.*Found: 5"):
+        norm(torch.ones(5, 3, 2, 2, device=DEVICE))
