@@ -18,8 +18,9 @@ set: opened in new processes, and 256 random lookups of records, sizes and label
 """
 
 import argparse
+import concurrent.futures
 import datetime
-import io
+import functools
 import json
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.index import DatasetIndex
+from inscon import guard
 from inscon.report.measure import machine, versions
 
 WRITERS = ("make_dali", "make_ffcv")
@@ -46,10 +48,17 @@ WRITERS = ("make_dali", "make_ffcv")
 
 def make_pictures(source: Path, folder: Path, count: int) -> None:
     """`count` different JPEGs: crops of 80 to 100 % of the real ones' sides, at about their bytes per pixel."""
-    originals = [path.read_bytes() for path in sorted(source.rglob("*.JPEG"))]
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        image = Image.open(io.BytesIO(originals[i % len(originals)]))
+    originals = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not originals:
+        raise ValueError(f"{source} has no .jpg and no .jpeg; give a folder of JPEGs, with folders of them or without")
+    parts = (range(first, min(first + 50, count)) for first in range(0, count, 50))
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        list(pool.map(functools.partial(_make, originals, folder), parts))
+
+
+def _make(originals: list[Path], folder: Path, numbers: range) -> None:
+    for i in numbers:
+        image, rng = Image.open(originals[i % len(originals)]), np.random.default_rng(i)
         share = rng.uniform(0.8, 1)
         width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
         left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
@@ -249,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard.run_script("packing.py", main)
