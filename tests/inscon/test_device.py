@@ -130,7 +130,8 @@ def test_bytes_that_operators_move():
     assert traffic.moved == 4 * (2 * x.numel() + x.numel() + 1)
 
 
-def test_bytes_that_our_kernels_move():
+@pytest.mark.parametrize("where", [pytest.param("cuda", marks=pytest.mark.gpu) if CUDA else "cpu"])
+def test_bytes_that_our_kernels_move(where):
     pytest.importorskip("triton", reason="Triton is not installed")
     from inscon.nn.fused_norm import batch_norm, channels_last
 
@@ -142,7 +143,6 @@ def test_bytes_that_our_kernels_move():
             super()._ran(*args, **kwargs)
             moved.append(self.moved - before)
 
-    where = "cuda" if CUDA else "cpu"
     x, ones = channels_last(torch.randn(4, 70, 9, 9, device=where)), torch.ones(70, device=where)
     running = ones.clone(), ones.clone(), torch.zeros((), dtype=torch.int64, device=where)
     with Noted() as traffic:

@@ -349,7 +349,8 @@ def test_the_host_launches_a_replay_and_the_copies(cosine):
     calls = {event.key: event.count for event in profiler.key_averages()}
     launches = sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
     assert calls["cudaGraphLaunch"] == 1 and calls.get("cudaMemcpyAsync", 0) <= len(batch.tensors())
-    assert launches <= 3  # the rate's, and the meter's two
+    # The rate's, and the meter's two; before 2.8 PyTorch fills the generator's seed and offset at each replay.
+    assert launches <= (3 if torch.__version__ >= (2, 8) else 5)
 
 
 @on_gpus

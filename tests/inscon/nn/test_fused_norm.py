@@ -17,6 +17,7 @@ from inscon.nn.fused_norm import FusedBatchNorm2d, batch_norm, channels_last, fu
 from inscon.nn.norm import frozen_statistics, split_batch_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 DIGITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
@@ -144,6 +145,7 @@ def torchvisions(block):
     (lambda: torchvisions(torchvision.models.resnet.Bottleneck), 48, 1, 2),
     (lambda: build_backbone("test_resnet"), 32, 2, 4),
 ])  # fmt: skip
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 def test_a_fused_network_is_the_plain_one(make, side, groups, blocks):
     torch.manual_seed(0)
     plain = make()
