@@ -107,7 +107,7 @@ def fed(work: Path, quick: bool, name: str) -> Iterator[Item]:
 
 
 def report(work: Path, quick: bool, color: str) -> Item:
-    out, size = work / f"report_{color}", "--recipe demo --batch-size 16 --steps 10 --warm-up 2" if quick else ""
+    out, size = work / f"report_{color}", "--recipe demo --batch-size 32 --steps 10 --warm-up 2" if quick else ""
     command = f"scripts/throughput_report.py {size} --pipeline dali --data {work}/dali --color {color} --out {out}"
 
     def figures(said: str) -> dict:
@@ -132,6 +132,7 @@ def items(work: Path, quick: bool, pictures: Path | None) -> Iterator[Item]:
     yield step("fp16", 64, "200 steps of fp16", steps=200)
     yield naive(work, quick, "bf16")
     yield step("bf16", 32)
+    yield step("bf16", 32, "bf16 32 in one group", "--norm", "none")  # what a rank of several computes
     if pictures:
         yield from fed(work, quick, "ffcv")
     yield from (step(precision, 256, f"{precision} 256 eager", "--graph", "off") for precision in ("bf16", "fp16"))
