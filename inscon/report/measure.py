@@ -121,13 +121,12 @@ def versions() -> dict[str, str]:
 
 
 class Measurement:
-    """All that goes to report.json. `config`: not resolved, so that another batch size can be tried; `feed_of`: the work of this
-    rank, for a resolved one; `out`: folder of traces."""
+    """All that goes to report.json. `config`: not resolved; `feed_of`: the work of this rank, for a resolved one; `out`: folder of
+    traces."""
 
     def __init__(self, config: Config, feed_of: Callable[[Config], Feed], device, out: Path, steps: int, warm_up: int):
         # A folder that does not exist: nothing is continued, nothing is written.
-        self._asked = config.replaced(run_dir=out / "no-run")
-        self.config = resolve(self._asked, distributed.world_size())
+        self.config = resolve(config.replaced(run_dir=out / "no-run"), distributed.world_size())
         self.feed, self.device, self.out, self.steps, self.warm_up = feed_of(self.config), device, out, steps, warm_up
         self._feed_of, self.training = feed_of, train.set_up(self.config, device, self.feed.index.fingerprint)
         if self.training.graph:
@@ -140,7 +139,7 @@ class Measurement:
         matrix_rate = measure_matrix_rate(self.device, dtype)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)  # the matrices are not the run's
-        model = self.synthetic(self.training, self.config, self.steps, self.warm_up)
+        model = self.synthetic()
         of_rank, where = model["images_per_s"] / distributed.world_size(), {"device": self.device, "dtype": dtype}
         self._color = auto.placed(self.feed, self.config.loader, of_rank, start_step=0, **where)  # as a training does
         loader = {} if self.config.loader.pipeline == "synthetic" else self.loader()
@@ -152,13 +151,12 @@ class Measurement:
             memory["PyTorch's device memory at its peak, MB"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         graphed = BACKWARD not in end_to_end["parts_ms"]
         if graphed:
-            eager = self.synthetic(self.training, self.config, self.steps, self.warm_up, eager=True)
-            end_to_end["parts_ms"] = divided(end_to_end["parts_ms"], eager["parts_ms"])
+            end_to_end["parts_ms"] = divided(end_to_end["parts_ms"], self.synthetic(eager=True)["parts_ms"])
         rates = loader.get("images_per_s"), model["images_per_s"], end_to_end["images_per_s"]
         found = self.basis() | {
             "ceilings": dict(zip(verdict.CEILINGS, rates)),
             "shares": {name: 100 * ms / end_to_end["wall_ms"] for name, ms in end_to_end["parts_ms"].items()},
-            "end_to_end": end_to_end, "loader": loader | said, "memory": memory, "scaling": self.scaling(),
+            "end_to_end": end_to_end, "loader": loader | said, "memory": memory,
             "described": pipeline.description.replace(str(self.feed.index.path), name),
             "graphed": graphed, "copy_bytes_per_s": measure_copy_rate(self.device),
             "device": self.on_device(end_to_end, bool(loader)) if on_gpu else None,
@@ -184,10 +182,10 @@ class Measurement:
         where = {"device": self.device, "dtype": dtype}
         return open_pipeline(self._feed_of(config), loader, **where, start_step=first, total_steps=first + steps)
 
-    def synthetic(self, training: Training, config: Config, steps: int, warm_up: int, eager: bool = False) -> dict:
+    def synthetic(self, eager: bool = False) -> dict:
         """Training on noise that is there already."""
-        with self.open(config.replaced(pipeline="synthetic"), 0, warm_up + steps) as batches:
-            return run_steps(training, batches, steps, warm_up, eager=eager)
+        with self.open(self.config.replaced(pipeline="synthetic"), 0, self.warm_up + self.steps) as batches:
+            return run_steps(self.training, batches, self.steps, self.warm_up, eager=eager)
 
     def on_device(self, end_to_end: dict, fed: bool) -> dict:
         """Of eager steps: the `bytes` that one moves, and `step`, on noise, as `inscon.report.device.summary` tells. Where a loader
@@ -236,30 +234,6 @@ class Measurement:
             wait_for(self.device)
             wall = distributed.worst({"wall": time.perf_counter() - start})["wall"]
         return {"images_per_s": self.config.optim.batch_size * self.steps / wall, "first_batch_s": first_batch_s}
-
-    def scaling(self) -> dict | None:
-        """What computing takes at this batch and at half of it, or twice a small one; None where no such batch is possible."""
-        batch, world = self.config.optim.batch_size, distributed.world_size()
-        other = batch // 2 if batch // world >= 64 else 2 * batch
-        split = self._asked.model.split_size
-        split = split and split * other // batch  # as many BatchNorm groups
-        try:
-            config = resolve(self._asked.replaced(split_size=split, batch_size=other), world)
-        except ValueError:
-            return None
-        training = train.set_up(config, self.device, self.feed.index.fingerprint)
-        # By turns, and the fastest of each: what else a machine does is not the batch's.
-        runs = [(self.computing_ms(self.training, self.config), self.computing_ms(training, config)) for _ in range(3)]
-        found = dict(sorted(zip((batch, other), (min(times) for times in zip(*runs)))))
-        sizes, took = list(found), list(found.values())
-        fixed = verdict.fixed_percent(batch, sizes, took)
-        return {"batch_sizes": sizes, "compute_ms": took, "fixed_percent": fixed}
-
-    def computing_ms(self, training: Training, config: Config) -> float:
-        """Milliseconds of a step that go into computing: not into waiting, and not into what no part claims."""
-        parts = self.synthetic(training, config, steps=4, warm_up=2)["parts_ms"]
-        marked = sum(ms for name, ms in parts.items() if name not in (WAIT, WIRE, REST))
-        return marked or parts[REST]  # of a graph
 
     def trace(self, steps: int, warm_up: int = 2) -> None:
         """Of eager steps: OUT/trace-rankN.json, for chrome://tracing or Perfetto."""

@@ -78,7 +78,7 @@ def device(report: dict) -> str:
 
 
 def step_parts(report: dict) -> str:
-    steps, shares, scaling = report["end_to_end"], report["shares"], report["scaling"]
+    steps, shares = report["end_to_end"], report["shares"]
     parts = [*steps["parts_ms"].items(), ("sum", sum(steps["parts_ms"].values()))]
     rows = [(name, f"{ms:,.2f}", f"{100 * ms / steps['wall_ms']:.2f}") for name, ms in parts]
     own = sum(shares.get(name, 0.0) for name in verdict.OWN)
@@ -88,8 +88,6 @@ def step_parts(report: dict) -> str:
     )
     if report["graphed"]:
         note += " It is a CUDA graph: its time is divided here as eager steps divide theirs."
-    if scaling and report["verdict"]["kind"] != "disturbed":
-        note += f" Of the computing, {scaling['fixed_percent']:.0f} % does not depend on the batch."
     return table("The step by part", ("", "ms", "% of the step"), rows, note)
 
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from inscon.clock import AFTER_UPDATE, OPTIMIZER, REST, WAIT, WIRE
 
-VERSION = 4  # Of report.json; another one is not compared.
+VERSION = 5  # Of report.json; another one is not compared.
 CEILINGS = LOADER, MODEL, END_TO_END = "loader alone", "model alone, on synthetic batches", "end to end"
 OWN = (OPTIMIZER, AFTER_UPDATE, REST)
 """Parts of a step that are neither passes through the networks nor waiting."""
 NOTICED = 5.0
 """Percent of a step from which on waiting for data, for other ranks or for nothing is what to mend first."""
 OVERHEAD = 10.0  # Percent of a step that OWN should stay under.
-FIXED = 35.0
-"""Percent of the computing that does not shrink with the batch, from which on the batch is too small."""
 LAUNCHING = 90.0
 """Percent of a step that the host needs to launch it, from which on the device waits for launches."""
 HUNGRY = 50.0
@@ -62,10 +60,10 @@ def _launching(report: dict) -> tuple[float, str]:
 
 
 def judge(report: dict) -> dict:
-    """What to mend first: what the step waits for; if it waits for nothing, whether its batch is too small; else its own work."""
-    *waits, small, own, healthy = _cases(report)
+    """What to mend first: what the step waits for; if it waits for nothing, its own work."""
+    *waits, own, healthy = _cases(report)
     waits.sort(key=lambda case: case[0], reverse=True)
-    _, _, kind, stage, advice, saved = next(case for case in (*waits, small, own, healthy) if case[0] >= case[1])
+    _, _, kind, stage, advice, saved = next(case for case in (*waits, own, healthy) if case[0] >= case[1])
     gain = 100 / (100 - min(saved, 99.0))
     gives = f"up to {gain:.2f} times the images/s" if gain >= 1.005 else "no more images/s by itself"
     sentence = f"{kind}. What binds: {stage}. Next: {advice} ({gives})."
@@ -76,7 +74,6 @@ def _cases(report: dict) -> list[tuple]:
     """(percent found, percent from which on it binds, kind, stage, advice, percent of the step that mending saves at most)."""
     shares, rates = {name: report["shares"].get(name, 0.0) for name in (WAIT, WIRE, *OWN)}, report["ceilings"]
     own, largest, loader = sum(map(shares.get, OWN)), max(OWN, key=shares.get), starving_stage(report["loader"])
-    fixed = report["scaling"]["fixed_percent"] if report["scaling"] else 0.0
     taken = 100 * (report["device"] or {}).get("taken_ms", 0.0) / report["end_to_end"]["wall_ms"]
     waiting, launches = _launching(report)
     computing, idle = "CPU-bound", "a GPU; on this CPU the loader is fast enough"
@@ -92,10 +89,8 @@ def _cases(report: dict) -> list[tuple]:
         (waiting, NOTICED, "host-bound", launches, "--graph auto, one launch for all of them, or a larger --batch-size", waiting),
         (taken, NOTICED, "loader-bound", f"the loader's work on the GPU beside the step, {taken:.0f} % of it",
          "--color host and --decode cpu, if the host has cores for that", taken),
-        (fixed, FIXED, "launch-bound", f"launches and the optimizer, {fixed:.0f} % of the computing, the same for any batch",
-         f"--batch-size {2 * report['settings']['optim']['batch_size']} or more", fixed / 2),
         (own, OVERHEAD, computing, f"the step's own overhead ({own:.0f} %), most of all {largest}",
-         f"look into {largest}: --trace 3", shares[largest]),
+         f"a larger --batch-size, whose images share it, or look into {largest}: --trace 3", shares[largest]),
         (100.0, 0.0, computing, "the passes through the networks", idle, 0.0),
     ]  # fmt: skip
 
@@ -113,24 +108,15 @@ def starving_stage(said: dict) -> str:
     return "finish" if "finish" in took and decoded < HUNGRY <= finished else max(took, key=took.get, default="unknown")
 
 
-def fixed_percent(batch: int, sizes: list[int], compute_ms: list[float]) -> float:
-    """What would be left of a step's computing at no images, by the line through two batch sizes, `batch` is one; 0..100."""
-    slope = (compute_ms[1] - compute_ms[0]) / (sizes[1] - sizes[0])
-    return min(max(100 * (1 - slope * batch / compute_ms[sizes.index(batch)]), 0.0), 100.0)
-
-
 def disturbed(report: dict) -> dict | None:
-    """Instead of a verdict, where figures cannot be true: a ceiling beaten by what it bounds, negative time per image."""
-    rates, scaling = report["ceilings"], report["scaling"]
+    """Instead of a verdict, where figures cannot be true: a ceiling beaten by what it bounds."""
+    rates = report["ceilings"]
     rate, used = rates[END_TO_END], rates[END_TO_END] * report["flops_per_image"] / report["ranks"]
     claims = [
         *[(rate, "images/s end to end", rates[name], f"of the {name}") for name in CEILINGS if rates[name]],
         (used / 1e9, "GFLOP/s in the step", report["matrix_flops_per_s"] / 1e9, "of matrix products"),
         (sum(report["shares"].values()), "% of the step in all its parts", 100.0, "% of the step itself"),
     ]
-    if scaling:
-        (few, many), (short, long) = scaling["batch_sizes"], scaling["compute_ms"]
-        claims.append((short, f"ms for a batch of {few}", long, f"ms for one of {many}"))
     found = "; ".join(f"{a:,.1f} {what}, above the {b:,.1f} {of}" for a, what, b, of in claims if a > NOISE * b)
     sentence = f"No verdict: the machine was disturbed, measure again, with nothing beside it and more --steps. Found: {found}."
     return {"kind": "disturbed", "stage": found, "sentence": sentence} if found else None
