@@ -31,23 +31,6 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks to stop; Slurm sends SIGUSR1 some time before the end of a job (docs/slurm.md)."""
 _ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at once and loses the steps since the last checkpoint.\n"
 
-_OF_TRAINING = {
-    "--arch": "--backbone", "--colour": "--color", "--grey-first": "--gray-first", "--no-grey-first": "--no-gray-first",
-    "--grey-probability": "--gray-probability", "--gradient-wire": "--gradient-compression", "--cut": "", "--compile": "",
-    "--no-compile": "", "--shuffle-window": "", "--resume": "", "--tensorboard": "--tracker tensorboard", "--no-tensorboard": "",
-}  # fmt: skip
-_OF_PACKING = {"--on-bad": "--bad-limit", "--plan": ""}
-OLD_FLAGS = {
-    "train.py": _OF_TRAINING, "show_views.py": _OF_TRAINING, "throughput_report.py": _OF_TRAINING | {"--pipelines": "--pipeline"},
-    "make_dali.py": _OF_PACKING, "make_ffcv.py": _OF_PACKING,
-    "verify.py": dict.fromkeys(("--pixels", "--all-pixels", "--against", "--workers"), ""),
-    "export.py": {"--checkpoint": "--run", "--check": "", "--pipeline": ""},
-    "knn.py": dict.fromkeys(("--keep", "--temperature", "--no-untrained"), ""),
-    "linear.py": {"--evaluate-every": ""}, "attention_maps.py": {"--stage": ""},
-    "finetune_detection.py": {"--trunk": "--backbone", "--test-size": "", "--stall-timeout": ""},
-}  # fmt: skip
-"""Of each script, flags of before -> as they are called now, or "" where they are gone (docs/changes.md)."""
-
 # Importing torchvision asks for the user's name, and fails where there is none, as in a container by `docker run -u 1234`.
 os.environ.setdefault("USER", str(os.getuid()))
 
@@ -58,9 +41,8 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
     A refusal is one line, "`name`: what was found and the remedy", or as the user called it, "inscon train". Under torchrun, ranks
     that would say the same say it once, and only the one that says it fails. INSCON_TRACEBACK=1 shows where it came from instead.
     """
-    script, name = name, sys.argv[0] if sys.argv[0].startswith("inscon ") else name
+    name = sys.argv[0] if sys.argv[0].startswith("inscon ") else name
     try:
-        refuse_old_flags(script, sys.argv[1:])
         returned = main()
         status = returned if isinstance(returned, int) else 0
         sys.stdout.flush()
@@ -88,15 +70,6 @@ def share_cores(load: Path = Path("/proc/loadavg")) -> None:
         looks = [time.sleep(0.01) or int(load.read_text().split()[3].partition("/")[0]) for _ in range(5)]
         if min(looks) > 1:  # this one and another
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def refuse_old_flags(script: str, arguments: list[str]) -> None:
-    """ValueError, with what to write, for a flag of before that people may have in scripts of their own."""
-    old = OLD_FLAGS.get(script, {})
-    for flag in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
-        if flag in old:
-            now = f"called {old[flag]} now" if old[flag] else "gone: leave it out (docs/changes.md)"
-            raise ValueError(f"{flag} is {now}")
 
 
 def sentence_of(error: BaseException) -> str:

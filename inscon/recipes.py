@@ -172,5 +172,3 @@ RECIPES = {recipe.__name__: recipe for recipe in (imagenet_r50, moco_v2, moco_v1
     "r8": varied(cell_stage="res4"),  # COCO FPN 1x 40.5, 36.6 AP (Table 9)
 }
 """By name. r2 to r8 are the other pre-trainings behind Tables 2 to 9, with the paper's results (docs/reproduce.md)."""
-GONE = {"r1": "moco_v2", "r7": "imagenet_r50"}
-"""Names that other recipes had, too."""

@@ -32,7 +32,7 @@ from data_prep.store import local_copy
 from inscon import distributed, guard, methods, own, train
 from inscon.config import Config
 from inscon.methods.method import resolve
-from inscon.recipes import GONE, RECIPES
+from inscon.recipes import RECIPES
 from inscon.transfer import knn
 from pipelines.auto import TrainingBatches
 from pipelines.evaluation import LabelledViews
@@ -51,11 +51,9 @@ def parse(arguments: list[str]) -> Config:
 def chosen_start(arguments: list[str]) -> tuple[str | None, Config, list[str]]:
     """The value of --recipe, the configuration that it or --method begins with, and the other arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=[*RECIPES, *GONE])
+    first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--method")
     chosen, rest = first.parse_known_args(arguments)
-    if chosen.recipe in GONE:
-        raise ValueError(f"the recipe {chosen.recipe} was another name; set --recipe {GONE[chosen.recipe]}")
     start = RECIPES[chosen.recipe or "imagenet_r50"]()
     if chosen.method is not None and type(start.method) is not (settings := methods.settings_of(chosen.method)):
         if chosen.recipe not in (None, "own"):

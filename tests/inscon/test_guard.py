@@ -286,20 +286,6 @@ import torchvision
 
 
 @pytest.mark.parametrize(
-    ("script", "flag"), [(script, flag) for script, flags in guard.OLD_FLAGS.items() for flag in flags]
-)
-def test_an_old_flag_is_refused_with_the_new_name(script, flag, monkeypatch, capsys):
-    """And is none of the script's own any more."""
-    folder = ROOT / ("scripts" if (ROOT / "scripts" / script).exists() else "data_prep")
-    new = guard.OLD_FLAGS[script][flag]
-    monkeypatch.setattr(sys, "argv", [script, f"{flag.replace('-', '_').replace('__', '--', 1)}=1"])
-    with pytest.raises(SystemExit, match="1"):
-        guard.run_script(script, lambda: pytest.fail("it went on"))
-    assert f"{script}: {flag} is " + (f"called {new} now" if new else "gone") in capsys.readouterr().err
-    assert (folder / script).exists() and flag not in (folder / script).read_text()
-
-
-@pytest.mark.parametrize(
     ("load", "policy"), [("0.9 0.5 0.1 1/200 77", None), ("0.0 0.0 0.0 3/200 77", "passive"), (None, None)]
 )
 def test_threads_sleep_where_others_compute(tmp_path, monkeypatch, load, policy):

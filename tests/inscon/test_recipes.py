@@ -7,7 +7,7 @@ import pytest
 
 from inscon.config import ModelConfig, ViewConfig
 from inscon.methods.method import resolve
-from inscon.recipes import GONE, RECIPES
+from inscon.recipes import RECIPES
 from inscon.report.flops import step_flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,9 +82,4 @@ def test_the_eight_pretrainings_are_recipes_of_table_1(name):
     assert (optim.batch_size, optim.epochs, optim.lr, optim.schedule) == (256, 200, 0.03, "cosine-epoch")
     assert config.model.backbone == "resnet50" and config.views.view_size == 224 and config.method.temperature == 0.2
     page = (ROOT / "docs/reproduce.md").read_text()
-    names = [name, *(old for old, new in GONE.items() if new == name)]  # the page's rows may have either
-    assert any(f"| `{row}` | {', '.join(heads)} |" in page for row in names)
-
-
-def test_names_that_are_gone_point_to_recipes():
-    assert set(GONE.values()) <= set(RECIPES) and not set(GONE) & set(RECIPES)
+    assert f"| `{name}` | {', '.join(heads)} |" in page

@@ -63,7 +63,6 @@ def test_every_command_explains_itself_by_its_own_name(word, called):
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["trian"], "inscon: there is no command trian; choose one of: pack, pack-ffcv, .*, completion"),
-    (["train", "--colour", "host"], "inscon train: --colour is called --color now"),
     (["pack", "--data", "nowhere", "--out", "x"], "inscon pack: nowhere does not exist; give .* to --data."),
 ])  # fmt: skip
 def test_wrong_use_is_one_sentence(arguments, sentence, called):

@@ -253,9 +253,6 @@ def test_the_synthetic_pipeline_needs_no_data(tmp_path):
     (["--optimizer", "apex"], "needs NVIDIA's apex.*set --optimizer auto"),
     (["--decode", "mixed", "--pipeline", "dali"], "needs a GPU.*--decode cpu"),
     (["--pipeline", "ffcv"], "tar shards, and the pipeline ffcv reads a .beton: python data_prep/make_ffcv.py"),
-    (["--shuffle-window", "100"], "--shuffle-window is gone: leave it out .docs/changes.md"),
-    (["--colour", "host"], "--colour is called --color now"),
-    (["--recipe", "r7"], "the recipe r7 was another name; set --recipe imagenet_r50"),
     (["--method", "mocov3"], "there is no method mocov3; set --method to one of byol, densecl, "),
     (["--backbone", "resnet51"], "there is no backbone resnet51; set --backbone"),
 ])  # fmt: skip
