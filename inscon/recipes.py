@@ -1,6 +1,6 @@
 """Whole configurations to start from: `scripts/train.py --recipe NAME`. Each says its command, cost and expected result.
 
-Hours are predictions from docs/method.md's budget until somebody measures them.
+Hours are predictions by the formula in docs/reproduce.md until somebody measures them.
 """
 
 import dataclasses

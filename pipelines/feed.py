@@ -245,8 +245,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def color_on_host(loader: LoaderConfig, device: torch.device, views: Sequence[ViewSpec]) -> bool:
-    """Whether views leave the host finished, as with RandAugment, or as crops that `pipelines.color` finishes on `device`; that is
-    where `auto` is which nobody has placed (pipelines/auto.py)."""
+    """Whether the host colors the views: with RandAugment, where `loader` says so, and with `auto` on a CPU. Else they leave the
+    host as crops, and `device` colors them (pipelines/color.py). Whether `auto` on a GPU goes to the host is chosen before, in
+    pipelines/auto.py. ValueError where RandAugment is to work on a GPU."""
     if any(spec.color.randaugment for spec in views):
         if loader.color == "device" or loader.decode == "mixed":
             raise ValueError(
@@ -261,5 +262,4 @@ def threads_per_rank(asked: int | None) -> int:
     """`asked`, or the cores this process may use divided by the ranks on this machine (torchrun's LOCAL_WORLD_SIZE)."""
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

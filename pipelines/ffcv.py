@@ -103,7 +103,7 @@ class BatchMemory(MemoryManager):
         return types.Tuple([types.uint64[::1], types.uint64[::1]])
 
     def schedule_epoch(self, schedule):
-        raise NotImplementedError("batches are scheduled by pipelines.ffcv.Engine")
+        raise NotImplementedError("batches are scheduled by pipelines.ffcv.FfcvEngine")
 
     def compile_reader(self) -> Callable:
         """(address, state) -> [byte_count] uint8."""

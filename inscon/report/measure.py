@@ -106,8 +106,7 @@ def machine() -> dict[str, str | int]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {"cpu": model, "cores": cores, "system": platform.system()}
+    found = {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system()}
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 

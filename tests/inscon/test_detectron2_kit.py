@@ -84,7 +84,6 @@ TWICE = {"SOLVER.MAX_ITER": 180000, "SOLVER.STEPS": [120000, 160000]}
 TABLE = {
     "voc_faster_rcnn_c4_24k": EVERY | C4 | VOC,
     "coco_mask_rcnn_c4_1x": EVERY | C4 | COCO | ONCE,
-    "coco_mask_rcnn_c4_2x": EVERY | C4 | COCO | TWICE,
     "coco_mask_rcnn_fpn_1x": EVERY | FPN | COCO | ONCE,
     "coco_mask_rcnn_fpn_2x": EVERY | FPN | COCO | TWICE,
 }

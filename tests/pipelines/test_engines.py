@@ -296,7 +296,7 @@ def test_stages_are_timed(name, shards):
 
 
 def test_cores_are_divided_by_the_ranks_of_this_machine(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert threads_per_rank(None) == 3 and threads_per_rank(7) == 7
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
