@@ -165,8 +165,8 @@ class DaliEngine(Engine):
             del crops
 
     def figures(self) -> dict[str, float]:
-        """Memory that the engine takes of a GPU."""
-        if self._device.type == "cpu":
+        """Memory that the engine takes of a GPU, where it decodes there."""
+        if self._decode == "cpu":
             return {}
         return {"loader_device_mb": max(_used_beside_torch(self._device) - self._device_bytes, 0) / 2**20}
 
