@@ -1,4 +1,4 @@
-# docker build -t inscon . && docker run --gpus all --shm-size 8g -v /data:/data inscon python scripts/train.py --help
+# docker build -t inscon . && docker run --gpus all -v /data:/data inscon python scripts/train.py --help
 # The README's steps on Ubuntu 24.04, whose Python is 3.12. It has not been built by us yet (docs/container.md).
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 # make and python3-venv are the README's, the others the Makefile's APT: what FFCV, and Triton's launcher, are compiled with.

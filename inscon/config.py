@@ -37,7 +37,8 @@ class LoaderConfig:
     """Loader threads (dali, ffcv) or worker processes (reference) per rank. None: the cores this process may use, divided by
     the ranks on this machine."""
     prefetch: int = 2
-    """Finished batches that wait for the trainer at most, at least 1. DALI and FFCV have one or two more in work."""
+    """Finished batches that wait for the trainer at most, at least 1. DALI and FFCV have one or two more in work; of
+    the reference each worker has one."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes JPEGs. auto: mixed (nvJPEG, and the GPU's JPEG engine where it has one) where the GPU colors and a short
     measurement at the first start on a machine finds it 1.1 times as fast as cpu; else cpu."""

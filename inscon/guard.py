@@ -250,8 +250,8 @@ def ignore_stops() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_parent(*_: object) -> None:
-    """For a worker process, at its start (a DataLoader's worker_init_fn, say): when its parent is gone, however, it ends."""
+def end_with_parent() -> None:
+    """For a worker process, at its start: when its parent is gone, however, it ends."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -1,28 +1,26 @@
 """PIL and torchvision executing the plan, slow and obvious: the oracle for the other engines, and what runs anywhere.
 
 `render_view` is what MoCo v2's transforms do once their random numbers are known: RandomResizedCrop, flip, ColorJitter,
-RandomGrayscale, GaussianBlur (PIL's, radius = sigma). The loader around it is a plain torch DataLoader.
+RandomGrayscale, GaussianBlur (PIL's, radius = sigma). Worker processes make whole batches (pipelines/workers.py).
 """
 
+import functools
 import io
-import multiprocessing
 import time
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from data_prep.index import RAW, DatasetIndex
 from inscon import plan as codes
 from inscon.config import LoaderConfig
 from inscon.plan import BRIGHTNESS, CONTRAST, FILL, GRAY, HUE, NEVER, NOTHING, SATURATION, ViewPlan
-from inscon.workers import alive, shared, worker_init
 from pipelines.feed import Engine, Feed, Refusal, Work, read, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
 from pipelines.prefetch import StageClock
+from pipelines.workers import made_by_workers
 
 MOVED = {"resample": Image.Resampling.BILINEAR, "fillcolor": FILL}
 
@@ -98,7 +96,7 @@ def picture_of(index: DatasetIndex, sample_id: int) -> Image.Image:
         raise refusal.args[1] from None
 
 
-def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, dict[str, Tensor], dict[str, float]]:
+def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, dict[str, np.ndarray], dict[str, float]]:
     """The work of a step, [B P S S 3] uint8 of each view, and the seconds that stages took. Bad samples go to `Feed.reject`."""
     read_s = 0.0
     while True:
@@ -113,7 +111,7 @@ def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, dict[str, Ten
             feed.reject(*refusal.args)
 
 
-def _render(feed: Feed, work: Work, stored: list[np.ndarray], color: bool) -> dict[str, Tensor]:
+def _render(feed: Feed, work: Work, stored: list[np.ndarray], color: bool) -> dict[str, np.ndarray]:
     plans = {name: plan.flat() for name, plan in work.plan.views.items()}
     views = {s.name: np.empty((len(stored), s.count, s.side, s.side, 3), np.uint8) for s in feed.views}
     for i, content in enumerate(stored):
@@ -122,56 +120,24 @@ def _render(feed: Feed, work: Work, stored: list[np.ndarray], color: bool) -> di
         for spec in feed.views:
             for number in range(spec.count):
                 views[spec.name][i, number] = render_view(image, plans[spec.name], i * spec.count + number, color)
-    return {name: torch.from_numpy(view) for name, view in views.items()}
-
-
-class _Steps(Dataset):
-    """Item `step` is everything one step needs, so that the plan of a batch is drawn in one go."""
-
-    def __init__(self, feed: Feed, color: bool):
-        self._feed, self._color = feed, color
-
-    def __getitem__(self, step: int):
-        try:
-            return render_step(self._feed, step, self._color)
-        except ValueError as error:
-            # As a value, not raised: the DataLoader would bury the sentence in the worker's traceback.
-            return error
+    return views
 
 
 class ReferenceEngine(Engine):
-    """`loader.threads` are worker processes here; 0 works in this process."""
+    """`loader.threads` are worker processes here, each a batch ahead; 0 works in this process."""
 
     works_ahead = True
 
     def __init__(self, feed: Feed, loader: LoaderConfig, steps: range, finish: Finish, clock: StageClock):
-        workers = threads_per_rank(loader.threads)
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.reference"])
-        self._made_ahead = DataLoader(
-            _Steps(feed, finish.host_color),
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            # The DataLoader counts per worker; at least one batch each, or the worker idles.
-            prefetch_factor=max(loader.prefetch // workers, 1) if workers else None,
-            # Forked from a clean server, not from this process: a fork beside DALI's or OpenMP's threads can hang.
-            multiprocessing_context="forkserver" if workers else None,
-            worker_init_fn=worker_init,
-            collate_fn=shared,
-            pin_memory=finish.device.type == "cuda",
-        )
-        self._clock, self._timeout_s = clock, loader.stall_timeout
-        self.description = (
-            f"reference: PIL decode on the cpu, {workers} workers, prefetch {loader.prefetch}, {feed.index.path}"
-        )
+        self._make, self._steps = functools.partial(render_step, feed, color=finish.host_color), steps
+        self._workers, self._timeout_s, self._clock = threads_per_rank(loader.threads), loader.stall_timeout, clock
+        self.description = f"reference: PIL decode on the cpu, {self._workers} workers, {feed.index.path}"
 
     def steps(self):
-        # Workers end with this generator.
-        remedy = "fewer --threads (0: no workers)"
-        for made in alive(self._made_ahead, "the pipeline reference", self._timeout_s, remedy):
-            if isinstance(made, ValueError):
-                raise made
-            work, views, spent = made
+        made = map(self._make, self._steps)
+        if self._workers:  # which end with this generator
+            made = made_by_workers(self._make, self._steps, self._workers, self._timeout_s)
+        for work, views, spent in made:
             for stage, seconds in spent.items():
                 self._clock.add(stage, seconds)
-            yield work, (views, None)
+            yield work, ({name: torch.from_numpy(view) for name, view in views.items()}, None)

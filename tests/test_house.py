@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: {"inscon.geometry", "inscon.batch", "inscon.clock", "inscon.guard", "inscon.workers"},
+    0: {"inscon.geometry", "inscon.batch", "inscon.clock", "inscon.guard"},
     1: {"inscon.config", "inscon.plan", "inscon.sampling", "data_prep.index"},
     2: {
         "inscon.nn", "inscon.gradients", "inscon.graph", "inscon.optim", "inscon.distributed", "inscon.precision",

@@ -205,7 +205,7 @@ def test_a_process_of_its_own(name, make_shards):
     assert done.returncode == 1 and "the consumer's own" in done.stderr, done.stderr
     *digests, early, late = done.stdout.split()
     assert digests == [digest(batch) for batch in wanted]
-    # The reference's workers hand over shared memory, whose size comes and goes.
+    # The reference's batches come through pipes, into memory that comes and goes.
     assert float(late) < float(early) + (30 if name == "reference" else 6)
 
 

@@ -1,4 +1,4 @@
-"""A DataLoader's workers: deaf to what stops their parent, missed when they die or hang, gone when it is gone."""
+"""Worker processes: deaf to what stops their parent, missed when they die or hang, gone when it is gone."""
 
 import re
 import subprocess
@@ -14,44 +14,38 @@ SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import multiprocessing
-import torch
-from torch.utils.data import DataLoader, Dataset
+import threading
 from inscon import guard
-from inscon.workers import alive, shared, worker_init
-
-class Items(Dataset):
-    def __init__(self, make):
-        self.make = make
-    def __len__(self):
-        return 6
-    def __getitem__(self, i):
-        return self.make(i)
+from pipelines.workers import made_by_workers
 
 def slow(i):
     time.sleep(0.3)
-    return torch.full((9,), i)
+    return i
 
 def hangs(i):
     time.sleep(600 if i == 3 else 0)
-    return torch.full((9,), i)
+    return i
 
-def dies(i):
+def dies(i, after=0):
     if i == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        time.sleep(0 if after else 600)
     return bytes(200_000)  # longer than a pipe holds: what is under way is cut short
 
-def too_large(i):
-    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+def dies_later(i):
+    return dies(i, 0.5)
+
+class Ours(ValueError):
+    "Of two arguments, as a sentence has one."
+
+def refuses(i):
+    raise Ours("a sentence", i)
 
 def ours(i):
     raise RuntimeError("a mistake")
 
 def items(make, timeout_s=60):
-    loader = DataLoader(
-        Items(make), batch_size=None, num_workers=2, multiprocessing_context="forkserver", worker_init_fn=worker_init,
-        collate_fn=shared,
-    )
-    return alive(loader, "the test", timeout_s, "fewer --threads")
+    return made_by_workers(make, range(6), 2, timeout_s)
 
 def tree():
     "Process ids of all that descend from this one."
@@ -95,8 +89,9 @@ def test_signals_to_all_processes_stop_no_worker(tmp_path):
         for number in guard.STOPS:
             signal.signal(number, lambda number, frame: seen.append(number))
         for item in items(slow):
-            print(int(item[0]), flush=True)
-            trees.add(frozenset(tree()))
+            print(item, flush=True)
+            if item < 2:  # later they may have made their last
+                trees.add(frozenset(tree()))
             for number in (*guard.STOPS, *guard.STOPS):
                 os.killpg(0, number)
         assert set(guard.STOPS) == set(seen) and len(trees) == 1
@@ -106,12 +101,14 @@ def test_signals_to_all_processes_stop_no_worker(tmp_path):
 
 
 FAILURES = {
-    "hangs": ("list(items(hangs, 3))", "no batch came for 3 s from the test.*MB free.*--stall-timeout"),
+    "hangs": ("list(items(hangs, 3))", "no batch came for 3 s from the pipeline reference.*--stall-timeout"),
+    "killed": ("list(items(dies))", "a worker process of the pipeline reference died.* fewer --threads"),
     "killed while it hands over": (
-        "list(items(dies))", "a worker process of the test died.*MB free.* fewer --threads or .*--shm-size=8g if memory was short",
-    ),
-    "shared memory full": (
-        "list(items(too_large))", r"the test found no room .* \(/dev/shm has .* MB free\).*--shm-size=8g\), or set fewer",
+        """
+        for item in items(dies_later):
+            time.sleep(2)
+        """,
+        "a worker process of the pipeline reference died.* fewer --threads",
     ),
     "stopped while it hands over": (
         """
@@ -119,7 +116,7 @@ FAILURES = {
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGSTOP)
         """,
-        "no batch came for 4 s from the test",
+        "no batch came for 4 s from the pipeline reference",
     ),
 }  # fmt: skip
 
@@ -133,6 +130,20 @@ def test_a_worker_that_fails_is_one_sentence_and_the_process_ends(tmp_path, body
 def test_a_mistake_in_a_worker_keeps_its_traceback(tmp_path):
     done = run(tmp_path, "list(items(ours))")
     assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError: a mistake" in done.stderr
+    assert "in ours" in done.stderr
+
+
+def test_a_workers_refusal_keeps_its_type_and_arguments(tmp_path):
+    done = run(
+        tmp_path,
+        """
+        try:
+            list(items(refuses))
+        except Ours as error:
+            print(*error.args, len(multiprocessing.active_children()))
+        """,
+    )
+    assert (done.returncode, done.stdout) == (0, "a sentence 0 0\n"), done.stderr
 
 
 @needs_proc
