@@ -206,7 +206,7 @@ class Job:
     def report(self, shard: int) -> "Report | None":
         try:
             return Report.load(report_path(self.config.out, shard))
-        except FileNotFoundError:
+        except (FileNotFoundError, IndexError):  # none, or of a version that wrote no file for an empty shard
             return None
 
     def is_done(self, shard: int) -> bool:
@@ -319,7 +319,7 @@ class Report:
         return len(self) + len(self.rejected)
 
     def save(self, path: Path) -> None:
-        facts = {"file": asdict(self.file), "rejected": self.rejected, "changed": self.changed}
+        facts = {"files": [asdict(self.file)], "rejected": self.rejected, "changed": self.changed}
         with guard.whole_file(path) as file:
             file.write(json.dumps(facts | {"rows": len(self.rows)}).encode() + b"\n" + self.rows + self.names)
 
@@ -327,7 +327,7 @@ class Report:
     def load(cls, path: Path) -> "Report":
         head, _, content = path.read_bytes().partition(b"\n")
         facts = json.loads(head)
-        file, end = StoredFile(**facts.pop("file")), facts.pop("rows")
+        file, end = StoredFile(**facts.pop("files")[0]), facts.pop("rows")
         return cls(file, **facts, rows=bytearray(content[:end]), names=bytearray(content[end:]))
 
 

@@ -166,7 +166,7 @@ class DaliEngine(Engine):
 
     def figures(self) -> dict[str, float]:
         """Memory that the engine takes of a GPU, where it decodes there."""
-        if self._decode == "cpu":
+        if self._device_id is None:
             return {}
         return {"loader_device_mb": max(_used_beside_torch(self._device) - self._device_bytes, 0) / 2**20}
 
