@@ -17,7 +17,7 @@ DISTINCT_BATCHES = 4
 class SyntheticEngine(Engine):
     """Batches of noise in turn."""
 
-    works_ahead, has_stages = True, False
+    has_stages = False
     description = f"synthetic: {DISTINCT_BATCHES} batches of noise in turn"
 
     def __init__(self, feed: Feed, loader: LoaderConfig, steps: range, finish: Finish, clock: StageClock):

@@ -21,15 +21,16 @@ from torch.autograd.function import once_differentiable
 from inscon import distributed
 from inscon.nn.norm import SplitBatchNorm2d
 
-ROWS, COLUMNS = 64, 64
-"""Of a tile: the fastest of those tried on an H200."""
-SLICES, PROGRAMS = 64, 512
-"""At most so many slices of a group's rows, or as many as give a reduction so many programs: one group of few channels, too, shall
-keep a card with 132 multiprocessors busy."""
+TILE, WIDE, WARPS = 4096, 128, 4
+"""Elements of a tile, its columns at most, and its warps: the fastest of those tried on an H200."""
+REDUCED, NARROW, REDUCING = 1024, 64, 4
+"""Likewise of a tile in a reduction."""
+PROGRAMS = 1056
+"""Of a reduction, about: a group's rows are cut into as many slices as keep a card with 132 multiprocessors busy."""
 COMBINED = 4096
 """Figures of a tile in which slices are combined."""
 kernel = triton.jit(
-    do_not_specialize=("rows", "slices", "tiles", "of_all")
+    do_not_specialize=("rows", "slices", "rounds", "length", "tiles", "of_all")
 )  # else far more kernels are compiled at the start
 
 
@@ -42,22 +43,25 @@ def _tile(group, row, column, rows, channels):
 
 @kernel
 def _of_slices(
-    x, partial, rows, channels, slices, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x, partial, rows, channels, slices, rounds, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Mean and sum of squared deviations of a slice of a group's rows: partial [2, groups, slices, channels]."""
+    """Mean and sum of squared deviations of a slice of a group's rows, `rounds` tiles: partial [2, groups, slices, channels]."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     group, piece = tl.program_id(0) // slices, tl.program_id(0) % slices
-    first = piece * ROUNDS * ROWS
-    count = tl.minimum(rows - first, ROUNDS * ROWS)
+    first = piece * rounds * ROWS
+    count = tl.minimum(rows - first, rounds * ROWS)
     start = (group * rows + first).to(tl.int64) * channels
     shift = tl.load(x + start + column, mask=column < channels, other=0.0).to(tl.float32)
-    total = tl.zeros([COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
-    for number in range(ROUNDS):
+    totals = tl.zeros([ROWS, COLUMNS], tl.float32)  # added up at the end: threads need not meet in every round
+    squared = tl.zeros([ROWS, COLUMNS], tl.float32)
+    number = 0
+    while number < rounds:
         places, there = _tile(group, first + number * ROWS + tl.arange(0, ROWS), column, rows, channels)
         apart = tl.where(there, tl.load(x + places, mask=there, other=0.0).to(tl.float32) - shift[None, :], 0.0)
-        total += tl.sum(apart, 0)
-        squares += tl.sum(apart * apart, 0)
+        totals += apart
+        squared += apart * apart
+        number += 1
+    total, squares = tl.sum(totals, 0), tl.sum(squared, 0)
     mean = total / count
     place = tl.program_id(0) * channels + column
     tl.store(partial + place, shift + mean, mask=column < channels)
@@ -66,17 +70,15 @@ def _of_slices(
 
 
 @kernel
-def _of_group(
-    partial, mean, variance, rows, channels, slices, LENGTH: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Mean and variance [groups, channels] of all slices of a group, LENGTH rows each but the last."""
+def _of_group(partial, mean, variance, rows, channels, slices, length, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mean and variance [groups, channels] of all slices of a group, `length` rows each but the last."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     piece = tl.arange(0, PIECES)
     places, there = _tile(tl.program_id(0), piece, column, slices, channels)
     second = partial + tl.num_programs(0) * slices * channels
     means = tl.load(partial + places, mask=there, other=0.0)
     squares = tl.load(second + places, mask=there, other=0.0)
-    counts = tl.maximum(tl.minimum(rows - piece * LENGTH, LENGTH), 0).to(tl.float32)[:, None]
+    counts = tl.maximum(tl.minimum(rows - piece * length, length), 0).to(tl.float32)[:, None]
     of_all = tl.sum(means * counts, 0) / rows
     apart = tl.where(there, means - of_all[None, :], 0.0)
     place = tl.program_id(0) * channels + column
@@ -104,15 +106,20 @@ def _follow(
 
 
 @triton.jit
-def _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps):
-    """(x-hat, weight * x-hat + bias, weight / standard deviation) of a tile, in float32."""
+def _of_channels(mean, variance, weight, bias, group, column, channels, eps):
+    """(mean, 1 / standard deviation, weight, bias) of a tile's columns, each [1, COLUMNS], in float32."""
     inside = column < channels
+    center = tl.load(mean + group * channels + column, mask=inside, other=0.0)
     scale = 1.0 / tl.sqrt(tl.load(variance + group * channels + column, mask=inside, other=1.0) + eps)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    center = tl.load(mean + group * channels + column, mask=inside, other=0.0)
-    hat = (tl.load(x + places, mask=there, other=0.0).to(tl.float32) - center[None, :]) * scale[None, :]
-    return hat, hat * factor[None, :] + shift[None, :], (factor * scale)[None, :]
+    return center[None, :], scale[None, :], factor[None, :], shift[None, :]
+
+
+@triton.jit
+def _hat(x, places, there, center, scale):
+    """x-hat of a tile, in float32."""
+    return (tl.load(x + places, mask=there, other=0.0).to(tl.float32) - center) * scale
 
 
 @kernel
@@ -123,7 +130,8 @@ def _forward(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     group, row = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     places, there = _tile(group, row, column, rows, channels)
-    _, made, _ = _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps)
+    center, scale, factor, shift = _of_channels(mean, variance, weight, bias, group, column, channels, eps)
+    made = _hat(x, places, there, center, scale) * factor + shift
     if ADD:
         made += tl.load(residual + places, mask=there, other=0.0).to(tl.float32)
     if RELU:
@@ -144,23 +152,26 @@ def _gradient(y, made, gradient, places, there, ADD: tl.constexpr, RELU: tl.cons
 
 @kernel
 def _backward_of_slices(
-    x, y, gradient, partial, mean, variance, weight, bias, rows, channels, slices, eps,
-    ADD: tl.constexpr, RELU: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, y, gradient, partial, mean, variance, weight, bias, rows, channels, slices, rounds, eps,
+    ADD: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the gradient, and of the gradient times x-hat, over a slice: partial [2, groups, slices, channels]."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    group, first = tl.program_id(0) // slices, (tl.program_id(0) % slices) * ROUNDS * ROWS
-    total = tl.zeros([COLUMNS], tl.float32)
-    products = tl.zeros([COLUMNS], tl.float32)
-    for number in range(ROUNDS):
+    group, first = tl.program_id(0) // slices, (tl.program_id(0) % slices) * rounds * ROWS
+    center, scale, factor, shift = _of_channels(mean, variance, weight, bias, group, column, channels, eps)
+    totals = tl.zeros([ROWS, COLUMNS], tl.float32)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    number = 0
+    while number < rounds:
         places, there = _tile(group, first + number * ROWS + tl.arange(0, ROWS), column, rows, channels)
-        hat, made, _ = _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps)
-        arrived = _gradient(y, made, gradient, places, there, ADD, RELU)
-        total += tl.sum(arrived, 0)
-        products += tl.sum(arrived * hat, 0)
+        hat = _hat(x, places, there, center, scale)
+        arrived = _gradient(y, hat * factor + shift, gradient, places, there, ADD, RELU)
+        totals += arrived
+        products += arrived * hat
+        number += 1
     place = tl.program_id(0) * channels + column
-    tl.store(partial + place, total, mask=column < channels)
-    tl.store(partial + tl.num_programs(0) * channels + place, products, mask=column < channels)
+    tl.store(partial + place, tl.sum(totals, 0), mask=column < channels)
+    tl.store(partial + tl.num_programs(0) * channels + place, tl.sum(products, 0), mask=column < channels)
 
 
 @kernel
@@ -172,15 +183,31 @@ def _backward(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     group, row = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     places, there = _tile(group, row, column, rows, channels)
-    hat, made, factor = _normalized(x, mean, variance, weight, bias, places, there, group, column, channels, eps)
-    arrived = _gradient(y, made, gradient, places, there, ADD, RELU)
+    center, scale, factor, shift = _of_channels(mean, variance, weight, bias, group, column, channels, eps)
+    hat = _hat(x, places, there, center, scale)
+    arrived = _gradient(y, hat * factor + shift, gradient, places, there, ADD, RELU)
     if ADD:
         tl.store(of_residual + places, arrived, mask=there)
     place = group * channels + column
     products = sums + (tl.num_programs(0) // tiles) * channels
-    center = tl.load(sums + place, mask=column < channels, other=0.0) / of_all
+    level = tl.load(sums + place, mask=column < channels, other=0.0) / of_all
     slope = tl.load(products + place, mask=column < channels, other=0.0) / of_all
-    tl.store(of_x + places, factor * (arrived - center[None, :] - hat * slope[None, :]), mask=there)
+    tl.store(of_x + places, factor * scale * (arrived - level[None, :] - hat * slope[None, :]), mask=there)
+
+
+@kernel
+def _summed(
+    partial, sums, of_bias, of_weight, channels, slices, GROUPS: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """`partial` [2, groups, slices, channels] added up to sums [2, groups, channels], and those to both parameters' gradients."""
+    column, half = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for group in range(GROUPS):
+        places, there = _tile(half * GROUPS + group, tl.arange(0, PIECES), column, slices, channels)
+        found = tl.sum(tl.load(partial + places, mask=there, other=0.0), 0)
+        tl.store(sums + (half * GROUPS + group) * channels + column, found, mask=column < channels)
+        total += found
+    tl.store((of_weight if half else of_bias) + column, total, mask=column < channels)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -193,7 +220,7 @@ class _BatchNorm(torch.autograd.Function):
         y, add = torch.empty_like(x), residual is not None
         _forward[shape.tiled](
             x, residual if add else x, y, mean, variance, weight, bias, shape.rows, shape.channels, shape.tiles, eps,
-            ADD=add, RELU=relu, ROWS=ROWS, COLUMNS=COLUMNS,
+            ADD=add, RELU=relu, **shape.tile,
         )  # fmt: skip
         ctx.save_for_backward(x, y if add and relu else None, weight, bias, mean, variance)
         ctx.settings = groups, eps, relu, synced, add
@@ -206,21 +233,24 @@ class _BatchNorm(torch.autograd.Function):
         (x, y, *others), (groups, eps, relu, synced, add) = ctx.saved_tensors, ctx.settings
         weight, bias, mean, variance = others
         shape, gradient = _Shape(x, groups), channels_last(gradient)
-        y, common = x if y is None else y, {"ADD": add, "RELU": relu, "ROWS": ROWS, "COLUMNS": COLUMNS}
+        y, kind = x if y is None else y, {"ADD": add, "RELU": relu}
         known = mean, variance, weight, bias, shape.rows, shape.channels
         partial = x.new_empty(2, groups, shape.slices, shape.channels, dtype=torch.float32)
         _backward_of_slices[shape.sliced](
-            x, y, gradient, partial, *known, shape.slices, eps, ROUNDS=shape.rounds, **common
+            x, y, gradient, partial, *known, shape.slices, shape.rounds, eps, **kind, **shape.reduced
         )  # fmt: skip
-        sums = partial.sum(2)
-        of_bias, of_weight = sums.sum(1)
+        sums, (of_bias, of_weight) = partial.new_empty(2, groups, shape.channels), partial.new_empty(2, shape.channels)
+        _summed[(triton.cdiv(shape.channels, shape.combined), 2)](
+            partial, sums, of_bias, of_weight, shape.channels, shape.slices,
+            GROUPS=groups, PIECES=shape.pieces, COLUMNS=shape.combined,
+        )  # fmt: skip
         ranks = distributed.world_size() if synced else 1
         if synced:
             sums = distributed.gather(sums[None]).sum(0)
         of_x, of_residual = torch.empty_like(x), torch.empty_like(x) if add else None
         _backward[shape.tiled](
             x, y, gradient, of_x, of_residual if add else of_x, sums, *known, shape.tiles, eps, ranks * shape.rows,
-            **common,
+            **kind, **shape.tile,
         )  # fmt: skip
         return of_x, of_weight.to(weight.dtype), of_bias.to(bias.dtype), of_residual, None, None, None, None
 
@@ -231,24 +261,30 @@ class _Shape:
     def __init__(self, x: Tensor, groups: int):
         self.groups, self.channels = groups, x.shape[1]
         self.rows = x.numel() // (groups * self.channels)
-        columns, self.tiles = triton.cdiv(self.channels, COLUMNS), triton.cdiv(self.rows, ROWS)
-        # A power of two, so that few kernels are compiled for many sizes.
-        self.rounds = triton.next_power_of_2(triton.cdiv(self.tiles, max(SLICES, PROGRAMS // (groups * columns))))
-        self.slices = triton.cdiv(self.tiles, self.rounds)
-        self.tiled, self.sliced = (groups * self.tiles, columns), (groups * self.slices, columns)
+        self.tile, columns, self.tiles = self._tiles(TILE, WIDE, WARPS)
+        self.reduced, reduced_columns, tiles = self._tiles(REDUCED, NARROW, REDUCING)
+        self.rounds = triton.cdiv(tiles, max(PROGRAMS // (groups * reduced_columns), 1))
+        self.slices = triton.cdiv(tiles, self.rounds)
+        self.tiled, self.sliced = (groups * self.tiles, columns), (groups * self.slices, reduced_columns)
+        self.pieces = triton.next_power_of_2(self.slices)
+        self.combined = min(NARROW, max(COMBINED // self.pieces, 1))
+
+    def _tiles(self, size: int, widest: int, warps: int) -> tuple[dict[str, int], int, int]:
+        """What a kernel gets for its tiles, and how many of them there are across and down."""
+        columns = min(triton.next_power_of_2(self.channels), widest)
+        found = {"ROWS": size // columns, "COLUMNS": columns, "num_warps": warps}
+        return found, triton.cdiv(self.channels, columns), triton.cdiv(self.rows, found["ROWS"])
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance [groups, channels], float32."""
         partial = x.new_empty(2, self.groups, self.slices, self.channels, dtype=torch.float32)
         mean, variance = partial.new_empty(2, self.groups, self.channels)
         _of_slices[self.sliced](
-            x, partial, self.rows, self.channels, self.slices, ROUNDS=self.rounds, ROWS=ROWS, COLUMNS=COLUMNS
-        )
-        pieces = triton.next_power_of_2(self.slices)
-        columns = min(COLUMNS, max(COMBINED // pieces, 1))
-        _of_group[(self.groups, triton.cdiv(self.channels, columns))](
-            partial, mean, variance, self.rows, self.channels, self.slices,
-            LENGTH=self.rounds * ROWS, PIECES=pieces, COLUMNS=columns,
+            x, partial, self.rows, self.channels, self.slices, self.rounds, **self.reduced
+        )  # fmt: skip
+        _of_group[(self.groups, triton.cdiv(self.channels, self.combined))](
+            partial, mean, variance, self.rows, self.channels, self.slices, self.rounds * self.reduced["ROWS"],
+            PIECES=self.pieces, COLUMNS=self.combined,
         )  # fmt: skip
         return mean, variance
 
@@ -287,8 +323,8 @@ def batch_norm(
     of_all = x.numel() // (groups * x.shape[1]) * (distributed.world_size() if synced else 1)
     with torch.cuda.device_of(x):
         y, mean, variance = _BatchNorm.apply(channels_last(x), weight, bias, residual, groups, eps, relu, synced)
-        _follow[(triton.cdiv(x.shape[1], COLUMNS),)](
-            *running, mean, variance, x.shape[1], momentum, of_all / max(of_all - 1, 1), GROUPS=groups, COLUMNS=COLUMNS
+        _follow[(triton.cdiv(x.shape[1], WIDE),)](
+            *running, mean, variance, x.shape[1], momentum, of_all / max(of_all - 1, 1), GROUPS=groups, COLUMNS=WIDE
         )
     return y
 

@@ -134,12 +134,12 @@ class _BatchNormOfRanks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _mean, _var):
         x, weight, mean, var = ctx.saved_tensors
+        inverse_std = (var + ctx.eps).rsqrt()
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            gradient, x, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True]
         )
         count = x.numel() // x.shape[1] * distributed.world_size()
         of_product, of_all = (distributed.sum_over_ranks(torch.stack([of_weight, of_bias])) / count).unbind()
-        inverse_std = (var + ctx.eps).rsqrt()
         by_gradient = weight * inverse_std
         by_x = -by_gradient * inverse_std * of_product
         shape = (-1, *[1] * (x.ndim - 2))

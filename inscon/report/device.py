@@ -21,7 +21,7 @@ LAUNCH, WAIT = re.compile("Launch|Memcpy|Memset"), re.compile("Synchronize")
 ROOM = 500
 """So many launches fit into the device's queue for certain; later ones may have to wait until there is room."""
 CLASSES = {
-    "BatchNorm": r"^_(of_slices|of_group|follow|forward|backward_of_slices|backward)$|batch_?norm|\bbn_(fw|bw)|welford",
+    "BatchNorm": r"^_(of_slices|of_group|follow|forward|backward_of_slices|summed|backward)$|batch_?norm|\bbn_(fw|bw)|welford",
     "color": r"^_(sum_gray|rows|columns)$",
     "copies": r"mem(cpy|set)|copy|CatArray|FillFunctor|nchwToNhwc|nhwcToNchw",
     "convolution": r"conv|fprop|dgrad|wgrad|winograd|cudnn",

@@ -148,7 +148,7 @@ def test_bytes_that_our_kernels_move(where):
     with Noted() as traffic:
         batch_norm(x, ones, ones, running, groups=2, relu=True)
     image, vector = 4 * x.numel(), 4 * 70
-    partial = 2 * 2 * 3 * vector  # of 2 groups of 162 rows, in slices of 64
+    partial = 2 * 2 * 11 * vector  # of 2 groups of 162 rows, in slices of 16
     # Of the running statistics mean and variance, one vector each; of a group, too. One tensor given twice is read once.
     assert moved[:2] == [image + partial, partial + 2 * 2 * vector]
     assert moved[2:] == [2 * image + 2 * 2 * vector + vector, 2 * vector + 2 * 2 * vector + 8]

@@ -212,7 +212,7 @@ def test_a_run_goes_on_fused_and_plain_again(tmp_path, monkeypatch):
     monkeypatch.setattr(fused_norm, "CHECKED", (2, 3, 5, 5))
     if reason := fused_norm.refusal(CPU, torch.float32):
         pytest.skip(f"Triton's interpreter is off: {reason}")
-    monkeypatch.setattr(fused_norm, "ROWS", 512), monkeypatch.setattr(fused_norm, "COLUMNS", 128)
+    monkeypatch.setattr(fused_norm, "TILE", 2**16), monkeypatch.setattr(fused_norm, "REDUCED", 2**16)
     config = changed(make_config(tmp_path), "method", heads=("single",))
     run(changed(config, "run", run_dir=tmp_path / "plain"), total=2)
     run(config, total=1)
@@ -263,8 +263,9 @@ def test_half_precision_on_a_gpu_stays_finite(tmp_path):
     config = changed(config, "run", log_every=50)
     training = train.set_up(config, torch.device("cuda"), "set A")
     assert training.graph is not None
+    training.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     train.train(training, (on_gpu(batch_of(step)) for step in range(200)), PER_EPOCH, 200)
-    assert training.scaler.get_scale() < 65536  # the first steps overflowed
+    assert training.scaler.get_scale() < 2**40  # the first steps overflowed
     assert checkpoint.not_finite(training.state_dict()) is None and len(lines(tmp_path)) == 4
 
 
