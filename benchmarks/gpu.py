@@ -235,6 +235,7 @@ def main() -> None:
             else:
                 found = run(item, given.out, left)
                 cut_short = left < item.limit_s and isinstance(found["status"], str)  # the next call begins it anew
+                results.pop(item.name, None)
                 (not_run if cut_short else results)[item.name] = found
                 print(item.name, found, flush=True)
                 kept.write_text(json.dumps(results))

@@ -46,7 +46,7 @@ class LoaderConfig:
     """Share of the JPEGs that the GPU's JPEG engine, where it has one, decodes with decode=mixed; auto finds its own."""
     color: Literal["auto", "host", "device"] = "auto"
     """Where color, blur and normalization happen. auto: on the host, if there is no GPU, with RandAugment, or if the host alone
-    makes 1.3 times the images/s that the first steps take; else on the GPU. host: finished views travel to a GPU."""
+    makes the images/s that the first steps take; else on the GPU. host: finished views travel to a GPU."""
     on_bad_sample: Literal["fail", "substitute"] = "fail"
     """What to do about a sample that changed after it was packed or that a decoder refuses. fail: stop and name it.
     substitute: name it, and show in its place one that the same epoch shows half an epoch away."""

@@ -77,7 +77,7 @@ BYOLS_VIEWS = ViewConfig(scale=(0.08, 1.0), saturation=0.2, blur_probability=1.0
 def simclr_r50() -> Config:
     """SimCLR v1: batch 4096, LARS, strong colors. Unchecked against the paper: temperature, weight decay, the head's layers.
 
-    `torchrun --nproc_per_node=8 scripts/train.py --recipe simclr_r50 --data SHARDS`. Predicted 152 GPU hours of V100s. Expected
+    `torchrun --nproc_per_node=8 scripts/train.py --recipe simclr_r50 --data SHARDS`. Predicted 137 GPU hours of V100s. Expected
     after 1000 epochs: VOC 56.3 AP, COCO FPN 1x 39.8 box, 35.9 mask AP (PixPro's README), ImageNet linear 69.3 top-1.
     """
     return Config(
@@ -91,7 +91,7 @@ def byol_r50() -> Config:
     """BYOL for 300 epochs: batch 4096, LARS at 0.3 per 256 images. Unchecked against the paper: rate, weight decay and momentum,
     which differ between the paper and its ports; 1000 epochs have 0.2 per 256 (--lr 3.2) and --target-momentum 0.996.
 
-    `torchrun --nproc_per_node=8 scripts/train.py --recipe byol_r50 --data SHARDS`. Predicted 304 GPU hours of V100s. No result
+    `torchrun --nproc_per_node=8 scripts/train.py --recipe byol_r50 --data SHARDS`. Predicted 275 GPU hours of V100s. No result
     after fine-tuning by the tables' protocol is known to us.
     """
     return Config(
@@ -104,7 +104,7 @@ def byol_r50() -> Config:
 def pixpro_r50() -> Config:
     """PixPro for 100 epochs: batch 1024, LARS at 1.0 per 256 images (settings of the official repository).
 
-    `torchrun --nproc_per_node=8 scripts/train.py --recipe pixpro_r50 --data SHARDS`. Predicted 113 GPU hours of V100s. Expected
+    `torchrun --nproc_per_node=8 scripts/train.py --recipe pixpro_r50 --data SHARDS`. Predicted 102 GPU hours of V100s. Expected
     (its README): VOC 58.8 AP, COCO C4 40.0 box, FPN 1x 40.8 box, 36.8 mask AP; with --instance 41.3, 37.1. With --epochs 400: VOC
     60.2, C4 40.5, FPN 1x 40.6 box AP by the InsCon paper.
     """

@@ -37,8 +37,9 @@ IN_WORK = 2
 """Batches that come first and may have been ready, which tells nothing about a rate."""
 WORTH_THE_GPU = 1.1
 """Decoding on the GPU takes time from the training there, so it must be this much faster than on the host to be chosen."""
-FREE = 1.3
-"""Color on the host is free where the host alone makes so many times the images that the steps take."""
+FREE = 1.0
+"""The host colors where it alone makes so many times the images that the steps take. Color on an H200 took 2 % of a step, but
+the loader's kernels waited for the step's, so that 0.73 to 0.84 of the images were made (docs/measured.md)."""
 SETTLING, TIMED = 5, 5
 """Steps of a run in which libraries look for algorithms and a graph is captured; and those after them whose time counts."""
 

@@ -28,6 +28,7 @@ ADVICE = {
     "unknown": "see the loader by stage",
 }
 """By the loader's stage."""
+BESIDE = "--color host and --decode cpu, if the host has cores for that"
 
 
 def conclusions(report: dict) -> dict:
@@ -79,16 +80,19 @@ def _cases(report: dict) -> list[tuple]:
     computing, idle = "CPU-bound", "a GPU; on this CPU the loader is fast enough"
     if "gpu" in report["machine"]:
         computing, idle = "GPU-bound", "nothing in the data path; see the kernels, MFU and memory for what is left"
+    stage, advice = f"the loader's stage {loader}", ADVICE[loader]
+    colors = (report["device"] or {}).get("fed_kernel_ms", {}).get("color", 0.0)
+    if colors and rates[LOADER] > NOISE * rates[MODEL]:  # fast enough while the GPU does nothing else
+        stage, advice = "the loader's work on the GPU, which waits for the step's", BESIDE
     more = min(shares[WAIT], 100 * max(1 - rates[END_TO_END] / rates[MODEL], 0.0))  # the model alone is a ceiling
     return [
-        (shares[WAIT], NOTICED, "loader-bound", f"the loader's stage {loader}", ADVICE[loader], more),
+        (shares[WAIT], NOTICED, "loader-bound", stage, advice, more),
         (shares[WIRE], NOTICED, "communication-bound", WIRE,
          "--gradient-compression fp16, a larger --batch-size, or a faster link between the ranks", shares[WIRE]),
         (shares[REST], NOTICED, "host-bound", "time in the step outside of all its parts",
          "look at what the host does there: --trace 3", shares[REST]),
         (waiting, NOTICED, "host-bound", launches, "--graph auto, one launch for all of them, or a larger --batch-size", waiting),
-        (taken, NOTICED, "loader-bound", f"the loader's work on the GPU beside the step, {taken:.0f} % of it",
-         "--color host and --decode cpu, if the host has cores for that", taken),
+        (taken, NOTICED, "loader-bound", f"the loader's work on the GPU beside the step, {taken:.0f} % of it", BESIDE, taken),
         (own, OVERHEAD, computing, f"the step's own overhead ({own:.0f} %), most of all {largest}",
          f"a larger --batch-size, whose images share it, or look into {largest}: --trace 3", shares[largest]),
         (100.0, 0.0, computing, "the passes through the networks", idle, 0.0),

@@ -77,7 +77,7 @@ COMPLETED = {
     "inscon train --recipe moco": {"moco_v1", "moco_v2"},
     "inscon views --ste": {"--step"},
     "inscon report --decode m": {"mixed"},
-    "inscon report --predict h": {"h100x8", "h200"},
+    "inscon report --predict h": {"h100x8"},
     "inscon knn --vi": {"--view-size"},
     "inscon pack-ffcv --write-mode r": {"raw"},
 }
