@@ -17,33 +17,35 @@ from inscon.trackers import Trackers
 
 
 class Stopwatch:
-    """Wall time of the loop since the last reading, and how much of it went into waiting for data, seconds."""
+    """Wall time of the loop since the last reading, and how much of it went into waiting for data, seconds. A GPU waits when it has
+    nothing left to do: while it works, its host may wait for the next batch."""
 
-    def __init__(self):
-        self._steps, self._wait_s, self._start = 0, 0.0, time.perf_counter()
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.restart()
 
     def waits(self, batches: Iterable) -> Iterator:
         """Pass `batches` through, timing each wait."""
         iterator = iter(batches)
         while True:
-            start = time.perf_counter()
+            start = now(self._device)
             with part(WAIT):
                 batch = next(iterator, None)
             if batch is None:
                 return
-            self._wait_s += time.perf_counter() - start
-            self._steps += 1
+            self._waits.append((start, now(self._device)))
             yield batch
 
     def restart(self) -> None:
         """What was measured since the last reading never was."""
-        self._steps, self._wait_s, self._start = 0, 0.0, time.perf_counter()
+        self._waits, self._start = [], time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """`step_s` (mean) and `data_wait_percent` since the last reading, which this one resets."""
-        elapsed, steps, wait_s = time.perf_counter() - self._start, max(self._steps, 1), self._wait_s
+        """`step_s` (mean) and `data_wait_percent` since the last reading, which this one resets, after a wait for the device."""
+        elapsed, waits = time.perf_counter() - self._start, self._waits
         self.restart()
-        return {"step_s": elapsed / steps, "data_wait_percent": 100 * wait_s / elapsed}
+        wait_s = sum(seconds(*wait) for wait in waits)
+        return {"step_s": elapsed / max(len(waits), 1), "data_wait_percent": 100 * wait_s / elapsed}
 
 
 class Pace:

@@ -156,7 +156,7 @@ def train(
             file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     rate = distributed.total({"rate": matrix_rate(training.device, training.precision.pixel_dtype)})["rate"]
     full_rate = rate / step_flops(config).per_image  # source images/s of bare matrix products: where MFU is 100 %
-    losses_meter, watch, pace = LossMeter(), Stopwatch(), Pace(training.device)
+    losses_meter, watch, pace = LossMeter(), Stopwatch(training.device), Pace(training.device)
     health = Health(training.method, training.step, config.model.norm)
     log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tracker, config.to_dict())
     with guard.stop_requests() as stop, contextlib.closing(training), contextlib.closing(log):

@@ -488,10 +488,28 @@ def test_meters_read_means_and_start_anew(monkeypatch):
     assert meter.read() == pytest.approx({"loss": 2.0, "loss_single": 2.0, "top1_single": 0.2})
     clock = iter([0.0, 1.0, 2.0, 5.0, 5.0, 10.0, 10.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    watch = Stopwatch()  # at 0
+    watch = Stopwatch(CPU)  # at 0
     waits = watch.waits([1, 2])
     next(waits), next(waits)  # 1..2 and 5..5
     assert watch.read() == {"step_s": 5.0, "data_wait_percent": 10.0}  # at 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_that_works_does_not_wait_for_data():
+    """Its host waits 0.05 s for each batch, it works for 0.1 s and more at each."""
+
+    def batches():
+        for number in range(4):
+            time.sleep(0.05)
+            yield number
+
+    torch.cuda.synchronize()
+    watch = Stopwatch(torch.device("cuda"))
+    for _ in watch.waits(batches()):
+        torch.cuda._sleep(2 * 10**8)  # cycles, of less than 2 GHz
+    torch.cuda.synchronize()
+    assert watch.read()["data_wait_percent"] < 20
 
 
 ALONE = [0.4 + 0.01 * (i % 7) for i in range(60)]

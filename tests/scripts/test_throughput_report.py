@@ -296,7 +296,7 @@ def test_a_run_is_summed_up_by_medians_without_warm_up():
 
 @pytest.mark.parametrize(("full_rate", "logged"), [(1e-9, False), (1e12, True)])
 def test_the_trainers_log_leaves_out_an_mfu_above_100_percent(full_rate, logged):
-    losses, watch = LossMeter(), Stopwatch()
+    losses, watch = LossMeter(), Stopwatch(CPU)
     losses.add({"loss": torch.tensor(1.0)})
     assert ("mfu_percent" in window(losses, watch, 64, 0.1, full_rate=full_rate)) == logged
 

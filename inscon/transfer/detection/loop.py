@@ -71,7 +71,7 @@ class FineTuning:
         """The iterations that are left. On SIGTERM, SIGUSR1 or Ctrl-C it finishes one, writes a checkpoint and returns its name.
         FloatingPointError for losses or weights that are not finite, which are not saved."""
         left = range(self.iteration, self.design.iterations)
-        losses, watch = LossMeter(), Stopwatch()
+        losses, watch = LossMeter(), Stopwatch(self.device)
         log = MetricsLog(self.folder, left.stop, left.start)
         loaded = batches(self.data, self.design, left.start, workers)
         with guard.stop_requests() as asked, contextlib.closing(loaded):
