@@ -56,8 +56,8 @@ def test_one_seed_has_no_interval_and_more_than_the_table_holds_are_refused():
 
 def test_the_table_pairs_seeds_and_has_the_papers_order_beside_it(tmp_path):
     text = study_page.page(RESULT)
-    # kNN of moco: 40 and 44; over the same seeds untrained 10 and 13, half = 12.706 * 1.5 of both means' error. InsCon's over moco: -1
-    # and -4.5, half = 12.706 * 1.75.
+    # kNN of moco: 40 and 44; over the same seeds untrained 10 and 13, half = 12.706 * 1.5 of both means' error.
+    # InsCon's over moco: -1 and -4.5, half = 12.706 * 1.75.
     assert "| moco | 42.0 ± 25.4 | 11.5 ± 19.1 | 0.0 ± 0.0 | - | - | - | 39.8 | 67.5 |" in text
     assert "| inscon | 39.2 ± 3.2 | 8.8 ± 3.2 | -2.8 ± 22.2 | 50.0 | - | - | 40.9 | - |" in text
     assert "| untrained | 32.0 ± 6.6 | 0.0 ± 0.0 | -11.5 ± 19.1 |" in text
