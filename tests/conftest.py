@@ -3,12 +3,17 @@
 import contextlib
 import os
 import resource
+import signal
 import sys
 from importlib.util import find_spec
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
 )  # threads that wait sleep: two jobs on two cores would starve each other
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell ignores it in what it starts in the background, and so would children
 
 import pytest
 import torch
