@@ -67,7 +67,7 @@ class CudaGraphs:
     def _give_back(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         """What a capture that failed has taken, which PyTorch keeps: memory, and the default generator (until 2.11)."""
         device = torch.cuda.current_device()
-        # Its name until 2.7, where `_C` lacks the other.
+        # PyTorch 2.7 and before have the second name for it.
         end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
         with contextlib.suppress(RuntimeError):  # else no memory that two streams have shared would ever be free again
             end(device, pool)

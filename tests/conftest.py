@@ -11,9 +11,8 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
 )  # threads that wait sleep: two jobs on two cores would starve each other
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell ignores it in what it starts in the background, and so would children
+# A shell ignores it in what it starts in the background, and so would whatever tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

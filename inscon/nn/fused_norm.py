@@ -29,9 +29,8 @@ PROGRAMS = 1056
 """Of a reduction, about: a group's rows are cut into as many slices as keep a card with 132 multiprocessors busy."""
 COMBINED = 4096
 """Figures of a tile in which slices are combined."""
-kernel = triton.jit(
-    do_not_specialize=("rows", "slices", "rounds", "length", "tiles", "of_all")
-)  # else far more kernels are compiled at the start
+kernel = triton.jit(do_not_specialize=("rows", "slices", "rounds", "length", "tiles", "of_all"))
+"""Of these numbers no kernel is compiled anew: a start would take far longer."""
 
 
 @triton.jit

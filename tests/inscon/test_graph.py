@@ -307,7 +307,7 @@ def on_a_gpu(config, steps, batches=batch_of, **optim):
     return training, losses
 
 
-def compare_with_eager(config, precision, digits, steps=STEPS):
+def assert_equal_to_eager(config, precision, digits, steps=STEPS):
     ours, losses = on_a_gpu(config, steps, precision=precision)
     with contextlib.closing(ours):
         theirs, expected = on_a_gpu(config, steps, precision=precision, graph="off")
@@ -324,7 +324,7 @@ def compare_with_eager(config, precision, digits, steps=STEPS):
 @pytest.mark.parametrize(("precision", "digits"), [("fp32", 1e-4), ("bf16", 2e-3), ("fp16", 2e-3)])
 def test_on_a_gpu_a_graph_equals_the_eager_steps(cosine, precision, digits):
     """To rounding, which 20 steps carry on: some kernels of PyTorch add in any order."""
-    compare_with_eager(cosine(), precision, digits)
+    assert_equal_to_eager(cosine(), precision, digits)
 
 
 @on_gpus
@@ -332,7 +332,7 @@ def test_collectives_of_nccl_are_captured(cosine, tmp_path):
     """In a group of one rank: gradients are reduced and keys gathered as in a larger one."""
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        compare_with_eager(cosine(), "fp32", 1e-4, steps=8)
+        assert_equal_to_eager(cosine(), "fp32", 1e-4, steps=8)
     finally:
         dist.destroy_process_group()
 
