@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inscon import distributed
+from inscon.nn import fused_pool
 from inscon.nn.norm import SplitBatchNorm2d
 
 TILE, WIDE, WARPS = 4096, 128, 4
@@ -134,7 +135,7 @@ def _forward(
     if ADD:
         made += tl.load(residual + places, mask=there, other=0.0).to(tl.float32)
     if RELU:
-        made = tl.maximum(made, 0.0)
+        made = tl.where(made < 0, 0.0, made)  # which NaN passes, as it does PyTorch's
     tl.store(y + places, made, mask=there)
 
 
@@ -385,7 +386,8 @@ def _is_plain(block: nn.Module) -> bool:
 def fuse(network: nn.Module, synced: bool = False) -> int:
     """Have the blocks of a ResNet of torchvision's or timm's normalize, add and cut off at once; how many there were.
 
-    Names and tensors stay as they are. BatchNorm elsewhere is fused by itself, with the ReLU of the stem.
+    Names and tensors stay as they are. BatchNorm elsewhere is fused by itself, with the ReLU of the stem, whose pooling has kernels
+    of its own.
     """
     blocks = [module for module in network.modules() if _is(module, "BasicBlock", "Bottleneck") and _is_plain(module)]
     for block in blocks:
@@ -398,6 +400,7 @@ def fuse(network: nn.Module, synced: bool = False) -> int:
         if type(stem.bn1) in NORMS and type(getattr(stem, name)) is nn.ReLU:
             _fuse_norm(stem.bn1).relu = True
             setattr(stem, name, nn.Identity())
+        fused_pool.fuse(stem.maxpool)
     for module in network.modules():
         if type(module) in NORMS:
             _fuse_norm(module)
@@ -423,6 +426,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels do not serve on `device`, in a few words; None where they make of a map of `dtype` what PyTorch makes of it
     in float32, with and without a residual: values, gradients and running statistics."""
     try:
+        if not fused_pool.is_exact(device, dtype):
+            return "their max pooling is not PyTorch's"
         apart = max(_apart(device, dtype, add) for add in (True, False))
         return None if apart < DIGITS[dtype] else f"their results are {apart:.1g} away from PyTorch's"
     except Exception as error:  # whatever a compiler of other people's finds to say

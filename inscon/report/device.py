@@ -23,6 +23,7 @@ ROOM = 500
 CLASSES = {
     "BatchNorm": r"^_(of_slices|of_group|follow|forward|backward_of_slices|summed|backward)$|batch_?norm|\bbn_(fw|bw)|welford",
     "color": r"^_(sum_gray|rows|columns)$",
+    "pooling": r"pool|_of_windows$",
     "copies": r"mem(cpy|set)|copy|CatArray|FillFunctor|nchwToNhwc|nhwcToNchw",
     "convolution": r"conv|fprop|dgrad|wgrad|winograd|cudnn",
     "losses and matrix products": r"gemm|gemv|nvjet|cublas|cutlass|splitK|softmax|nll_loss|dot_kernel",
@@ -130,7 +131,8 @@ def _triton_kernels() -> list:
     with contextlib.suppress(ImportError):
         from triton.runtime import KernelInterface
 
-        from inscon.nn import fused_norm
+        from inscon.nn import fused_norm, fused_pool
 
-        return [value for value in vars(fused_norm).values() if isinstance(value, KernelInterface)]
+        ours = (vars(fused_norm) | vars(fused_pool)).values()
+        return [value for value in ours if isinstance(value, KernelInterface)]
     return []

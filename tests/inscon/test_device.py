@@ -97,7 +97,8 @@ def test_a_trace_is_read_from_its_file(tmp_path):
     ("nvjet_sm90_tst_64x32_64x16_2x1_v_bz_TNT", "losses and matrix products"),
     ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_32x6_tn_align8>()", "losses and matrix products"),
     ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float>", "losses and matrix products"),
-    ("void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::BFloat16>", "other"),
+    ("void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::BFloat16>", "pooling"),
+    *[(name, "pooling") for name in ("_max_of_windows", "_gradient_of_windows")],
     ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "other"),
 ])  # fmt: skip
 def test_classes_of_kernels(kernel, expected):

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from inscon.nn import fused_norm
 from inscon.nn.backbones import Backbone, build_backbone
 from inscon.nn.fused_norm import FusedBatchNorm2d, batch_norm, channels_last, fuse, refusal
+from inscon.nn.fused_pool import FusedMaxPool2d
 from inscon.nn.norm import frozen_statistics, split_batch_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,14 +83,16 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from inscon.nn import fused_norm as kernels
+from inscon.nn import fused_norm, fused_pool
 
 sizes = dict(ROWS=64, COLUMNS=64, PIECES=64, GROUPS=8)
-types = dict.fromkeys(("x", "residual", "y", "gradient", "of_x", "of_residual")) | {"tracked": "*i64"}
+types = dict.fromkeys(("x", "residual", "y", "gradient", "of_x", "of_residual")) | {"tracked": "*i64", "chosen": "*u8"}
 numbers = dict.fromkeys(("rows", "channels", "slices", "rounds", "length", "tiles", "of_all"), "i32")
+numbers |= dict.fromkeys(("of_height", "of_width", "height", "width", "pixels"), "i32")
 numbers |= dict.fromkeys(("eps", "momentum", "unbiased"), "fp32")
-for name in ("_of_slices", "_of_group", "_follow", "_forward", "_backward_of_slices", "_backward", "_summed"):
-    kernel = getattr(kernels, name)
+of_norm = ("_of_slices", "_of_group", "_follow", "_forward", "_backward_of_slices", "_backward", "_summed")
+kernels = [getattr(fused_norm, name) for name in of_norm] + [fused_pool._max_of_windows, fused_pool._gradient_of_windows]
+for kernel in kernels:
     for capability, dtype, flag in ((70, "*fp16", True), (80, "*bf16", False), (90, "*fp32", True)):
         fixed = sizes | {"ADD": flag, "RELU": True}
         signature = {
@@ -116,6 +119,15 @@ def test_a_large_mean_costs_no_digits():
     made = batch_norm(x, one, zero, (zero.clone(), one.clone(), torch.tensor(0, device=DEVICE)), groups=2)
     expected, *_ = in_float64(x.double(), one.double(), zero.double(), (zero, one), 2, 0.1, None, False)
     assert apart(made, expected) < 1e-4  # the pixels themselves are rounded to 6e-5
+
+
+def test_nan_stays_visible():
+    """A value that is none must reach the loss, which stops the run."""
+    x = channels_last(torch.ones(2, 3, 4, 4)).to(DEVICE)
+    x[0, 1, 2, 3] = torch.nan
+    one, zero = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    made = batch_norm(x, one, zero, (zero.clone(), one.clone(), torch.tensor(0, device=DEVICE)), relu=True)
+    assert made[:, 1].isnan().all() and made[:, [0, 2]].isfinite().all()
 
 
 class Small(Backbone):
@@ -154,6 +166,7 @@ def test_a_fused_network_is_the_plain_one(make, side, groups, blocks):
     fused = copy.deepcopy(plain)
     assert fuse(fused) == blocks and copy.deepcopy(fused).state_dict().keys() == plain.state_dict().keys()
     assert all(type(m) is FusedBatchNorm2d for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert all(type(m) is FusedMaxPool2d for m in fused.modules() if isinstance(m, torch.nn.MaxPool2d))
     pixels = channels_last(torch.randn(4, 3, side, side)).to(DEVICE)
     for network in (plain, fused):
         network(pixels)[32].square().mean().backward()
@@ -213,6 +226,13 @@ def test_a_card_that_computes_something_else_is_refused(planted, reason, dtype, 
     found = refusal(DEVICE, dtype)
     refusal.cache_clear()
     assert found is None if reason is None else reason in found
+
+
+def test_so_is_one_that_pools_otherwise(monkeypatch):
+    monkeypatch.setattr(fused_norm.fused_pool.FusedMaxPool2d, "forward", lambda self, x: x[..., ::2, ::2])
+    refusal.cache_clear()
+    assert refusal(DEVICE, torch.float32) == "their max pooling is not PyTorch's"
+    refusal.cache_clear()
 
 
 def test_groups_must_be_equal():
