@@ -1,7 +1,7 @@
 """A whole step as one CUDA graph: captured once, replayed with every batch, so that no host has to launch its thousands of kernels.
 
 What changes from step to step lives on the device: the batch is copied into the graph's inputs, the learning rate is a tensor,
-queues move their own pointers, the gradient scaler decides there, and losses come out in tensors that the next replay overwrites.
+queues move their own pointers, the gradient scaler decides there, and losses are added up there.
 """
 
 import contextlib
@@ -9,13 +9,11 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from inscon import clock
 from inscon.batch import Batch
 
-Figures = dict[str, Tensor]
-"""Losses and figures of a step by name, 0-d, on the device."""
+Work = Callable[[], None]
 WARM_UP = 3
 """Steps before the capture, in which libraries choose their algorithms and allocate what stays."""
 AHEAD = 2
@@ -32,35 +30,33 @@ class CudaGraphs:
     def __init__(self):
         self._stream = torch.cuda.Stream()
 
-    def warm(self, work: Callable[[], Figures]) -> Figures:
+    def warm(self, work: Work) -> None:
         """`work`, done now."""
         before = torch.cuda.current_stream()
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
-            found = work()
+            work()
         before.wait_stream(self._stream)
-        return found
 
-    def capture(self, work: Callable[[], Figures]) -> Callable[[], Figures]:
+    def capture(self, work: Work) -> Work:
         """What does `work` as often as it is called; nothing of it happens before. Raises NotCaptured."""
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # The stream around it comes back also where the capture does not end well; threads of the loader go on copying.
         capture = torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local")
         try:
             with torch.cuda.stream(self._stream), capture:
-                found = work()
+                work()
         except RuntimeError as error:
             self._give_back(graph, pool)
             raise NotCaptured(str(error.__context__ or error).splitlines()[0]) from error
         under_way = deque()
 
-        def again() -> Figures:
+        def again() -> None:
             if len(under_way) == AHEAD:
                 under_way.popleft().synchronize()
             graph.replay()
             under_way.append(torch.cuda.Event(blocking=True))
             under_way[-1].record()
-            return found
 
         return again
 
@@ -94,20 +90,21 @@ class GraphedStep:
         """What was captured; the next steps warm up again."""
         self._steps = 0
         self._inputs: Batch | None = None
-        self._again: Callable[[], Figures] | None = None
+        self._again: Work | None = None
 
-    def __call__(self, step: Callable[[Batch], Figures], batch: Batch) -> Figures:
-        """`step(batch)`, which must not ask the device anything, and the same `step` every time. What it returns is overwritten
-        by the next call. Nobody hears the parts of a replayed step. Raises NotCaptured."""
+    def __call__(self, step: Callable[[Batch], None], batch: Batch) -> None:
+        """`step(batch)`, which must not ask the device anything, and does the same every time. Nobody hears the parts of a replayed
+        step. Raises NotCaptured."""
         self._take(batch)
         work = lambda: step(self._inputs)  # noqa: E731
         if self._steps < WARM_UP:
             self._steps += 1
-            return self._graphs.warm(work)
+            self._graphs.warm(work)
+            return
         if self._again is None:
             with clock.unheard():
                 self._again = self._graphs.capture(work)
-        return self._again()
+        self._again()
 
     def _take(self, batch: Batch) -> None:
         if self._inputs is None:

@@ -97,22 +97,25 @@ def unsteady(took_s: Sequence[float]) -> str | None:
 
 
 class LossMeter:
-    """Means of losses and other figures of steps since the last reading; sums stay on the device until they are read."""
+    """Means of losses and other figures of steps since the last reading. Sums, and the number of steps, stay on the device until they
+    are read, so that a captured step adds its own."""
 
     def __init__(self):
-        self._sum, self._steps, self._names = None, 0, ()
+        self._sums, self._names = None, ()
 
     def add(self, figures: dict[str, Tensor]) -> None:
         """Of one step, 0-d tensors; the same names every time."""
-        stacked = torch.stack([value.detach().float() for value in figures.values()])
-        self._sum = stacked if self._sum is None else self._sum + stacked
-        self._names, self._steps = tuple(figures), self._steps + 1
+        values = [value.detach().float() for value in figures.values()]
+        stacked = torch.stack([torch.ones_like(values[0]), *values])
+        if self._sums is None:
+            self._sums, self._names = torch.zeros_like(stacked), tuple(figures)
+        self._sums += stacked
 
     def read(self) -> dict[str, float]:
         """One wait for the device, then the means over the steps since the last reading; resets."""
-        means = (self._sum / self._steps).tolist()
-        self._sum, self._steps = None, 0
-        return dict(zip(self._names, means))
+        steps, *sums = self._sums.tolist()
+        self._sums.zero_()
+        return {name: total / steps for name, total in zip(self._names, sums, strict=True)}
 
 
 class MetricsLog:

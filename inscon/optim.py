@@ -129,11 +129,14 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of the next step; where the rate is a tensor it is copied there, and nothing waits."""
     for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
-        else:
+        if not torch.is_tensor(group["lr"]):
             group["lr"] = lr
+        elif group["lr"].is_cuda:  # PyTorch keeps the pinned block until the copy is done
+            group["lr"].copy_(torch.tensor(lr, pin_memory=True), non_blocking=True)
+        else:
+            group["lr"].fill_(lr)
 
 
 def asks_the_host(optimizer: torch.optim.Optimizer, scaled: bool) -> bool:

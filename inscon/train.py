@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,6 +44,8 @@ class Training:
     """Optimizer updates done."""
     changes: Sequence[str] = ()
     """What a resumed run has changed of the settings, "lr 0.03 -> 0.01"."""
+    losses: LossMeter = field(default_factory=LossMeter)
+    """Of the steps since they were read last."""
     graph: GraphedStep | None = None
     """None: the host launches the kernels of every step."""
 
@@ -156,7 +158,7 @@ def train(
             file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     rate = distributed.total({"rate": matrix_rate(training.device, training.precision.pixel_dtype)})["rate"]
     full_rate = rate / step_flops(config).per_image  # source images/s of bare matrix products: where MFU is 100 %
-    losses_meter, watch, pace = LossMeter(), Stopwatch(training.device), Pace(training.device)
+    watch, pace = Stopwatch(training.device), Pace(training.device)
     health = Health(training.method, training.step, config.model.norm)
     log = MetricsLog(config.run.run_dir, total_steps, training.step, config.run.tracker, config.to_dict())
     with guard.stop_requests() as stop, contextlib.closing(training), contextlib.closing(log):
@@ -164,13 +166,13 @@ def train(
         for step, batch in zip(range(training.step, total_steps), watch.waits(loader)):
             assert step == training.step
             with pace.step():
-                lr = take_step(training, batch, steps_per_epoch, losses_meter)
+                lr = take_step(training, batch, steps_per_epoch)
             finished = training.step == total_steps
             stopping = distributed.any_rank(stop.requested)
             evaluating = monitor and not stopping and (training.step % config.run.eval_every == 0 or finished)
             if training.step % config.run.log_every == 0 or finished or stopping or evaluating:
                 figures = telemetry() if telemetry else None
-                found = window(losses_meter, watch, config.optim.batch_size, lr, figures, full_rate)
+                found = window(training.losses, watch, config.optim.batch_size, lr, figures, full_rate)
                 if not math.isfinite(found["loss"]):
                     raise _diverged(training, f"the loss is not finite any more. Found: {found['loss']}")
                 seen, warnings = health.look(training.step, found)
@@ -195,29 +197,33 @@ def train(
     return False
 
 
-def take_step(training: Training, batch: Batch, steps_per_epoch: int, losses_meter: LossMeter) -> float:
+def take_step(training: Training, batch: Batch, steps_per_epoch: int) -> float:
     """One turn of the loop, without waiting for data or looking at what came out; returns the learning rate."""
     config = training.config
     lr = learning_rate(config.optim, training.step, steps_per_epoch)
     set_learning_rate(training.optimizer, lr)
     training.method.schedule(training.step, config.optim.epochs * steps_per_epoch)
-    losses_meter.add(update(training, batch))
+    update(training, batch)
     training.step += 1
     return lr
 
 
-def update(training: Training, batch: Batch) -> dict[str, torch.Tensor]:
-    """`run_step`, as a graph where there is one; what it returns is overwritten by the next."""
+def update(training: Training, batch: Batch) -> None:
+    """`run_step`, as a graph where there is one; its figures are added up."""
+
+    def step(batch: Batch) -> None:
+        training.losses.add(run_step(training, batch))
+
     if training.graph is not None:
         try:
-            return training.graph(lambda inputs: run_step(training, inputs), batch)
+            return training.graph(step, batch)
         except NotCaptured as reason:
             guard.say_once(
                 f"the step is no CUDA graph, the host launches its kernels: {reason}; --graph off does not try"
             )
             training.graph = None
             _forget_half_a_step(training)
-    return run_step(training, batch)
+    step(batch)
 
 
 def _forget_half_a_step(training: Training) -> None:

@@ -23,7 +23,6 @@ from inscon.batch import Batch
 from inscon.clock import BACKWARD, REST, WAIT, WIRE, StepClock, listen, part
 from inscon.config import Config
 from inscon.graph import WARM_UP
-from inscon.meters import LossMeter
 from inscon.methods.method import resolve
 from inscon.report import verdict
 from inscon.report.device import Traffic, read_trace, summary
@@ -43,14 +42,14 @@ def run_steps(
     eager: bool = False,
 ) -> dict:  # fmt: skip
     """The trainer's own loop over `batches`, timed; `begin` is called when the warm-up is over. `eager`: no step is a graph."""
-    losses, coming = LossMeter(), iter(batches)
+    coming = iter(batches)
     training.method.train()
 
     def step(batch: Batch) -> None:
         if eager:
-            losses.add(run_step(training, batch))
+            training.losses.add(run_step(training, batch))
         else:
-            take_step(training, batch, 10**6, losses)  # of an epoch that doesn't end
+            take_step(training, batch, 10**6)  # of an epoch that doesn't end
         distributed.any_rank(False)  # as the trainer asks whether to stop
 
     for _ in range(warm_up):

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten
 from inscon import checkpoint, clock, methods, train
 from inscon.config import Config, LoaderConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from inscon.graph import AHEAD, WARM_UP, CudaGraphs, GraphedStep, NotCaptured
-from inscon.meters import LossMeter
 from inscon.methods import inscon
 from inscon.methods.method import resolve
 from pipelines import open_pipeline
@@ -53,19 +52,18 @@ class Recorded:
     played = 0
 
     def warm(self, work):
-        return work()
+        work()
 
     def capture(self, work):
         recording, first = Recording(), [True]
         with recording:
-            found = work()
+            work()
 
         def again():
             if not first:
                 recording.play()
                 self.played += 1
             first.clear()
-            return found
 
         return again
 
@@ -177,13 +175,13 @@ def test_every_method_can_be_captured(tmp_path, name):
         config = resolve(config, 1)
         views = config.method.view_specs(config.views)
         feed = Feed(open_index(config.loader), views, config.method.mosaics(), batch_size=8, seed=0)
-        training, meter = train.set_up(config, CPU, "none"), LossMeter()
+        training = train.set_up(config, CPU, "none")
         training.graph = graphs and GraphedStep(graphs)
         training.method.train()
         with open_pipeline(feed, config.loader, total_steps=8) as pipeline:
             for batch in pipeline:
-                train.take_step(training, batch, 1, meter)
-                losses.append(meter.read())
+                train.take_step(training, batch, 1)
+                losses.append(training.losses.read())
     assert graphs.played == 8 - WARM_UP - 1
     assert losses[8:] == losses[:8]
 
@@ -227,12 +225,12 @@ def test_an_overflow_in_the_middle_skips_one_update_alone(eager):
 
 
 def test_a_graph_takes_a_copy_of_its_batch_and_nobody_hears_the_capture():
-    taken, heard = [], []
+    taken, heard, mean = [], [], torch.zeros(())
 
     def step(batch):
         taken.append(batch)
         with clock.part(clock.BACKWARD):
-            return {"loss": batch.mosaic.mean()}
+            mean.copy_(batch.mosaic.mean())
 
     def hear(name):
         heard.append(name)
@@ -246,7 +244,8 @@ def test_a_graph_takes_a_copy_of_its_batch_and_nobody_hears_the_capture():
     graph, batches = GraphedStep(Noted()), [batch_of(number) for number in range(WARM_UP + 2)]
     with clock.listen(hear):
         for batch in batches:
-            assert torch.equal(graph(step, batch)["loss"], batch.mosaic.mean())
+            graph(step, batch)
+            assert torch.equal(mean, batch.mosaic.mean())
     assert len(taken) == WARM_UP + 3 and len(heard) == WARM_UP + 2
     assert len({id(batch) for batch in taken}) == 1 and taken[0] is not batches[0]
     assert all(torch.equal(own, given) for own, given in zip(taken[0].tensors(), batches[-1].tensors(), strict=True))
@@ -280,8 +279,9 @@ def test_the_host_is_two_replays_ahead_at_most(monkeypatch):
         "stream": contextlib.nullcontext,
     }
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(**fake, graph=lambda *_, **__: contextlib.nullcontext()))
-    again = CudaGraphs().capture(lambda: {"loss": 1})
-    assert [again() for _ in range(6)] == 6 * [{"loss": 1}]
+    again = CudaGraphs().capture(lambda: None)
+    for _ in range(6):
+        again()
     assert (len(done), len(waiting), most) == (4, 2, [AHEAD])
 
 
@@ -299,11 +299,11 @@ def on_a_gpu(config, steps, batches=batch_of, **optim):
     """A training after so many steps, and their losses; kernels are chosen alike every time."""
     training = train.set_up(changed(config, "optim", **optim), torch.device("cuda"), "set A")
     training.method.train()
-    meter, losses = LossMeter(), []
+    losses = []
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         for step in range(steps):
-            train.take_step(training, on_gpu(batches(step)), PER_EPOCH, meter)
-            losses.append(meter.read()["loss"])
+            train.take_step(training, on_gpu(batches(step)), PER_EPOCH)
+            losses.append(training.losses.read()["loss"])
     return training, losses
 
 
@@ -340,17 +340,16 @@ def test_collectives_of_nccl_are_captured(cosine, tmp_path):
 @on_gpus
 def test_the_host_launches_a_replay_and_the_copies(cosine):
     training, _ = on_a_gpu(cosine(), WARM_UP + 2, precision="fp16")
-    batch, meter = on_gpu(batch_of(0)), LossMeter()
-    train.take_step(training, batch, PER_EPOCH, meter)  # the meter's first sum is not added to anything
+    batch = on_gpu(batch_of(0))
     torch.cuda.synchronize()
     with torch.profiler.profile() as profiler:
-        train.take_step(training, batch, PER_EPOCH, meter)
+        train.take_step(training, batch, PER_EPOCH)
         torch.cuda.synchronize()
     calls = {event.key: event.count for event in profiler.key_averages()}
     launches = sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
-    assert calls["cudaGraphLaunch"] == 1 and calls.get("cudaMemcpyAsync", 0) <= len(batch.tensors())
-    # The rate's, and the meter's two; before 2.8 PyTorch fills the generator's seed and offset at each replay.
-    assert launches <= (3 if torch.__version__ >= (2, 8) else 5)
+    assert calls["cudaGraphLaunch"] == 1 and calls.get("cudaMemcpyAsync", 0) <= len(batch.tensors()) + 1  # the rate
+    # Before 2.8 PyTorch fills the generator's seed and offset at each replay.
+    assert launches <= (0 if torch.__version__ >= (2, 8) else 2)
 
 
 @on_gpus
@@ -380,12 +379,14 @@ def test_a_capture_that_fails_leaves_everything_as_it_was():
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
     with pytest.raises(NotCaptured, match="captur"):
-        graphs.capture(lambda: {"asked": one.expand(2**26).add(torch.rand((), device="cuda")).sum().item()})
+        graphs.capture(lambda: one.expand(2**26).add(torch.rand((), device="cuda")).sum().item())
     assert torch.cuda.current_stream() == before
     gc.collect()  # the error's frames
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < reserved + 2**26
     assert 0 <= torch.rand((), device="cuda").item() < 1
-    again = graphs.capture(lambda: {"sum": one.add_(1)})
+    again = graphs.capture(lambda: one.add_(1))
     assert one.item() == 1
-    assert [again()["sum"].item() for _ in range(3)] == [2, 3, 4]
+    for expected in (2, 3, 4):
+        again()
+        assert one.item() == expected
