@@ -97,8 +97,8 @@ def unsteady(took_s: Sequence[float]) -> str | None:
 
 
 class LossMeter:
-    """Means of losses and other figures of steps since the last reading. Sums, and the number of steps, stay on the device until they
-    are read, so that a captured step adds its own."""
+    """Means of losses and other figures of steps since the last reading. Sums, and the number of steps, stay on the device until
+    they are read, so that a captured step adds its own."""
 
     def __init__(self):
         self._sums, self._names = None, ()
