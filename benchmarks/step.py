@@ -16,7 +16,6 @@ the others wait. A step is timed alone: batches are ready. Medians are reported,
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import multiprocessing
@@ -81,16 +80,18 @@ class NaiveEncoder(nn.Module):
             return nn.Sequential(layer(features, features), nn.ReLU(), layer(features, out))
 
         self.single = mlp(nn.Linear, 128)
-        if "multi" in heads:
-            self.multi = mlp(nn.Linear, 128)
-        self.cell = mlp(lambda a, b: nn.Conv2d(a, b, 1), 256)
+        self.multi = mlp(nn.Linear, 128) if "multi" in heads else None
+        self.cell = mlp(lambda a, b: nn.Conv2d(a, b, 1), 256) if "cell" in heads else None
 
     def forward(self, x, box, flipped):
         maps = self.backbone(x)
+        single = F.normalize(self.single(maps.mean((2, 3))), dim=1)
+        if self.cell is None:
+            return single, None
         cells = precise_roi_pool(maps.float(), box, 3, 1 / 32)
         cells = torch.where(flipped[:, None, None, None], cells.flip(-1), cells)
         cells = self.cell(cells).flatten(2).transpose(1, 2)
-        return F.normalize(self.single(maps.mean((2, 3))), dim=1), F.normalize(cells, dim=2)
+        return single, F.normalize(cells, dim=2)
 
     def tiles(self, mosaic):
         features = F.adaptive_avg_pool2d(self.backbone(mosaic), 2).flatten(2).transpose(1, 2)
@@ -104,13 +105,15 @@ class Naive:
         self.config, self.device = config, device
         self.precision = choose_precision(config.optim.precision, device)
         splits = config.optim.batch_size // config.model.split_size
-        self.encoder_q = NaiveEncoder(config.model.backbone, splits, ("multi",)).to(device).train()
-        self.encoder_k = NaiveEncoder(config.model.backbone, splits, ()).to(device).train()
+        self.heads = config.method.heads
+        self.encoder_q = NaiveEncoder(config.model.backbone, splits, self.heads).to(device).train()
+        self.encoder_k = NaiveEncoder(config.model.backbone, splits, set(self.heads) - {"multi"}).to(device).train()
         for name, p in self.encoder_k.named_parameters():
             p.data.copy_(dict(self.encoder_q.named_parameters())[name].data)
             p.requires_grad = False
         self.queue = F.normalize(torch.randn(128, config.method.queue_size, device=device), dim=0)
-        self.cell_queue = F.normalize(torch.randn(256, config.method.cell_queue_size, device=device), dim=0)
+        if "cell" in self.heads:
+            self.cell_queue = F.normalize(torch.randn(256, config.method.cell_queue_size, device=device), dim=0)
         self.pointers = torch.zeros(2, dtype=torch.long, device=device)
         self.optimizer = torch.optim.SGD(self.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
         self.criterion = nn.CrossEntropyLoss().to(device)
@@ -121,25 +124,29 @@ class Naive:
         dtype = self.precision.autocast_dtype
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             q, q_cells = self.encoder_q(query.pixels, overlap.first_box, query.flipped)
-            q_tiles = self.encoder_q.tiles(batch.mosaic)
+            q_tiles = self.encoder_q.tiles(batch.mosaic) if "multi" in self.heads else None
             with torch.no_grad():
                 for name, p_k in self.encoder_k.named_parameters():
                     p_k.data = p_k.data * 0.999 + self.encoder_q.get_parameter(name).data * 0.001
                 order = torch.randperm(batch.size, device=self.device)
                 back = torch.argsort(order)
                 k, k_cells = self.encoder_k(key.pixels[order], overlap.second_box[order], key.flipped[order])
-                k, k_cells = k[back], k_cells[back]
-            single = self.contrast(q, k, self.queue)
-            multi = self.contrast(q_tiles.flatten(0, 1), k, self.queue)
-            cell = self.contrast(q_cells.flatten(0, 1), k_cells.flatten(0, 1), self.cell_queue)
-            loss = single[0] + multi[0] + cell[0]
-        for value, logits in (single, multi, cell):
+                k = k[back]
+            terms = [self.contrast(q, k, self.queue)]
+            if "multi" in self.heads:
+                terms.append(self.contrast(q_tiles.flatten(0, 1), k, self.queue))
+            if "cell" in self.heads:
+                k_cells = k_cells[back].flatten(0, 1)
+                terms.append(self.contrast(q_cells.flatten(0, 1), k_cells, self.cell_queue))
+            loss = sum(value for value, _ in terms)
+        for value, logits in terms:
             value.item()
             top = logits.topk(5, 1)[1].t()
             correct = top.eq(torch.zeros(1, dtype=torch.long, device=self.device))
             [correct[:n].reshape(-1).float().sum(0).item() for n in (1, 5)]
         self.enqueue(self.queue, k, 0)
-        self.enqueue(self.cell_queue, k_cells.flatten(0, 1), 1)
+        if "cell" in self.heads:
+            self.enqueue(self.cell_queue, k_cells, 1)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -209,11 +216,7 @@ def work(name: str, config: Config, threads: int, device_name: str, commands) ->
 
 
 def in_layout(batch, layout):
-    def view(of):
-        return dataclasses.replace(of, pixels=of.pixels.contiguous(memory_format=layout))
-
-    views = {name: view(own) for name, own in batch.views.items()}
-    return dataclasses.replace(batch, views=views, mosaic=batch.mosaic.contiguous(memory_format=layout))
+    return batch.each(lambda of: of.contiguous(memory_format=layout) if of.ndim == 4 else of)
 
 
 def ratio(rounds: list[list[float]], ours: list[list[float]]) -> float:
@@ -259,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--heads", nargs="+", default=["single", "multi", "cell"], help="single alone: MoCo v2")
     parser.add_argument("--view-size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -270,7 +274,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = resolve(
         Config(
-            method=inscon.Settings(),
+            method=inscon.Settings(heads=tuple(arguments.heads)),
             loader=LoaderConfig(pipeline="synthetic"),
             views=ViewConfig(view_size=arguments.view_size),
             model=ModelConfig(backbone=arguments.backbone, norm="split"),

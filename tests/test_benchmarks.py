@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_tests_of_a_killed_process_are_counted_too():
 
 
 def test_what_is_chosen_comes_with_what_it_needs(tmp_path):
-    every = list(gpu.items(tmp_path, False, tmp_path))
+    every = list(gpu.items(tmp_path, False, tmp_path, None, tmp_path))
     names = lambda only, done: [item.name for item in gpu.chosen(every, only, done)]  # noqa: E731
     assert names([], {})[:3] == ["bf16 256", "pictures", "pack dali"] and names([], {})[-1] == "tests"
     assert names(["tests"], {}) == ["tests"]
@@ -127,7 +128,13 @@ def test_what_is_chosen_comes_with_what_it_needs(tmp_path):
     assert names(["dali"], packed) == dali
     assert names(["dali"], {"pack dali": {"status": 1}, "pictures": {"status": 0}}) == ["pack dali", *dali]
     assert not {"pack dali", "dali color auto"} & set(names([], packed))
-    assert not [item for item in gpu.items(tmp_path, False, None) if {"pictures", "pack dali"} & set(item.needs)]
+    assert len({item.name for item in every}) == len(every)
+    assert not [item for item in gpu.items(tmp_path, False, None, None, None) if item.needs]
+    packed = list(gpu.items(tmp_path, False, tmp_path, tmp_path / "set", None))
+    assert not {"pictures", "pack dali"} & {item.name for item in packed} and all(
+        "pictures" not in i.needs for i in packed
+    )
+    assert next(i.command for i in packed if i.name == "pack ffcv")[2] == str(tmp_path / "set")
     assert all(
         item.needs == [] or set(item.needs) <= {i.name for i in every[:place]} for place, item in enumerate(every)
     )
@@ -142,7 +149,33 @@ def test_without_time_nothing_is_begun(tmp_path, monkeypatch, capsys):
         gpu.main()
         results = json.loads((tmp_path / "out/gpu.json").read_text())["results"]
         assert results["long"] == {"status": "not run: no time left"} and results["short"]["status"] == 0
-        assert capsys.readouterr().out.count("short") == 1 - again  # done before
+        assert capsys.readouterr().out.count("short {") == 1 - again  # done before
+
+
+def test_the_readmes_figures_are_those_that_were_measured(tmp_path, monkeypatch, capsys):
+    """Those of the table of a GPU; written into another text they appear there."""
+    text, held = Path("README.md").read_text(), json.loads(Path("benchmarks/results/gpu_h200.json").read_text())
+    (tmp_path / "README.md").write_text(text.replace("| 224 |", "| 999 |").replace("H200: 2026", "V100: 2025"))
+    (tmp_path / "gpu.json").write_text(json.dumps(held))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--readme", str(tmp_path / "README.md")])
+    gpu.main()
+    assert (tmp_path / "README.md").read_text() == text
+    del held["results"]["ffcv color auto"]
+    with pytest.raises(ValueError, match="Missing: 'ffcv color auto'"):
+        gpu.in_readme(text, held)
+
+
+def test_a_table_sets_rates_beside_older_ones():
+    now, before = {"status": 0, "images_per_s": 300.0, "step_s": 0.1}, {"images_per_s": 200.0}
+    told = {
+        "machine": {"gpu": "a GPU"},
+        "date": "2026",
+        "results": {"bf16 256": now, "fp16 256": {"status": "not run"}},
+    }
+    made = gpu.table(told, {"results": {"bf16 256": before}})
+    cells = [list(column.cells) for column in made.columns]
+    assert [column[0] for column in cells] == ["bf16 256", "300", "100.0", "", "", "1.50", "0"]
+    assert [column[1] for column in cells] == ["fp16 256", "", "", "", "", "", "not run"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".JPEG"])
