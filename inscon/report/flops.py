@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inscon.config import Config
@@ -33,12 +34,14 @@ class StepFlops(NamedTuple):
 
 @functools.lru_cache
 def step_flops(config: Config) -> StepFlops:
-    """Counted operator by operator on tensors without contents; `config` is resolved."""
-    config = config.replaced(norm="none", split_size=None)  # whose groups change no count
+    """Counted operator by operator on tensors without contents; `config` is resolved. BatchNorm, which counts nothing and takes
+    most of the time, is left out."""
+    config = config.replaced(norm="none", split_size=None)
     size, specs = min(COUNTED_IMAGES, config.optim.batch_size), config.method.view_specs(config.views)
     feed = Feed(MadeUpIndex(), specs, config.method.mosaics(), batch_size=size, seed=0)
     with torch.device("meta"):
         method, backbone = config.method.build(config, size), build_backbone(config.model.backbone).eval()
+        _leave_out_norms(method), _leave_out_norms(backbone)
         views = {spec.name: torch.empty(size, spec.count, spec.side, spec.side, 3) for spec in specs}
         batch = Finish(feed, torch.device("meta"), torch.float32, host_color=True)(feed.work(0), views)
         with FlopCounterMode(display=False) as step:
@@ -49,6 +52,13 @@ def step_flops(config: Config) -> StepFlops:
             backbone(batch.views[specs[0].name].pixels.flatten(0, -4)[:1])
     per_image = step.get_total_flops() / size
     return StepFlops(per_image, per_image / (3 * view.get_total_flops()))
+
+
+def _leave_out_norms(network: nn.Module) -> None:
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, nn.Identity())
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

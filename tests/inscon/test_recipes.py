@@ -4,11 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from inscon.config import ModelConfig, ViewConfig
 from inscon.methods.method import resolve
 from inscon.recipes import RECIPES
 from inscon.report.flops import step_flops
+from tests.inscon.methods.steps import backward, make_batch, make_config, small_inscon
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +39,15 @@ def test_the_cost_of_views_of_one_cell_can_be_counted():
     model, views = ModelConfig(backbone="test_resnet"), ViewConfig(view_size=32)
     small = dataclasses.replace(config, method=method, model=model, views=views)
     assert step_flops(resolve(small, 1)).trainings == pytest.approx(4 / 3, rel=0.05)
+
+
+def test_a_step_is_counted_as_it_is_taken():
+    """On tensors with contents, BatchNorm included."""
+    config = make_config(small_inscon(), backbone="test_resnet")
+    method = config.method.build(config, config.optim.batch_size)
+    with FlopCounterMode(display=False) as counted:
+        backward(method, make_batch(config.method, dtype=torch.float32))
+    assert step_flops(config).per_image == counted.get_total_flops() / config.optim.batch_size
 
 
 @pytest.mark.parametrize("recipe", ["simclr_r50", "byol_r50", "pixpro_r50"])

@@ -108,8 +108,8 @@ for kernel in kernels:
 
 @pytest.mark.skipif(triton.__version__ < "3.3", reason="compiled by other words before Triton 3.3")
 def test_the_kernels_compile(tmp_path):
-    """For cards that are not there, V100 included; the interpreter takes programs that the compiler refuses. None loads halves one by
-    one."""
+    """For cards that are not there, V100 included; the interpreter takes programs that the compiler refuses. Halves are not loaded
+    one by one."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
