@@ -21,10 +21,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
-from numba import carray, get_num_threads, set_num_threads, types
+from numba import carray, get_num_threads, set_num_threads, typed, types
 
 from data_prep.beton import METADATA_DTYPE, metadata_of
 from data_prep.index import BETON_NAME, ShardError
@@ -39,7 +40,8 @@ from pipelines.vectors import pointer_to
 
 NUM_THREADS = torch.get_num_threads(), get_num_threads()
 try:
-    with warnings.catch_warnings():
+    # FFCV makes a dictionary of numba's, of two names, for which numba compiles for 3 to 4 s in every process; Python's will do.
+    with warnings.catch_warnings(), mock.patch.object(typed, "Dict", dict):
         warnings.simplefilter("ignore")  # of distutils and ast, which FFCV uses as they were
         from ffcv.fields import RGBImageField
         from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder

@@ -280,6 +280,7 @@ def test_other_code_does_not_notice_ffcv():
         before = torch.get_num_threads(), numba.get_num_threads()
         from pipelines import ffcv
         assert (torch.get_num_threads(), numba.get_num_threads()) == before, "threads"
+        assert type(ffcv.IMAGE_MODES) is dict and numba.typed.Dict is not dict, "dictionaries"
         ffcv.compile_decoder()
         assert numba.uint8[::1].mutable and numba.uint64[::1].mutable
 
