@@ -285,7 +285,7 @@ def table(told: dict, older: dict) -> Table:
 
 def in_readme(text: str, told: dict) -> str:
     """A README whose table of a GPU, and the date below it, are these figures; ValueError where some are missing."""
-    results, gpu = told["results"], told["machine"]["gpu"].split()[-1]
+    results, gpu = told["results"], re.search(r"\w*\d\S*", told["machine"]["gpu"])[0]  # of "NVIDIA H100 80GB HBM3" H100
     try:
         bf16, fp16 = (results[f"naive port beside ours {precision}"] for precision in ("bf16", "fp16"))
         fed = results["ffcv color auto"]["images_per_s"]

@@ -160,6 +160,9 @@ def test_the_readmes_figures_are_those_that_were_measured(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--readme", str(tmp_path / "README.md")])
     gpu.main()
     assert (tmp_path / "README.md").read_text() == text
+    held["machine"]["gpu"] = "NVIDIA H100 80GB HBM3"
+    made = gpu.in_readme(text, held)
+    assert "| One H100, ResNet-50, batch 256 |" in made and f"H100: {held['date']}. Cores:" in made
     del held["results"]["ffcv color auto"]
     with pytest.raises(ValueError, match="Missing: 'ffcv color auto'"):
         gpu.in_readme(text, held)
