@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 TILE, WIDE = 2048, 128
 """Elements of a tile, its columns at most."""
 FORWARD, BACKWARD = 8, 4
-"""Warps of a tile: 8 and 16 elements of a thread are the fewest instructions an element, by the code that is made of it."""
+"""Warps of a tile. Threads with 8 and 16 elements take the fewest instructions for each, as compiled for an H200; not timed."""
 kernel = triton.jit(do_not_specialize=("of_height", "of_width", "height", "width", "pixels"))
 
 
