@@ -82,6 +82,11 @@ def sentence_of(error: BaseException) -> str:
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 
+def kind_and_first_line(error: Exception) -> str:
+    """Of what a compiler of other people's finds to say."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+
+
 def say_once(sentence: str) -> bool:
     """One line on stderr; of torchrun's ranks on a machine only the first one with the same sentence prints it, and gets True."""
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

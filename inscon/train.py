@@ -25,6 +25,10 @@ from inscon.precision import Precision, choose_precision
 from inscon.report.flops import matrix_rate, step_flops
 from inscon.trackers import check_installed
 
+SEARCHED = 3
+"""Algorithms that cuDNN tries for a convolution, those first that it expects to be fast. On an H200 the search among ten took 1.3 s
+longer and made no step faster."""
+
 
 @dataclass(kw_only=True)
 class Training:
@@ -84,7 +88,7 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     check_installed(config.run.tracker)
     precision, world = choose_precision(config.optim.precision, device), distributed.world_size()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, SEARCHED
         torch.set_float32_matmul_precision("high")  # TF32 where the chip has it; boxes stay out of every product
     else:
         keep_freed_memory()  # PyTorch does so itself on a GPU
@@ -123,20 +127,22 @@ def _graph(training: Training) -> GraphedStep | None:
 
 
 def fuse_norms(method: Method, device: torch.device, dtype: torch.dtype, synced: bool) -> None:
-    """Have `method`, which will be on `device`, normalize maps of `dtype`, add and cut off at once where the devices of all ranks
-    run these kernels, or say why not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
+    """Have `method`, which will be on `device`, normalize maps of `dtype`, add and cut off at once, and pool, where the devices of
+    all ranks run these kernels, or say why not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
     try:
-        from inscon.nn.fused_norm import fuse, refusal  # needs Triton, which is not everywhere
+        from inscon.nn import fused_norm, fused_pool  # need Triton, which is not everywhere
 
-        reason = refusal(device, dtype)
+        reasons = {"BatchNorm": fused_norm.refusal(device, dtype), "pooling": fused_pool.refusal(device, dtype)}
     except ImportError as error:
-        reason = str(error)
-    if not distributed.any_rank(reason is not None):  # ranks must exchange the same things
-        fuse(method, synced)
-    else:
-        guard.say_once(
-            f"the BatchNorm kernels do not serve on {device} ({reason or 'on another rank'}); PyTorch's own ones take longer"
-        )
+        reasons = dict.fromkeys(("BatchNorm", "pooling"), str(error))
+    for name, reason in reasons.items():
+        if distributed.any_rank(reason is not None):  # ranks must exchange the same things
+            why = reason or "on another rank"
+            guard.say_once(f"the {name} kernels do not serve on {device} ({why}); PyTorch's own ones take longer")
+        elif name == "BatchNorm":
+            fused_norm.fuse(method, synced)
+        else:
+            fused_pool.fuse(method)
 
 
 def train(

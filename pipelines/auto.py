@@ -37,7 +37,7 @@ IN_WORK = 2
 """Batches that come first and may have been ready, which tells nothing about a rate."""
 WORTH_THE_GPU = 1.1
 """Decoding on the GPU takes time from the training there, so it must be this much faster than on the host to be chosen."""
-FREE = 1.0
+FREE = 0.9
 """The host colors where it alone makes so many times the images that the steps take. Color on an H200 took 2 % of a step, but
 the loader's kernels waited for the step's, so that 0.73 to 0.84 of the images were made (docs/measured.md)."""
 SETTLING, TIMED = 5, 5

@@ -17,6 +17,7 @@ import triton.language as tl
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from inscon.guard import kind_and_first_line
 from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, ColorSpec, Mosaics, ViewPlan, ViewSpec, plan_views
 from pipelines import color
 from pipelines.feed import to_device
@@ -252,5 +253,5 @@ def refusal(device: torch.device, dtype: torch.dtype, side: int) -> str | None:
         expected = color.color_views(views, plan, dtype)
         same = torch.equal(made, expected) and torch.equal(tiles, expected)
         return None if same else "their pixels are not those of the CPU"
-    except Exception as error:  # whatever a compiler of other people's finds to say
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    except Exception as error:
+        return kind_and_first_line(error)

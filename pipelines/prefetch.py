@@ -166,7 +166,9 @@ class Pipeline(Iterator[Batch], contextlib.AbstractContextManager):
                 for batch in self._batches:
                     if self._stream is not None:
                         # Here, not in the trainer's thread: a batch in the queue is finished, and nothing has to be kept for it.
-                        self._stream.synchronize()
+                        done = torch.cuda.Event(blocking=True)  # else this thread would keep a core busy
+                        done.record()
+                        done.synchronize()
                     if not self._put(batch):
                         return
                     del batch

@@ -18,8 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from inscon import distributed
-from inscon.nn import fused_pool
+from inscon import distributed, guard
 from inscon.nn.norm import SplitBatchNorm2d
 
 TILE, WIDE, WARPS = 4096, 128, 4
@@ -386,8 +385,7 @@ def _is_plain(block: nn.Module) -> bool:
 def fuse(network: nn.Module, synced: bool = False) -> int:
     """Have the blocks of a ResNet of torchvision's or timm's normalize, add and cut off at once; how many there were.
 
-    Names and tensors stay as they are. BatchNorm elsewhere is fused by itself, with the ReLU of the stem, whose pooling has kernels
-    of its own.
+    Names and tensors stay as they are. BatchNorm elsewhere is fused by itself, with the ReLU of the stem.
     """
     blocks = [module for module in network.modules() if _is(module, "BasicBlock", "Bottleneck") and _is_plain(module)]
     for block in blocks:
@@ -400,7 +398,6 @@ def fuse(network: nn.Module, synced: bool = False) -> int:
         if type(stem.bn1) in NORMS and type(getattr(stem, name)) is nn.ReLU:
             _fuse_norm(stem.bn1).relu = True
             setattr(stem, name, nn.Identity())
-        fused_pool.fuse(stem.maxpool)
     for module in network.modules():
         if type(module) in NORMS:
             _fuse_norm(module)
@@ -426,12 +423,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels do not serve on `device`, in a few words; None where they make of a map of `dtype` what PyTorch makes of it
     in float32, with and without a residual: values, gradients and running statistics."""
     try:
-        if not fused_pool.is_exact(device, dtype):
-            return "their max pooling is not PyTorch's"
         apart = max(_apart(device, dtype, add) for add in (True, False))
         return None if apart < DIGITS[dtype] else f"their results are {apart:.1g} away from PyTorch's"
-    except Exception as error:  # whatever a compiler of other people's finds to say
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    except Exception as error:
+        return guard.kind_and_first_line(error)
 
 
 def _apart(device: torch.device, dtype: torch.dtype, add: bool) -> float:

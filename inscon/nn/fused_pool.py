@@ -4,6 +4,8 @@ PyTorch keeps the map and 8 bytes per window for the backward pass, 7 % of all t
 place in the window. A pixel's gradient is gathered from the windows that it is in, always in the same order.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -11,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from inscon import guard
 
 TILE, WIDE = 2048, 128
 """Elements of a tile, its columns at most."""
@@ -114,18 +118,27 @@ class FusedMaxPool2d(nn.MaxPool2d):
         return _MaxPool.apply(_channels_last(x)) if self.training else super().forward(x)
 
 
-def fuse(pool: nn.Module) -> None:
-    """Have it done by these kernels if it is such a pooling; any other stays as it is."""
-    of_stem = nn.MaxPool2d(3, 2, 1)
-    if type(pool) is nn.MaxPool2d and pool.extra_repr() == of_stem.extra_repr() and not pool.return_indices:
-        pool.__class__ = FusedMaxPool2d
+def fuse(network: nn.Module) -> None:
+    """Have all such poolings done by these kernels; any others stay as they are."""
+    of_stem = nn.MaxPool2d(3, 2, 1).extra_repr()
+    for pool in network.modules():
+        if type(pool) is nn.MaxPool2d and pool.extra_repr() == of_stem and not pool.return_indices:
+            pool.__class__ = FusedMaxPool2d
 
 
-def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether these kernels make of distinct values what PyTorch makes of them, and count for each in how many windows it was the
-    largest; with the channels of a ResNet's stem, so that nothing is compiled for this alone."""
-    values = torch.rand(3, 64, 16, 15, device=device).flatten(2).argsort().view(3, 64, 16, 15).to(dtype)  # exact in any
-    x, twin = (values.clone().requires_grad_() for _ in range(2))
-    made, expected = FusedMaxPool2d(3, 2, 1)(x), F.max_pool2d(twin, 3, 2, 1)
-    made.sum().backward(), expected.sum().backward()
-    return torch.equal(made, expected) and torch.equal(x.grad, twin.grad)
+@functools.cache
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not serve on `device`, in a few words; None where they make of distinct values of `dtype` what PyTorch
+    makes, and count for each in how many windows it was the largest. With the channels of a ResNet's stem, so that nothing is
+    compiled for this alone."""
+    try:
+        values = (
+            torch.rand(3, 64, 16, 15, device=device).flatten(2).argsort().view(3, 64, 16, 15).to(dtype)
+        )  # exact in any
+        x, twin = (values.clone().requires_grad_() for _ in range(2))
+        made, expected = FusedMaxPool2d(3, 2, 1)(x), F.max_pool2d(twin, 3, 2, 1)
+        made.sum().backward(), expected.sum().backward()
+        same = torch.equal(made, expected) and torch.equal(x.grad, twin.grad)
+        return None if same else "their results are not PyTorch's"
+    except Exception as error:
+        return guard.kind_and_first_line(error)

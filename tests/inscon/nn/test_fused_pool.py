@@ -7,7 +7,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from inscon.nn.fused_pool import FusedMaxPool2d, fuse
+from inscon.nn.fused_pool import FusedMaxPool2d, fuse, refusal
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
@@ -52,5 +52,20 @@ def test_backward_keeps_a_byte_per_window():
 ])  # fmt: skip
 def test_other_poolings_stay(pool):
     kind = type(pool)
-    fuse(pool)
+    fuse(nn.Sequential(pool))
     assert type(pool) is kind
+
+
+@pytest.mark.parametrize(("planted", "reason"), [
+    (lambda made: made, None),
+    (lambda made: made + 1, "their results are not PyTorch's"),
+    (lambda made: made + (made - made.detach()), "their results are not PyTorch's"),  # twice the gradient
+    (lambda made: made.nothing, "AttributeError: 'Tensor' object has no attribute 'nothing'"),
+])  # fmt: skip
+def test_a_card_that_computes_something_else_is_refused(planted, reason, monkeypatch):
+    pool = FusedMaxPool2d.forward
+    monkeypatch.setattr(FusedMaxPool2d, "forward", lambda self, x: planted(pool(self, x)))
+    refusal.cache_clear()
+    found = refusal(DEVICE, torch.bfloat16)
+    refusal.cache_clear()
+    assert found == reason
