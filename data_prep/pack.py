@@ -83,8 +83,13 @@ class PackConfig(Treatment):
             return
         if not self.data.exists():
             raise ValueError(f"{self.data} does not exist; give a folder, a list file or a tar to --data.")
-        if self.data.is_dir() and self.out.resolve().is_relative_to(self.data.resolve()):
+        source, out = self.data.resolve(), self.out.resolve()
+        if source.is_dir() and out.is_relative_to(source):
             raise ValueError(f"--out {self.out} is inside --data {self.data}, among the pictures; move it out.")
+        if source in packed.format_files(out):
+            raise ValueError(
+                f"--data {self.data} is of the set in --out {self.out}, which it would replace; give another --out."
+            )
 
     @property
     def shard_bytes(self) -> int:
@@ -256,9 +261,9 @@ def _open_job(config: PackConfig, ranks: Ranks, console: Console) -> Job:
 
 def _refuse_other_work(config: PackConfig, found: dict | None, wanted: dict) -> None:
     if found is not None:
-        name = next(name for name in wanted if found.get(name) != wanted[name])
+        name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
         raise packed.ShardError(
-            f"{config.out} holds an unfinished packing with other settings ({name} {found.get(name)}, now {wanted[name]}): run "
+            f"{config.out} holds an unfinished packing with other settings ({name} {found.get(name)}, now {wanted.get(name)}): run "
             "it as it was begun, pass --overwrite to begin anew, or give another --out."
         )
     files = packed.format_files(config.out)

@@ -19,6 +19,7 @@ there. The list is a SQLite file, so no number of pictures fills the memory, but
     source.read(source.entry(17))
 """
 
+import contextlib
 import errno
 import functools
 import io
@@ -298,9 +299,9 @@ def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> S
     data, path = Path(data), Path(path)
     if is_packed(data):
         return PackedListing(data)
-    writer, name = ListingWriter(path), os.fsencode(data.name)
+    name = os.fsencode(data.name)
     try:
-        with naming(data):
+        with contextlib.closing(ListingWriter(path)) as writer, naming(data):
             if data.is_dir():
                 _list_folder(data, writer)
             elif data.is_file() and data.name.lower().endswith(LIST_EXTENSIONS):
@@ -313,13 +314,11 @@ def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> S
                     f"{data} is no folder, tar or list of pictures (*{known}) that can be read; give one to --data."
                 )
     except sqlite3.Error as error:
-        raise OSError(None, f"{path} cannot be written: {error}") from None
+        raise OSError(f"{path} cannot be written: {error}") from None
     except OSError as error:
         raise ValueError(
             f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror}): make it readable, mount it or move it away."
         ) from None
-    finally:
-        writer.close()
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return Listing(path)

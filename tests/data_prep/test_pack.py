@@ -293,6 +293,16 @@ def test_a_disk_that_is_full(tmp_path, container):
     assert contents(tmp_path / "out") == contents(PACKERS[container](data, tmp_path / "straight").path)
 
 
+def test_a_disk_that_is_full_before_anything_is_listed(tmp_path, data, small_files):
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with small_files(5000), pytest.raises(OSError, match=r"^\S*listing.sqlite cannot be written: disk I/O error$"):
+            run_pack(data, tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_vanishes(tmp_path, undisturbed, data, monkeypatch):
     here, away = tmp_path / "pictures", tmp_path / "away"
     shutil.copytree(data, here)
@@ -379,6 +389,10 @@ def test_other_settings_are_not_mixed_in(tmp_path, data, undisturbed):
         for ranks in (None, Ranks(1, 2)):
             with pytest.raises(ShardError, match=f"{message}: run it as it was begun, pass --overwrite"):
                 run_pack(tmp_path / "bad", out, ranks=ranks, **settings)
+    job = out / "packing/job.json"
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"of_a_later_version": 1}))
+    with pytest.raises(ShardError, match=r"other settings \(of_a_later_version 1, now None\)"):
+        run_pack(tmp_path / "bad", out)
     run_pack(data, out, overwrite=True)
     assert contents(out) == undisturbed["tar"]
     with pytest.raises(ShardError, match="already holds a packed data set .*: pass --overwrite to replace it, or give"):
@@ -452,6 +466,15 @@ def test_places_that_cannot_be_are_refused(tmp_path, data):
     with pytest.raises(ValueError, match="holds no picture"):
         run_pack(tmp_path / "empty", tmp_path / "out")
     assert not (data / "shards").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["samples.beton", "shard-000000.tar"])
+def test_a_set_is_not_replaced_by_what_is_packed_from_it(tmp_path, data, name):
+    out = run_pack(data, tmp_path / "out", "beton" if "beton" in name else "tar").path
+    before = contents(out)
+    with pytest.raises(ValueError, match=rf"{name} is of the set in --out .*out, which it would replace; give another"):
+        run_pack(out / name, out, overwrite=True)
+    assert contents(out) == before
 
 
 # ------------------------------------------------------------------------------------------------ the hostile set
