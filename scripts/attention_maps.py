@@ -45,9 +45,14 @@ class AttentionConfig:
 
 def main(config: AttentionConfig) -> Path:
     guard.check_output_file(config.out)
+    guard.check_ranges(config, side=64)
     first = next((run for run in config.runs if run != "random"), None)
     if first is None:
-        raise ValueError('runs must name a run whose network "random" is before training. Found: random alone')
+        raise ValueError(
+            '--runs must name a run, whose network "random" is before training. Found: random alone, or nothing'
+        )
+    if not config.pictures:
+        raise ValueError("--pictures must name image files. Found: none")
     pictures = [picture_of(path, config.side) for path in config.pictures]
     columns = [titled("picture", pictures)]
     for name in config.runs:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # run as a script, beside which Python looks
@@ -53,6 +54,9 @@ class DemoConfig:
 
 def main(config: DemoConfig) -> dict:
     """The summary, as summary.json has it."""
+    guard.check_ranges(config, seed=0, pictures=NEIGHBORS, held_out=1)
+    if not find_spec("matplotlib"):
+        raise ValueError("the demo draws its result with matplotlib, which is not installed: pip install matplotlib")
     start, out, recipe = time.perf_counter(), config.out, train.parse(flags(config))
     print(
         f"Draws {config.pictures} scenes to train on and {config.held_out} to judge on, packs them, takes {recipe.optim.epochs} "
@@ -127,7 +131,7 @@ def draw(config: DemoConfig, rows: dict[str, list[knn.Rows]], scores: dict[str, 
 def neighbors_of(config: DemoConfig, rows: dict[str, list[knn.Rows]]):
     """A row per scene of the held-out set, the first of each class: itself, its nearest before and after."""
     bank, val = (LabelledViews(config.out / split, 32) for split in ("train", "val"))
-    queries = [int((val.labels == label).nonzero()[0]) for label in range(SHOWN)]
+    queries = [int((val.labels == label).nonzero()[0]) for label in val.labels.unique()[:SHOWN]]
     lines = []
     for query in queries:
         tiles = [[tile_of(val, query)]]

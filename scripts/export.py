@@ -44,6 +44,7 @@ class ExportConfig:
 
 
 def main(config: ExportConfig) -> dict:
+    guard.check_ranges(config, norm_batches=0, batch_size=1)
     if config.format == "hub":
         hub.check(config.out, config.license)
         write = functools.partial(hub.export, config.run, config.out, config.license)

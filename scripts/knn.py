@@ -52,6 +52,7 @@ def open_frozen(
 ) -> tuple[Backbone, dict, Precision, tuple[LabelledViews, LabelledViews]]:
     """The backbone and what is known of it, its precision, and the sets to learn from and to be tested on. ValueError where they do
     not fit each other, or the network takes no pictures of this size."""
+    guard.check_ranges(config, batch_size=1, view_size=1)
     backbone, facts = any_backbone(config.checkpoint, untrained)
     side = config.view_size or facts["config"]["views"]["view_size"]
     check_side(facts["config"]["model"]["backbone"], side)
@@ -70,6 +71,7 @@ def main(config: KnnConfig) -> dict[str, float]:
     device, scores = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     for name in ("untrained", "trained"):
         backbone, _, precision, sets = open_frozen(config, device, name == "untrained")
+        guard.check_ranges(config, k=(1, len(sets[0].index)))
         rows = []
         for which, views in zip(("train", "val"), sets, strict=True):
             steps = -(-len(views.index) // config.batch_size)

@@ -5,7 +5,7 @@
 
 The plan is a pure function, so this is exactly what step N of a run with the same seed and batch size trains on. Where two views
 must overlap, a grid of cells lies over what they share: cells with the same number and color show the same part of the source.
-A jigsaw's patches stand in a row. Any setting of the recipe is a flag.
+A jigsaw's patches stand in a row. Every flag of scripts/train.py is taken too (--recipe, --batch-size, ...).
 """
 
 import argparse
@@ -36,15 +36,17 @@ LEAST_SIDE = 192
 
 
 def options() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out", type=Path, default=Path("views.png"))
-    own.add_argument("--step", type=int, default=0)
-    own.add_argument("--images", type=int, default=4)
+    as_written = argparse.RawDescriptionHelpFormatter
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
+    own.add_argument("--out", type=Path, default=Path("views.png"), help="the PNG (default: views.png)")
+    own.add_argument("--step", type=int, default=0, help="of the run (default: 0, the first)")
+    own.add_argument("--images", type=int, default=4, help="rows, at most the batch (default: 4)")
     return own
 
 
 def main(arguments: list[str]) -> Path:
     chosen, rest = options().parse_known_args(arguments)
+    guard.check_ranges(chosen, step=0, images=1)
     config = fitted(parse(rest), rest, 1)
     guard.check_output_file(chosen.out)
     drawn = sheet(config, chosen.step, chosen.images)

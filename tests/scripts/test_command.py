@@ -58,6 +58,8 @@ def test_every_command_explains_itself_by_its_own_name(word, called):
         pytest.importorskip("pycocotools")
     status, out, _ = called(word, "--help")
     assert status == 0 and f"usage: inscon {word}" in out
+    own = command.COMMANDS[word][1] == "options"  # those beside the flags of training
+    assert not own or ("--out" in out and "Every flag of scripts/train.py is taken too" in out)
     assert (ROOT / f"{command.COMMANDS[word][0].removeprefix('inscon.').replace('.', '/')}.py").is_file()
 
 

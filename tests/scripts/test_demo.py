@@ -5,11 +5,19 @@ import json
 import pytest
 from PIL import Image
 
+from scripts import demo
 from scripts.demo import DemoConfig, half_interval, main
 
 
 def test_the_interval_is_that_of_a_share():
     assert half_interval(50, 1024) == pytest.approx(3.0625)
+
+
+def test_without_matplotlib_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="matplotlib, which is not installed: pip install matplotlib"):
+        main(DemoConfig(out=tmp_path / "demo"))
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

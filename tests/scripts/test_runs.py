@@ -411,6 +411,25 @@ def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
     assert "there is no picture" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("script", "arguments", "sentence"), [
+    ("knn.py", ["--run", "RUN", "--train", "SHARDS", "--val", "SHARDS"], "--k must be from 1 to 20. Found: 200"),
+    ("knn.py", ["--run", "RUN", "--train", "SHARDS", "--val", "SHARDS", "--batch-size", "0"], "--batch-size must be .* Found: 0"),
+    ("knn.py", ["--run", "RUN", "--train", "SHARDS", "--val", "SHARDS", "--view-size", "0"], "--view-size must be .* Found: 0"),
+    ("export.py", ["--run", "RUN", "--out", "a.pth", "--norm-batches", "1", "--batch-size", "0"], "--batch-size must .* Found: 0"),
+    ("export.py", ["--run", "RUN", "--out", "a.pth", "--norm-batches", "-1"], "--norm-batches must be at least 0. Found: -1"),
+    ("attention_maps.py", ["--runs", "RUN", "--pictures"], "--pictures must name image files. Found: none"),
+    ("attention_maps.py", ["--runs", "RUN", "--pictures", "a.jpg", "--side", "0"], "--side must be at least 64. Found: 0"),
+    ("show_views.py", [*SMALL, "--data", "SHARDS", "--images", "-1"], "--images must be at least 1. Found: -1"),
+    ("show_views.py", [*SMALL, "--data", "SHARDS", "--step", "-1"], "--step must be at least 0. Found: -1"),
+    ("demo.py", ["--held-out", "0"], "--held-out must be at least 1. Found: 0"),
+    ("demo.py", ["--pictures", "0"], "--pictures must be at least 20. Found: 0"),
+])  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_before_the_work(trained, shards, script, arguments, sentence):
+    names = {"RUN": trained, "SHARDS": shards}
+    done = run(*[names.get(argument, argument) for argument in arguments], script=script, ok=False)
+    assert re.fullmatch(f"{script}: {sentence}\n", done.stderr) and not done.stdout
+
+
 @pytest.mark.parametrize(("script", "flag", "name", "arguments"), [
     ("train.py", "--run-dir", "run", [*SMALL, "--pipeline", "synthetic"]),
     ("linear.py", "--out", "probe", ["--run", "RUN", "--train", "SHARDS", "--val", "SHARDS"]),
