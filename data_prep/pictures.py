@@ -11,6 +11,7 @@ sound.
 
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ _COMMON_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # sequential and progressive, a
 _PROGRESSIVE_FRAMES = (0xC2, 0xCA)
 _BITS_PER_SAMPLE = 258  # a TIFF's tag
 _APP1, _SOS = 0xE1, 0xDA
+# Any marker may have filling before it; those left out stand alone, or are none.
+_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xda-\xfe])(..)", re.DOTALL)
 
 # Pillow's transpositions for EXIF's orientations 2 to 8.
 _TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
@@ -123,16 +126,15 @@ def prepare_picture(source: bytes, treatment: Treatment, is_sound: bool = False)
 
 
 def _prepare_jpeg(source: bytes, treatment: Treatment, is_sound: bool) -> Prepared:
-    header = read_header(source)
-    height, width = header.height, header.width
+    height, width, components, orientation = read_header(source)
     limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, refuses above twice it, and lets the user lift it
     if limit is not None and height * width > 2 * limit:
         raise BadPicture("too large", f"{width} x {height} px; {2 * limit} px are the most that is decoded")
     _check_sides(height, width)
     target = treatment.size(height, width)
-    cmyk = len(header.sampling) == 4
+    gray, cmyk = components == 1, components == 4
     changes = ["CMYK"] if cmyk else []
-    if header.orientation != 1:
+    if orientation != 1:
         changes.append("EXIF orientation")  # some readers turn it, some do not
     if not changes and target == (height, width):
         if treatment.write_mode == "raw":
@@ -143,7 +145,6 @@ def _prepare_jpeg(source: bytes, treatment: Treatment, is_sound: bool) -> Prepar
             _decode_strictly(source, "GRAY")
         return Prepared(source, JPEG, height, width, ())
 
-    gray = len(header.sampling) == 1
     reduction = 1 if cmyk else _largest_reduction((height, width), target)
     least = math.ceil(height / reduction), math.ceil(width / reduction)
     pixels = _decode_strictly(source, "GRAY" if gray else "CMYK" if cmyk else "RGB", *least)
@@ -155,7 +156,7 @@ def _prepare_jpeg(source: bytes, treatment: Treatment, is_sound: bool) -> Prepar
     # The last row and column of a scaled picture may stand for less than the others. Taken for whole, they would shift the
     # grid by up to a pixel: 28 dB instead of 45.
     part = (0, 0, width / reduction, height / reduction)
-    return _store_pixels(picture, part, target, header.orientation, changes, treatment)
+    return _store_pixels(picture, part, target, orientation, changes, treatment)
 
 
 def _largest_reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -179,17 +180,11 @@ def _decode_strictly(jpeg: bytes, color_space: str, least_height: int = 0, least
         raise BadPicture("damaged", str(error)) from None  # 4:1:0 and stranger chroma, too
 
 
-class Header(NamedTuple):
-    """What a JPEG's header says of the picture."""
+def read_header(jpeg: bytes) -> tuple[int, int, int, int]:
+    """Height and width as decoded, px, number of components (1 gray, 3 color, 4 CMYK), EXIF's orientation, 1 to 8, not applied.
 
-    height: int  # as decoded, px; the orientation is not applied
-    width: int
-    sampling: bytes  # horizontal and vertical factor of each component, four bits each: 1 gray, 3 color, 4 CMYK
-    orientation: int  # EXIF's, 1 to 8
-
-
-def read_header(jpeg: bytes) -> Header:
-    """BadPicture for one that is damaged, or of a kind that some decoder does not read."""
+    BadPicture for one that is damaged, or of a kind that some decoder does not read.
+    """
     frame, exif = None, b""
     for marker, start, end in _segments(jpeg):
         if marker in _FRAMES:
@@ -210,27 +205,18 @@ def read_header(jpeg: bytes) -> Header:
         scans = jpeg.count(b"\xff\xda", end, jpeg.find(b"\xff\xd9", end))
         if scans > MAX_SCANS:
             raise BadPicture("too many scans", f"{scans} of them; DALI decodes at most {MAX_SCANS}")
-    return Header(height, width, jpeg[start + 7 : end : 3], _exif_orientation(exif))
+    return height, width, len(jpeg[start + 7 : end : 3]), _exif_orientation(exif)
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
     """The header's segments, as libjpeg finds them, to the first scan: marker (its second byte), where its content begins
     and ends."""
-    start = 2
-    while (start := jpeg.find(b"\xff", start)) >= 0:
-        at = start + 1
-        while jpeg.startswith(b"\xff", at):  # filling, which any marker may have before it
-            at += 1
-        if at + 3 > len(jpeg):
-            break
-        marker, end = jpeg[at], at + 1 + int.from_bytes(jpeg[at + 1 : at + 3], "big")
-        if marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # stands alone, or is no marker at all
-            start = at + 1
-            continue
-        yield marker, at + 3, end
+    end = 2
+    while found := _SEGMENT.search(jpeg, end):
+        marker, end = found[1][0], found.end(1) + int.from_bytes(found[2], "big")
+        yield marker, found.end(), end
         if marker == _SOS:
             return
-        start = end
     raise BadPicture("damaged", "its header is cut short")
 
 
