@@ -210,7 +210,7 @@ class ListingWriter:
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
-        self.count, self._total_bytes, self._ignored = 0, 0, Counter()
+        self.count, self._total_bytes, self.ignored = 0, 0, Counter()
         self._database = _database(path, "nolock=1")
         self._database.executescript(_TABLES)
 
@@ -247,12 +247,7 @@ class ListingWriter:
         """Count a file that is no picture, as `kind` or by its extension."""
         extension = os.path.splitext(name)[1].lower()
         known = re.fullmatch(rb"\.[a-z_]{1,10}\d?", extension)
-        self._ignored[kind or (as_text(extension) if known else "of other kinds")] += 1
-
-    @property
-    def ignored(self) -> dict[str, int]:
-        """By kind, the most frequent first."""
-        return dict(sorted(self._ignored.items(), key=lambda item: (-item[1], item[0])))
+        self.ignored[kind or (as_text(extension) if known else "of other kinds")] += 1
 
     def finish(
         self, kind: str, root: bytes, *, classes: Iterable[bytes] = (), integers: bool = False, **facts: Any
@@ -276,8 +271,8 @@ class ListingWriter:
         self._database.create_function("label_of", 1, lambda text: numbers.get(text, NO_LABEL), deterministic=True)
         self._database.execute(_SORTED + ("found.rowid" if kind == "list" else "class, name, container, offset"))
         self._database.execute("DROP TABLE found")
-        names = list(map(str, names))
-        whole = Facts(kind, as_text(root), names, self.count, self._total_bytes, self.ignored, **facts)
+        ignored = dict(sorted(self.ignored.items()))
+        whole = Facts(kind, as_text(root), list(map(str, names)), self.count, self._total_bytes, ignored, **facts)
         self._database.execute("INSERT INTO facts VALUES (?)", [json.dumps(whole._asdict())])
         self._database.execute("COMMIT")
 
@@ -285,10 +280,10 @@ class ListingWriter:
         self._database.close()
 
 
-def kinds_in_words(ignored: Mapping[str, int], most: int = 8) -> str:
+def kinds_in_words(counts: Mapping[str, int], most: int = 8) -> str:
     """ "12 .txt, 3 hidden", the most frequent kinds."""
-    shown = [f"{count} {kind}" for kind, count in list(ignored.items())[:most]]
-    return ", ".join(shown + ["others"] * (len(ignored) > most))
+    shown = [f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    return ", ".join(shown[:most] + ["others"] * (len(shown) > most))
 
 
 def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> Source:
