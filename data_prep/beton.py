@@ -36,7 +36,7 @@ ALLOCATION_DTYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8
 
 _FIELDS = (2, b"image"), (1, b"label")  # with FFCV's type ids of pictures and integers
 _MODE_OF_JPEG, _MODE_OF_RAW = 0, 1  # FFCV's image modes
-_PARTS_PER_SYNC = 8  # to wait for the disk takes as long as some parts
+_SHARDS_PER_SYNC = 8  # to wait for the disk takes as long as some shards
 _METADATA_START = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
 
 
@@ -98,45 +98,44 @@ def _up(position: int, page_size: int) -> int:
     return -(-position // page_size) * page_size
 
 
-def part_path(out: Path, part: int) -> Path:
-    return out / STATE_NAME / f"part-{part:06d}"
+def shard_path(out: Path, shard: int) -> Path:
+    return out / f"shard-{shard:06d}.tar"
 
 
 def report_path(out: Path, shard: int) -> Path:
-    """What is known of a part, or of a tar shard."""
+    """What is known of a shard."""
     return out / STATE_NAME / f"shard-{shard:06d}.report"
 
 
 class BetonFile:
-    """samples.beton while it is written: parts are laid into it in order, as they are reported, while others are still written.
+    """samples.beton while it is written: tar shards are laid into it in order, as they are reported, while others are written.
 
-    A part is removed when the disk has its samples in the beton, so it hardly ever has them twice, and what has a report and
+    A shard is removed when the disk has its samples in the beton, so it hardly ever has them twice, and what has a report and
     no file of its own is in the beton. Opened again after any stop, it goes on where it was.
     """
 
-    def __init__(self, out: Path, num_parts: int, num_listed: int, report_of: Callable[[int], Any]) -> None:
-        """`report_of`: the report of a part, or None where it is not written yet."""
-        self._out, self._num_parts, self._report_of = out, num_parts, report_of
+    def __init__(self, out: Path, num_shards: int, num_listed: int, report_of: Callable[[int], Any]) -> None:
+        """`report_of`: the report of a shard, or None where it is not written yet."""
+        self._out, self._num_shards, self._report_of = out, num_shards, report_of
         self._path = out / STATE_NAME / BETON_NAME
         if (out / BETON_NAME).exists():  # whole already, but for the manifest
             os.replace(out / BETON_NAME, self._path)
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        self._layout, self._next = self._found(num_listed)
-        self._settled = self._next
+        self._layout, self._next, self._laid = *self._found(num_listed), []
         self._file.truncate(self._layout.end)
         self._tables, self._num_samples = Layout(num_listed), 0
 
     def _found(self, num_listed: int) -> tuple[Layout, int]:
-        """What the beton has, and how many parts that is. Parts that are nowhere are not reported any more."""
+        """What the beton has, and how many shards that is. Shards that are nowhere are not reported any more."""
         layout, end = Layout(num_listed), 0
-        while end < self._num_parts and not part_path(self._out, end).exists() and (report := self._report_of(end)):
+        while end < self._num_shards and not shard_path(self._out, end).exists() and (report := self._report_of(end)):
             layout.place(report.records["byte_count"])
             end += 1
         if self._path.stat().st_size < layout.end:
             layout, end = Layout(num_listed), 0
-        for part in range(end, self._num_parts):
-            if self._report_of(part) and not part_path(self._out, part).exists():
-                report_path(self._out, part).unlink()
+        for shard in range(end, self._num_shards):
+            if not shard_path(self._out, shard).exists():
+                report_path(self._out, shard).unlink(missing_ok=True)
         return layout, end
 
     def close(self) -> None:
@@ -144,29 +143,30 @@ class BetonFile:
             self._file.close()
 
     def lay(self) -> None:
-        """Lay the parts that are reported by now and come next."""
-        while self._next < self._num_parts and (report := self._report_of(self._next)):
-            self._append(report, part_path(self._out, self._next))
+        """Lay the shards that are reported by now and come next."""
+        while self._next < self._num_shards and (report := self._report_of(self._next)):
+            self._laid.append(shard_path(self._out, self._next))
+            self._append(report.records, self._laid[-1])
             self._next += 1
-            if self._next % _PARTS_PER_SYNC == 0 or self._next == self._num_parts:
+            if len(self._laid) == _SHARDS_PER_SYNC or self._next == self._num_shards:
                 self._sync()
-                for part in range(self._settled, self._next):
-                    part_path(self._out, part).unlink()
-                self._settled = self._next
+                for laid in self._laid:  # the first one first: what follows one that is there is no longer in the beton
+                    laid.unlink()
+                self._laid.clear()
 
-    def _append(self, report: Any, part: Path) -> None:
-        """A part's samples at their places; what lies between is zero."""
-        checksum, byte_counts = xxhash.xxh3_128(), report.records["byte_count"]
-        offsets = self._layout.place(byte_counts)
-        with naming(self._out / BETON_NAME), part.open("rb") as source:
-            for offset, byte_count in zip(offsets.tolist(), byte_counts.tolist(), strict=True):
+    def _append(self, records: NDArray[np.void], shard: Path) -> None:
+        """A shard's samples at their places; what lies between is zero."""
+        columns = [records[name].tolist() for name in ("offset", "byte_count", "checksum")]
+        places = self._layout.place(records["byte_count"]).tolist()
+        with naming(self._out / BETON_NAME), shard.open("rb") as source:
+            for place, start, byte_count, checksum in zip(places, *columns, strict=True):
+                source.seek(start)
                 content = source.read(byte_count)
-                checksum.update(content)
-                self._file.seek(offset)
+                if xxhash.xxh3_64_intdigest(content) != checksum:
+                    report_path(self._out, self._next).unlink()
+                    raise ShardError(f"{shard} is not as it was written: run the same command again to mend it.")
+                self._file.seek(place)
                 self._file.write(content)
-        if checksum.hexdigest() != report.file.checksum:
-            report_path(self._out, self._next).unlink()
-            raise ShardError(f"{part} is not as it was written: run the same command again, it writes it anew.")
 
     def _sync(self) -> None:
         with naming(self._out / BETON_NAME):
@@ -174,7 +174,7 @@ class BetonFile:
             os.fsync(self._file.fileno())
 
     def write_tables(self, records: NDArray[np.void]) -> None:
-        """The rows of the next part's samples; gives `records` their places in the beton."""
+        """The rows of the next shard's samples; gives `records` their places in the beton."""
         records["offset"] = self._tables.place(records["byte_count"])
         row, first = METADATA_DTYPE.itemsize, self._num_samples
         self._file.seek(_METADATA_START + first * row)

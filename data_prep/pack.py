@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from data_prep import index as packed
-from data_prep.beton import BetonFile, part_path, report_path
+from data_prep.beton import BetonFile, report_path, shard_path
 from data_prep.index import BEGIN_ANEW, NO_LABEL, RECORD_DTYPE, STATE_NAME, DatasetIndex, Manifest, StoredFile
 from data_prep.pictures import BadPicture, Prepared, Treatment, prepare_picture
 from data_prep.sources import Entry, Source, as_bytes, is_packed, kinds_in_words, list_source, open_listing
@@ -104,8 +104,8 @@ class PackConfig(Treatment):
 class Ranks(NamedTuple):
     """This process among those that torchrun started."""
 
-    rank: int = 0
-    world_size: int = 1
+    rank: int
+    world_size: int
 
 
 def pack(config: PackConfig, *, show_progress: bool = False, ranks: Ranks | None = None) -> DatasetIndex | None:
@@ -143,7 +143,11 @@ def _write_set(job: "Job", console: Console) -> DatasetIndex:
     beton = None if is_tar else BetonFile(job.config.out, job.num_shards, len(job.listing), job.report)
     with contextlib.closing(beton) if beton else contextlib.nullcontext():
         _write_shards(job, console, beton)
-        _wait_for_ranks(job)
+        for rank in range(1, job.ranks.world_size):
+            with guard.say_if_long(f"rank {rank}, to write its shards; start it, if it is not running"):
+                for shard in job.shards_of(rank):
+                    while not job.is_done(shard):
+                        time.sleep(0.2)
         if beton:
             beton.lay()
         guard.remove_unfinished(job.config.out)  # what killed processes left
@@ -186,7 +190,7 @@ class Job:
 
     @property
     def num_shards(self) -> int:
-        """Or parts of a beton, of which even a small set has some for every worker; their number doesn't change a byte."""
+        """Of a beton, whose bytes don't depend on it, even a small set has some for every worker."""
         facts = self.listing.facts
         count = max(1, math.ceil(facts.total_bytes / self.config.shard_bytes))
         if self.config.container == "beton":
@@ -205,17 +209,16 @@ class Job:
         return (self.listing.entry(int(position)) for position in positions)
 
     def path(self, shard: int) -> Path:
-        is_tar = self.config.container == "tar"
-        return self.config.out / f"shard-{shard:06d}.tar" if is_tar else part_path(self.config.out, shard)
+        return shard_path(self.config.out, shard)
 
     def report(self, shard: int) -> "Report | None":
         try:
             return Report.load(report_path(self.config.out, shard))
-        except (FileNotFoundError, IndexError):  # none, or of a version that wrote no file for an empty shard
+        except FileNotFoundError:
             return None
 
     def is_done(self, shard: int) -> bool:
-        """Whether its file and its report are there; of a beton's parts also where the beton has it by now."""
+        """Whether its file and its report are there, or the beton has it by now."""
         report, path = self.report(shard), self.path(shard)
         if report is None or not path.exists():
             return report is not None and self.config.container == "beton"
@@ -290,15 +293,6 @@ def _job_of_rank_0(config: PackConfig, ranks: Ranks, console: Console) -> Job | 
     return Job(config, open_listing(config.data, state / _LISTING_NAME), ranks)
 
 
-def _wait_for_ranks(job: Job) -> None:
-    """Until the other ranks have done all their shards."""
-    for rank in range(1, job.ranks.world_size):
-        with guard.say_if_long(f"rank {rank}, to write its shards; start it, if it is not running"):
-            for shard in job.shards_of(rank):
-                while not job.is_done(shard):
-                    time.sleep(0.2)
-
-
 _RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple of Python's numbers has ten times as many
 
 
@@ -306,7 +300,7 @@ _RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple o
 class Report:
     """What one shard holds; written after its file."""
 
-    file: StoredFile | None = None  # tar or part; None until it is whole
+    file: StoredFile | None = None  # None until it is whole
     rejected: list[dict] = field(default_factory=list)
     changed: list[dict] = field(default_factory=list)
     rows: bytearray = field(default_factory=bytearray)  # RECORD_DTYPE, where names begin in `names`
@@ -337,34 +331,28 @@ class Report:
 
 
 class Samples:
-    """Samples written one after the other, as a tar shard has them, or a part of a beton; reported as they are."""
+    """Samples written one after the other into tar shard number `shard`; reported as they are."""
 
-    def __init__(self, file: BinaryIO, shard: int | None) -> None:
-        """`shard`: the number of the tar shard; None for a part."""
+    def __init__(self, file: BinaryIO, shard: int) -> None:
         self.report = Report()
         self._file, self._shard, self._hash, self._byte_count = file, shard, xxhash.xxh3_128(), 0
 
     def add(self, picture: Prepared, label: int, name: str) -> None:
-        """Append a sample. A beton has the labels in tables."""
+        """Append a sample; one without a label has no .cls."""
         content, encoding, height, width, changes = picture
-        report, start, checksum = self.report, self._byte_count, xxhash.xxh3_64_intdigest(content)
-        if self._shard is None:
-            self._write(content)
-        else:
-            start += tarfile.BLOCKSIZE
-            key = f"{self._shard:06d}_{len(report):06d}"  # shards don't depend on each other
-            cls = b"" if label == NO_LABEL else _tar_member(f"{key}.cls", b"%d" % label)
-            self._write(_tar_member(f"{key}.jpg", content) + cls)
+        report, checksum = self.report, xxhash.xxh3_64_intdigest(content)
+        key, start = f"{self._shard:06d}_{len(report):06d}", self._byte_count + tarfile.BLOCKSIZE
+        cls = b"" if label == NO_LABEL else _tar_member(f"{key}.cls", b"%d" % label)
+        self._write(_tar_member(f"{key}.jpg", content) + cls)
         report.rows += _RECORD.pack(start, len(report.names), checksum, len(content), 0, height, width, label, encoding)
         report.names += as_bytes(name) + b"\n"
         if changes:
             report.changed.append({"name": name, "changes": list(changes)})
 
     def finish(self, name: str) -> None:
-        """The end of the file, which is called so."""
-        if self._shard is not None:  # two empty blocks end a tar, filled up to a whole record
-            end = self._byte_count + 2 * tarfile.BLOCKSIZE
-            self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+        """The end of the file, which is called so: two empty blocks, filled up to a whole record."""
+        end = self._byte_count + 2 * tarfile.BLOCKSIZE
+        self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         about = {"name": name, "byte_count": self._byte_count, "checksum": self._hash.hexdigest()}
         self.report.file = StoredFile(**about, sample_count=len(self.report))
 
@@ -400,7 +388,7 @@ def _write_shard(job: Job, shard: int) -> tuple[int, Report]:
     try:
         path.unlink(missing_ok=True)  # a process that is just being killed may still write into it
         with guard.naming(path), path.open("wb") as file:
-            samples = Samples(file, shard if job.config.container == "tar" else None)
+            samples = Samples(file, shard)
             for entry, source in _read_ahead(job, job.entries(shard)):
                 _add(job, samples, entry, source)
                 if _stopped.is_set():
@@ -415,7 +403,7 @@ def _write_shard(job: Job, shard: int) -> tuple[int, Report]:
 
 def _commit(job: Job, beton: BetonFile | None, shard: int, report: Report) -> None:
     """Report a shard, once it is on the disk: without a report its file counts for nothing."""
-    if job.config.container == "tar":  # a part of a beton is compared with its checksum when it is laid into it
+    if job.config.container == "tar":  # a beton's samples are compared with their checksums when they are laid into it
         with guard.naming(job.path(shard)), job.path(shard).open("rb") as file:
             os.fsync(file.fileno())
     report.save(report_path(job.config.out, shard))
@@ -442,26 +430,24 @@ def _read_ahead(job: Job, entries: Iterator[Entry]) -> Iterator[tuple[Entry, byt
         except BadPicture as fault:
             return entry, fault
 
-    ahead, more = deque(), True
+    ahead = deque()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        while more or ahead:
-            if more := list(itertools.islice(entries, _HANDFUL)):  # to hand over one costs as much as to read one
-                ahead.append((sum(entry.byte_count for entry in more), pool.submit(list, map(read, more))))
-            while ahead and (
-                not more or sum(size for size, _ in ahead) > _READ_AHEAD_BYTES or len(ahead) > _READ_AHEAD
-            ):
+        while handful := list(itertools.islice(entries, _HANDFUL)):  # to hand over one costs as much as to read one
+            ahead.append((sum(entry.byte_count for entry in handful), pool.submit(list, map(read, handful))))
+            while sum(size for size, _ in ahead) > _READ_AHEAD_BYTES or len(ahead) > _READ_AHEAD:
                 yield from ahead.popleft()[1].result()
+        for _, handful in ahead:
+            yield from handful.result()
 
 
 def _check_bad(job: Job, bad: int, looked_at: int, report: Report) -> None:
     """ValueError where more pictures are left out than the limit allows, such as `report` has."""
     config, total = job.config, len(job.listing)
-    if not bad or (looked_at < min(total, _LEAST_LOOKED_AT) and config.bad_limit):
-        return
-    example = "{name}: {reason}".format(**report.rejected[0])
-    if job.listing.facts.kind == "list":
-        example += f" (a list's paths start at {job.listing.facts.root})"
-    if bad > config.bad_limit * total:
+    enough = looked_at >= min(total, _LEAST_LOOKED_AT) or not config.bad_limit
+    if enough and bad > config.bad_limit * total:
+        example = "{name}: {reason}".format(**report.rejected[0])
+        if job.listing.facts.kind == "list":
+            example += f" (a list's paths start at {job.listing.facts.root})"
         so_far = "" if looked_at == total else f" looked at so far (there are {total})"
         raise ValueError(
             f"{bad} of {looked_at} pictures{so_far} cannot be packed, such as {example}; that is more than --bad-limit "
@@ -472,16 +458,12 @@ def _check_bad(job: Job, bad: int, looked_at: int, report: Report) -> None:
 
 def _write_shards(job: Job, console: Console, beton: BetonFile | None = None) -> None:
     """All shards of this rank that are not done yet. While one is brought to the disk, the next is begun."""
-    mine = job.shards_of(job.ranks.rank)
-    done = {shard for shard in mine if job.is_done(shard)}
-    todo, looked_at, bad = [shard for shard in mine if shard not in done], 0, 0
-    for report in map(job.report, done):
-        looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
+    todo, looked_at, bad = [shard for shard in job.shards_of(job.ranks.rank) if not job.is_done(shard)], 0, 0
     workers, commits = min(job.config.workers or len(os.sched_getaffinity(0)), len(todo)), deque()
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
     progress = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
     title = f"rank {job.ranks.rank}" if job.ranks.world_size > 1 else "packing"
-    task = progress.add_task(title, completed=looked_at, total=len(job.listing) * len(mine) // job.num_shards)
+    task = progress.add_task(title, total=len(job.listing) * len(todo) // job.num_shards)
     for shard in todo:
         report_path(job.config.out, shard).unlink(missing_ok=True)
     with progress, ThreadPoolExecutor(1) as disk, contextlib.closing(_written(job, todo, workers)) as written:
@@ -491,7 +473,7 @@ def _write_shards(job: Job, console: Console, beton: BetonFile | None = None) ->
                 commits.popleft().result()
             looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
             progress.update(task, completed=looked_at)
-            if report.rejected:
+            if report.rejected:  # which has an example
                 _check_bad(job, bad, looked_at, report)
     for commit in commits:
         commit.result()
@@ -531,7 +513,7 @@ def _write_in_worker(shard: int) -> tuple[int, Report]:
 def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> DatasetIndex:
     """Write index, names, lists and manifest of the `num_shards` reported shards of `out`, and open the set.
 
-    `facts`: what the manifest says and no report knows. Of a beton, `beton` has all parts by now. May be stopped at any moment
+    `facts`: what the manifest says and no report knows. `beton`, if any, has all of them by now. May be stopped at any moment
     and called again. One report is in memory at a time.
     """
 
@@ -539,7 +521,7 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
         return (Report.load(report_path(out, shard)) for shard in range(num_shards))
 
     num_samples, shards, content = sum(map(len, reports())), [], xxhash.xxh3_128()
-    kinds, changes, num_changed, names_end = Counter(), Counter(), 0, 0
+    kinds, changes, num_changed = Counter(), Counter(), 0
     with contextlib.ExitStack() as stack:
         files = (stack.enter_context(guard.whole_file(out / name)) for name in packed.LISTS.values())
         index, names, rejected, changed = files
@@ -552,8 +534,7 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
                 shards.append(report.file)
             else:
                 beton.write_tables(records)
-            records["name_offset"] += np.uint64(names_end)
-            names_end += len(report.names)
+            records["name_offset"] += np.uint64(names.tell())
             index.write(records.tobytes())
             names.write(report.names)
             content.update(packed.content_of(records))

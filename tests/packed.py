@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.beton import BetonFile, part_path, report_path
+from data_prep.beton import BetonFile, report_path, shard_path
 from data_prep.index import JPEG, STATE_NAME, DatasetIndex
 from data_prep.pack import Report, Samples, join
 from data_prep.pictures import Prepared
@@ -35,10 +35,9 @@ def write_set(
     (folder / STATE_NAME).mkdir(parents=True)
     shards = [samples[start : start + per_shard] for start in range(0, len(samples), per_shard)]
     for number, members in enumerate(shards):
-        is_tar = container == "tar"
-        path = folder / f"shard-{number:06d}.tar" if is_tar else part_path(folder, number)
+        path = shard_path(folder, number)
         with whole_file(path) as file:
-            written = Samples(file, number if is_tar else None)
+            written = Samples(file, number)
             for entry in left_out if number == 0 else ():
                 written.report.rejected.append(dict(zip(("name", "kind", "reason"), entry)))
             for sample in members:

@@ -348,17 +348,17 @@ def test_what_is_lost_after_its_report_is_written_again(tmp_path, data, undistur
     assert contents(out) == undisturbed[container]
 
 
-def test_a_part_that_was_damaged_is_written_again(tmp_path, data, undisturbed):
+def test_a_shard_of_a_beton_that_was_damaged_is_written_again(tmp_path, data, undisturbed):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack_module.BetonFile, "lay", lambda *_: None)
         patch.setattr(pack_module, "join", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_pack(data, out, "beton")
-    part = out / "packing/part-000000"
-    content = bytearray(part.read_bytes())
-    content[100] ^= 4
-    part.write_bytes(content)
+    shard = out / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 4
+    shard.write_bytes(content)
     with pytest.raises(ShardError, match="is not as it was written: run the same command again"):
         run_pack(data, out, "beton")
     run_pack(data, out, "beton")
