@@ -77,7 +77,7 @@ class ShardError(ValueError):
     """A shard folder that cannot be used: one sentence with what was found and what to do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """One file of a shard folder, as the manifest records it."""
 
@@ -338,7 +338,7 @@ def stored_file(path: Path, sample_count: int, tell: Callable[[int], None] = lam
             checksum.update(piece)
             byte_count += len(piece)
             tell(len(piece))
-    return StoredFile(name=path.name, byte_count=byte_count, sample_count=sample_count, checksum=checksum.hexdigest())
+    return StoredFile(path.name, byte_count, sample_count, checksum.hexdigest())
 
 
 def format_files(folder: Path) -> list[Path]:

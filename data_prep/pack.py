@@ -6,8 +6,7 @@
     join      index, names, lists and manifest, by rank 0 when all shards are reported
 
 A shard is done when its report is there, and its file as long as that says. All that a run knows lies in OUT/packing: the
-job, the listing, a report per shard. The same command after any stop goes on with the shards that are missing.
-Nothing in a packed set depends on which process wrote what, so the number of workers and ranks doesn't change a byte.
+job, the listing, a report per shard. Nothing in a packed set depends on which process wrote what.
 """
 
 import contextlib
@@ -156,7 +155,7 @@ def _write_set(job: "Job", console: Console) -> DatasetIndex:
             bad, example = bad + len(report.rejected), report if report.rejected else example
         _check_bad(job, bad, len(job.listing), example)
         if bad == len(job.listing):
-            (job.state / _JOB_NAME).unlink()  # there is nothing to go on with
+            (job.config.out / STATE_NAME / _JOB_NAME).unlink()  # there is nothing to go on with
             for empty in packed.format_files(job.config.out):
                 empty.unlink()
             raise ValueError(f"{job.config.data} holds no picture that can be packed; give another --data.")
@@ -177,10 +176,6 @@ class Job:
     config: PackConfig
     listing: Source
     ranks: Ranks
-
-    @property
-    def state(self) -> Path:
-        return self.config.out / STATE_NAME
 
     @property
     def seed(self) -> int | None:
@@ -208,9 +203,6 @@ class Job:
             positions = permute(positions, count, self.seed, _PACKING_ORDER)
         return (self.listing.entry(int(position)) for position in positions)
 
-    def path(self, shard: int) -> Path:
-        return shard_path(self.config.out, shard)
-
     def report(self, shard: int) -> "Report | None":
         try:
             return Report.load(report_path(self.config.out, shard))
@@ -219,7 +211,7 @@ class Job:
 
     def is_done(self, shard: int) -> bool:
         """Whether its file and its report are there, or the beton has it by now."""
-        report, path = self.report(shard), self.path(shard)
+        report, path = self.report(shard), shard_path(self.config.out, shard)
         if report is None or not path.exists():
             return report is not None and self.config.container == "beton"
         return path.stat().st_size == report.file.byte_count
@@ -313,10 +305,6 @@ class Report:
     def records(self) -> NDArray[np.void]:
         return np.frombuffer(bytearray(self.rows), RECORD_DTYPE)
 
-    @property
-    def num_looked_at(self) -> int:
-        return len(self) + len(self.rejected)
-
     def save(self, path: Path) -> None:
         facts = {"files": [asdict(self.file)], "rejected": self.rejected, "changed": self.changed}
         with guard.whole_file(path) as file:
@@ -353,8 +341,7 @@ class Samples:
         """The end of the file, which is called so: two empty blocks, filled up to a whole record."""
         end = self._byte_count + 2 * tarfile.BLOCKSIZE
         self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-        about = {"name": name, "byte_count": self._byte_count, "checksum": self._hash.hexdigest()}
-        self.report.file = StoredFile(**about, sample_count=len(self.report))
+        self.report.file = StoredFile(name, self._byte_count, len(self.report), self._hash.hexdigest())
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -384,7 +371,7 @@ _stopped = threading.Event()  # set where the workers are to end, which they do 
 
 def _write_shard(job: Job, shard: int) -> tuple[int, Report]:
     """Read, check and write the pictures of one shard: its number and what `_commit` reports."""
-    path = job.path(shard)
+    path = shard_path(job.config.out, shard)
     try:
         path.unlink(missing_ok=True)  # a process that is just being killed may still write into it
         with guard.naming(path), path.open("wb") as file:
@@ -393,7 +380,8 @@ def _write_shard(job: Job, shard: int) -> tuple[int, Report]:
                 _add(job, samples, entry, source)
                 if _stopped.is_set():
                     raise ValueError("another process has stopped")
-                _check_bad(job, len(samples.report.rejected), samples.report.num_looked_at, samples.report)
+                bad = len(samples.report.rejected)
+                _check_bad(job, bad, len(samples.report) + bad, samples.report)
             samples.finish(path.name)
     except BaseException:
         path.unlink(missing_ok=True)
@@ -404,7 +392,8 @@ def _write_shard(job: Job, shard: int) -> tuple[int, Report]:
 def _commit(job: Job, beton: BetonFile | None, shard: int, report: Report) -> None:
     """Report a shard, once it is on the disk: without a report its file counts for nothing."""
     if job.config.container == "tar":  # a beton's samples are compared with their checksums when they are laid into it
-        with guard.naming(job.path(shard)), job.path(shard).open("rb") as file:
+        path = shard_path(job.config.out, shard)
+        with guard.naming(path), path.open("rb") as file:
             os.fsync(file.fileno())
     report.save(report_path(job.config.out, shard))
     if beton:
@@ -471,7 +460,8 @@ def _write_shards(job: Job, console: Console, beton: BetonFile | None = None) ->
             commits.append(disk.submit(_commit, job, beton, shard, report))
             if len(commits) > workers:
                 commits.popleft().result()
-            looked_at, bad = looked_at + report.num_looked_at, bad + len(report.rejected)
+            bad += len(report.rejected)
+            looked_at += len(report) + len(report.rejected)
             progress.update(task, completed=looked_at)
             if report.rejected:  # which has an example
                 _check_bad(job, bad, looked_at, report)

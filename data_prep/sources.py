@@ -10,13 +10,8 @@
     DIR/samples.beton              the same
 
 Pictures are known by their extensions. What is no picture is counted by kind, and so are names that begin with a dot and
-links to folders, but for class folders themselves.
-
-Pictures of folders and tars are listed by (class folder, name), those of lists and of packed sets in the order they have
-there. The list is a SQLite file, so no number of pictures fills the memory, but the names of the classes and tars are there.
-
-    source = list_source(Path("imagenet/train"), Path("OUT/packing/listing.sqlite"))
-    source.read(source.entry(17))
+links to folders, but for class folders themselves. Pictures of folders and tars are listed by (class folder, name), those of
+lists and of packed sets in the order they have there; in a SQLite file, so no number of them fills the memory.
 """
 
 import contextlib
@@ -55,7 +50,6 @@ def as_text(name: bytes) -> str:
 
 
 def as_bytes(name: str) -> bytes:
-    """A name as the file system has it."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -105,7 +99,7 @@ class Listing:
         self.path = Path(path).absolute()
         # Immutable: no locks, which not every network file system has.
         self._database = _database(self.path, "immutable=1")
-        self.facts = Facts(**json.loads(self._row("SELECT facts FROM facts")[0]))
+        self.facts = Facts(**json.loads(*self._row("SELECT facts FROM facts")))
         self._root, self._tar = as_bytes(self.facts.root), functools.lru_cache(_MAX_OPEN_TARS)(self._open_tar)
 
     def __reduce__(self):
@@ -119,10 +113,10 @@ class Listing:
         name, *others = self._row("SELECT * FROM entries WHERE rowid = ?", position + 1)
         return Entry(as_text(name), *others)
 
-    def _row(self, *query: Any) -> tuple:
+    def _row(self, query: str, *values: int) -> tuple:
         try:
-            return self._database.execute(query[0], query[1:]).fetchone() or ()
-        except sqlite3.Error as error:
+            return next(self._database.execute(query, values))
+        except (sqlite3.Error, StopIteration) as error:
             raise ValueError(f"{self.path} cannot be read ({error}): {BEGIN_ANEW} to list the pictures anew.") from None
 
     def read(self, entry: Entry) -> bytes:
@@ -258,11 +252,11 @@ class ListingWriter:
         """
         query = "SELECT DISTINCT coalesce(text, class) FROM found LEFT JOIN labels USING (sample)"
         texts = sorted({text for (text,) in self._database.execute(query)}.union(classes) - {None})
-        labels, names = range(len(texts)), list(map(as_text, texts))
+        labels, names = range(len(texts)), map(as_text, texts)
         if integers and texts and all(re.fullmatch(rb"-?\d{1,18}", text) for text in texts):
             labels = list(map(int, texts))
-            names = range(max(labels) + 1)
-        if len(names) > _MAX_CLASSES or min(labels, default=0) < 0:
+            names = map(str, range(max(labels) + 1))
+        if not 0 <= min(labels, default=0) <= max(labels, default=0) < _MAX_CLASSES:
             raise ValueError(
                 f"{as_text(root)} has labels from {min(labels)} to {max(labels)}; they must be from 0 to {_MAX_CLASSES - 1}: "
                 "count them from 0, put a letter before each to make them names, or give a list file of the paths alone."
@@ -272,7 +266,7 @@ class ListingWriter:
         self._database.execute(_SORTED + ("found.rowid" if kind == "list" else "class, name, container, offset"))
         self._database.execute("DROP TABLE found")
         ignored = dict(sorted(self.ignored.items()))
-        whole = Facts(kind, as_text(root), list(map(str, names)), self.count, self._total_bytes, ignored, **facts)
+        whole = Facts(kind, as_text(root), list(names), self.count, self._total_bytes, ignored, **facts)
         self._database.execute("INSERT INTO facts VALUES (?)", [json.dumps(whole._asdict())])
         self._database.execute("COMMIT")
 
@@ -343,7 +337,7 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
                 elif is_folder and entry.name != b"lost+found":  # a disk's own: for the superuser, and without pictures
                     waiting.append((name, class_text or entry.name))
                     class_folders += [] if folder else [name]
-                elif _is_picture(entry.name):
+                elif entry.name.lower().endswith(_PICTURE_SUFFIXES):
                     writer.add(name, class_text, **_look_at(entry.path))
                 elif not folder and _TAR_NAME.fullmatch(name):
                     tars.append(name)
@@ -358,10 +352,6 @@ def _list_folder(data: Path, writer: ListingWriter) -> None:
     if (data / STATE_NAME).is_dir() and format_files(data):
         DatasetIndex.open(data)  # raises, for this is a set of ours whose packing did not end
     _list_tars(sorted(tars), root, data, writer)
-
-
-def _is_picture(name: bytes) -> bool:
-    return name.lower().endswith(_PICTURE_SUFFIXES)
 
 
 def _look_at(path: bytes) -> dict[str, Any]:
@@ -452,7 +442,7 @@ def _list_members(tar: _Tar, folders: set[bytes], writer: ListingWriter) -> None
             _list_members(inner_tar, folders, writer)
         elif file_name.lower().endswith(b".cls") and member.isreg():
             writer.add_label(sample, opened.extractfile(member).read(_MAX_CLS_BYTES).strip())
-        elif _is_picture(file_name):
+        elif file_name.lower().endswith(_PICTURE_SUFFIXES):
             fault = "" if member.isreg() else f"{UNREADABLE}: {NOT_REGULAR}"
             writer.add(
                 tar.prefix + name, tar.folder or path.partition(b"/")[0] or None, container=tar.container,

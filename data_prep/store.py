@@ -115,11 +115,10 @@ class Store:
             raise ValueError(f"{self._address} holds no files: give the address of a folder or of a .tar to --data")
         if tar := self._root.endswith(".tar") and self._root.rpartition("/")[2]:
             self._address, self._root = (path.removesuffix(f"/{tar}") for path in (self._address, self._root))
-        names = [info["name"][len(self._root) + 1 :] for info in infos]
-        names = list(map(urllib.parse.unquote, names)) if _is_web(self._address) else names
-        files = [StoredFile(name=n, byte_count=i["size"], sample_count=0, checksum="") for n, i in zip(names, infos)]
+        plain, start = urllib.parse.unquote if _is_web(self._address) else str, len(self._root) + 1
+        files = [StoredFile(plain(info["name"][start:]), info["size"], 0, checksum="") for info in infos]
         folder = self._fetch(json.dumps(infos, default=str).encode(), files)
-        return folder / names[0] if tar else folder
+        return folder / files[0].name if tar else folder
 
     def _listed(self) -> list[dict[str, Any]]:
         """What the store says of every file below the address, by name."""
@@ -175,29 +174,28 @@ class Store:
             task, coming = bar.add_task("", total=left), iter(missing)  # of which every thread takes the next
             self._tell = lambda byte_count: bar.advance(task, byte_count)
             try:
-                for thread in as_completed([pool.submit(self._fetch_some, folder, coming) for _ in range(CONNECTIONS)]):
+                for thread in as_completed(
+                    [pool.submit(self._fetch_files, folder, coming) for _ in range(CONNECTIONS)]
+                ):
                     thread.result()
             finally:
                 self._stopped.set()
         return folder
 
-    def _fetch_some(self, folder: Path, coming: Iterator[StoredFile]) -> None:
+    def _fetch_files(self, folder: Path, coming: Iterator[StoredFile]) -> None:
+        """Returns when all have come, also by another process, or are to stop."""
         for stored in coming:
-            self._fetch_file(stored, folder / stored.name)
-
-    def _fetch_file(self, stored: StoredFile, path: Path) -> None:
-        """Returns when the file has come, also by another process, or all are to stop."""
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not (self._stopped.is_set() or _is_here(path, stored.byte_count)):
-            with unfinished.open("ab") as file:
-                if not _locked(file, unfinished):
-                    self._stopped.wait(WAIT_S)
-                elif _is_here(path, stored.byte_count):  # it came while this one was opened
-                    unfinished.unlink()
-                else:
-                    self._download(stored, file, unfinished)
-                    os.replace(unfinished, path)
+            path, unfinished = folder / stored.name, folder / f"{stored.name}.unfinished"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while not (self._stopped.is_set() or _is_here(path, stored.byte_count)):
+                with unfinished.open("ab") as file:
+                    if not _locked(file, unfinished):
+                        self._stopped.wait(WAIT_S)
+                    elif _is_here(path, stored.byte_count):  # it came while this one was opened
+                        unfinished.unlink()
+                    else:
+                        self._download(stored, file, unfinished)
+                        os.replace(unfinished, path)
 
     def _download(self, stored: StoredFile, file: BinaryIO, path: Path) -> None:
         """What lacks of a file. Where its checksum is wrong, all of it once more."""
@@ -298,13 +296,12 @@ def _claim(folder: Path, byte_count: int, cache_gb: float, address: str) -> Bina
                 f"{read / 1e9:.4g} are being read: one shuffle draws from all of a set, so set --cache-gb "
                 f"{math.ceil((read + byte_count) / 1e6) / 1e3} or more, or pack smaller pictures"
             )
-        files = [os.path.join(root, name) for path in idle for root, _, names in os.walk(path) for name in names]
-        sizes = [os.stat(path).st_size for path in files]
-        excess = sum(sizes) + read + byte_count - cache_gb * 1e9
-        for path, size in zip(files, sizes, strict=True):
+        files = [file for path in idle for file in path.rglob("*") if file.is_file()]
+        excess = sum(file.stat().st_size for file in files) + read + byte_count - cache_gb * 1e9
+        for file in files:
             if excess > 0:
-                os.unlink(path)
-                excess -= size
+                excess -= file.stat().st_size
+                file.unlink()
         mine = own.open("w")
         fcntl.flock(mine, fcntl.LOCK_SH)
         mine.write(str(byte_count))
