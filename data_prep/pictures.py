@@ -36,7 +36,6 @@ _COLOR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr")
 
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # starts of frame; those three are other segments
 _COMMON_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # sequential and progressive, also arithmetic-coded
-_PROGRESSIVE_FRAMES = (0xC2, 0xCA)
 _BITS_PER_SAMPLE = 258  # a TIFF's tag
 _APP1, _SOS = 0xE1, 0xDA
 # Any marker may have filling before it; those left out stand alone, or are none.
@@ -56,10 +55,9 @@ class Treatment:
 
     short_side: int | None = None  # Shrink pictures whose shorter side is longer, px. None: store them as they are.
     max_resolution: int | None = None  # The same for the longer side.
-    quality: int = 95
-    """JPEG quality, 1 to 100, of what has to be encoded again; sound pictures that need no shrinking are not."""
+    quality: int = 95  # JPEG quality, 1 to 100, of pictures that have to be encoded again.
     chroma: Literal["444", "420"] = "444"
-    """Color resolution of the same: 420 halves it in either direction, which decodes faster and is less exact."""
+    """Their color resolution: 420 halves it in either direction, which decodes faster and is less exact."""
     write_mode: Literal["jpg", "raw"] = "jpg"  # Store JPEG files, or RGB pixels.
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -91,10 +89,8 @@ class BadPicture(ValueError):
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The picture in a file, as a packed set would have it: RGB, turned as EXIF says.
-
-    BadPicture, naming the file, for what cannot be packed or read.
-    """
+    """The picture in a file, as a packed set would have it: RGB, turned as EXIF says. BadPicture, naming the file, for what
+    cannot be packed or read."""
     try:
         prepared = prepare_picture(Path(path).read_bytes(), Treatment(write_mode="raw"))
     except (OSError, BadPicture) as error:
@@ -103,16 +99,14 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def prepare_picture(source: bytes, treatment: Treatment, is_sound: bool = False) -> Prepared:
-    """What to store for the picture file `source`. Raises BadPicture, and nothing else, for what cannot be stored.
-
-    `is_sound`: it was decoded before, by this function; a JPEG that needs nothing is not decoded again.
-    """
+    """What to store for the picture file `source`. Raises BadPicture, and nothing else, for what cannot be stored. `is_sound`: it
+    was decoded before, by this function; a JPEG that needs nothing is not decoded again."""
     if not source:
         raise BadPicture("empty file")
     try:
         if source.startswith(b"\xff\xd8\xff"):
             return _prepare_jpeg(source, treatment, is_sound)
-        return _prepare_other(source, treatment)
+        return _prepare_by_pillow(source, treatment, _OTHER_FORMATS)
     except BadPicture:
         raise
     except Image.UnidentifiedImageError:
@@ -132,27 +126,22 @@ def _prepare_jpeg(source: bytes, treatment: Treatment, is_sound: bool) -> Prepar
         raise BadPicture("too large", f"{width} x {height} px; {2 * limit} px are the most that is decoded")
     _check_sides(height, width)
     target = treatment.size(height, width)
-    gray, cmyk = components == 1, components == 4
-    changes = ["CMYK"] if cmyk else []
-    if orientation != 1:
-        changes.append("EXIF orientation")  # some readers turn it, some do not
+    if components == 4:
+        _decode_strictly(source, "CMYK")
+        return _prepare_by_pillow(source, treatment, ("JPEG",), "CMYK")  # which knows what is stored inverted
+    changes = [] if orientation == 1 else ["EXIF orientation"]  # some readers turn it, some do not
     if not changes and target == (height, width):
         if treatment.write_mode == "raw":
             return Prepared(_decode_strictly(source, "RGB").tobytes(), RAW, height, width, ())
         if not is_sound:
-            # To gray, every coefficient of every component is decoded all the same, and it is there that damage is found;
-            # what is saved is the chroma's inverse transform and the colors.
+            # To gray, every coefficient is decoded all the same, and there damage is found. It saves the colors.
             _decode_strictly(source, "GRAY")
         return Prepared(source, JPEG, height, width, ())
 
-    reduction = 1 if cmyk else _largest_reduction((height, width), target)
+    reduction, gray = _largest_reduction((height, width), target), components == 1
     least = math.ceil(height / reduction), math.ceil(width / reduction)
-    pixels = _decode_strictly(source, "GRAY" if gray else "CMYK" if cmyk else "RGB", *least)
-    if cmyk:  # whole, as is known now; Pillow knows which of them are stored inverted
-        with Image.open(io.BytesIO(source), formats=["JPEG"]) as opened:
-            picture = opened.convert("RGB")
-    else:
-        picture = Image.fromarray(pixels[:, :, 0] if gray else pixels)
+    pixels = _decode_strictly(source, "GRAY" if gray else "RGB", *least)
+    picture = Image.fromarray(pixels[:, :, 0] if gray else pixels)
     # The last row and column of a scaled picture may stand for less than the others. Taken for whole, they would shift the
     # grid by up to a pixel: 28 dB instead of 45.
     part = (0, 0, width / reduction, height / reduction)
@@ -160,19 +149,15 @@ def _prepare_jpeg(source: bytes, treatment: Treatment, is_sound: bool) -> Prepar
 
 
 def _largest_reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """By how much JPEG's own scaling divides the sides: as far as both stay at least twice the target's.
-
-    On 125 photographs two to three times as fast as decoding the whole, and within 45 dB of it; quality 95 costs 39 dB.
-    """
+    """By how much JPEG's own scaling divides the sides: as far as both stay at least twice the target's. On 125 photographs two
+    to three times as fast as decoding the whole, and within 45 dB of it; quality 95 costs 39 dB."""
     fitting = [by for by in (2, 4, 8) if all(2 * by * new <= old for old, new in zip(size, target, strict=True))]
     return max(fitting, default=1)
 
 
 def _decode_strictly(jpeg: bytes, color_space: str, least_height: int = 0, least_width: int = 0) -> np.ndarray:
-    """Pixels, uint8 [height width channel], scaled down as far as the least sizes allow.
-
-    BadPicture for whatever libjpeg warns of: also bytes that are left over, the usual end of a flipped bit.
-    """
+    """Pixels, uint8 [height width channel], scaled down as far as the least sizes allow. BadPicture for whatever libjpeg warns
+    of: also bytes that are left over, the usual end of a flipped bit."""
     options = {"colorspace": color_space, "min_height": least_height, "min_width": least_width, "min_factor": 2}
     try:
         return simplejpeg.decode_jpeg(jpeg, **options, strict=True)
@@ -182,9 +167,7 @@ def _decode_strictly(jpeg: bytes, color_space: str, least_height: int = 0, least
 
 def read_header(jpeg: bytes) -> tuple[int, int, int, int]:
     """Height and width as decoded, px, number of components (1 gray, 3 color, 4 CMYK), EXIF's orientation, 1 to 8, not applied.
-
-    BadPicture for one that is damaged, or of a kind that some decoder does not read.
-    """
+    BadPicture for one that is damaged, or of a kind that some decoder does not read."""
     frame, exif = None, b""
     for marker, start, end in _segments(jpeg):
         if marker in _FRAMES:
@@ -201,7 +184,7 @@ def read_header(jpeg: bytes) -> tuple[int, int, int, int]:
         raise BadPicture("lossless JPEG", "convert it to PNG")
     if not height or not width:
         raise BadPicture("damaged", f"its header names a size of {width} x {height} px")
-    if marker in _PROGRESSIVE_FRAMES:
+    if marker in (0xC2, 0xCA):  # progressive
         scans = jpeg.count(b"\xff\xda", end, jpeg.find(b"\xff\xd9", end))
         if scans > MAX_SCANS:
             raise BadPicture("too many scans", f"{scans} of them; DALI decodes at most {MAX_SCANS}")
@@ -220,10 +203,11 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
     raise BadPicture("damaged", "its header is cut short")
 
 
-def _prepare_other(source: bytes, treatment: Treatment) -> Prepared:
-    with Image.open(io.BytesIO(source), formats=_OTHER_FORMATS) as opened:
+def _prepare_by_pillow(source: bytes, treatment: Treatment, formats: tuple[str, ...], kind: str = "") -> Prepared:
+    """`kind`: what it is, in `changes`; else its format."""
+    with Image.open(io.BytesIO(source), formats=formats) as opened:
         opened.load()  # the first frame. TIFF's orientation is applied here, by Pillow
-        changes = [opened.format]
+        changes = [kind or opened.format]
         # "I" in Pillow before 11, and in a PGM.
         if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
             bits = opened.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if opened.format == "TIFF" else 16  # or 12
@@ -258,10 +242,8 @@ def _store_pixels(
     picture: Image.Image, part: tuple[float, float, float, float], target: tuple[int, int], orientation: int,
     changes: list[str], treatment: Treatment,
 ) -> Prepared:  # fmt: skip
-    """`picture`, RGB or gray: its `part` (left, top, right, bottom) resized to `target`, turned and encoded.
-
-    `target` is height and width before turning.
-    """
+    """`picture`, RGB or gray: its `part` (left, top, right, bottom) resized to `target`, turned and encoded. `target` is height
+    and width before turning."""
     if part != (0, 0, target[1], target[0]):
         # Antialiased. Bicubic is sharper than bilinear, rings less than Lanczos and is a third cheaper.
         picture = picture.resize(target[::-1], Image.Resampling.BICUBIC, box=part)
