@@ -51,9 +51,7 @@ def address_of(data: str | os.PathLike[str]) -> str | None:
     return f"{found[1]}:{slashes}{found[2]}".rstrip("/").removesuffix(f"/{BETON_NAME}") if found else None
 
 
-def local_copy(
-    data: Path, cache_dir: Path | None = None, cache_gb: float = CACHE_GB, *, pictures: bool = False
-) -> Path:
+def local_copy(data: Path, cache_dir: Path | None = None, cache_gb: float = CACHE_GB, pictures: bool = False) -> Path:
     """`data` itself where it is a path; else what lies at that address, whole, in the cache, while this process runs.
 
     Args:
@@ -174,9 +172,8 @@ class Store:
             task, coming = bar.add_task("", total=left), iter(missing)  # of which every thread takes the next
             self._tell = lambda byte_count: bar.advance(task, byte_count)
             try:
-                for thread in as_completed(
-                    [pool.submit(self._fetch_files, folder, coming) for _ in range(CONNECTIONS)]
-                ):
+                threads = [pool.submit(self._fetch_files, folder, coming) for _ in range(CONNECTIONS)]
+                for thread in as_completed(threads):
                     thread.result()
             finally:
                 self._stopped.set()
@@ -260,7 +257,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         raise ValueError(f"{address} needs a package that is not installed ({error}): pip install {packages}") from None
     except ValueError as error:
         raise ValueError(
-            f"fsspec knows no such address as {address} ({error}): give s3://, gs://, hf://, https://, or a folder"
+            f"fsspec knows no address {address} ({error}): give s3://, gs://, hf://, https://, a folder"
         ) from None
 
 
