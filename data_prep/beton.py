@@ -50,11 +50,9 @@ class Layout:
         self.end = _up(_METADATA_START + num_listed * METADATA_DTYPE.itemsize, MIN_PAGE_SIZE)
 
     def place(self, byte_counts: NDArray[np.unsignedinteger]) -> NDArray[np.uint64]:
-        """Positions, [n] uint64, of the next n samples: one after the other, none across the end of a page.
-
-        Pages grow with a sample that is larger. It begins at a multiple of its page, so what was placed before lies within
-        such pages too. ValueError for a sample that no page of FFCV holds.
-        """
+        """Positions, [n] uint64, of the next n samples: one after the other, none across the end of a page. Pages grow with a
+        sample that is larger. It begins at a multiple of its page, so what was placed before lies within such pages too.
+        ValueError for a sample that no page of FFCV holds."""
         positions = []
         for byte_count in byte_counts.tolist():
             if self.end % MIN_PAGE_SIZE + byte_count > MIN_PAGE_SIZE:
@@ -108,11 +106,9 @@ def report_path(out: Path, shard: int) -> Path:
 
 
 class BetonFile:
-    """samples.beton while it is written: tar shards are laid into it in order, as they are reported, while others are written.
-
-    A shard is removed when the disk has its samples in the beton, so it hardly ever has them twice, and what has a report and
-    no file of its own is in the beton. Opened again after any stop, it goes on where it was.
-    """
+    """samples.beton while it is written: tar shards are laid into it in order, as they are reported, while others are written. A
+    shard is removed when the disk has its samples in the beton, so it hardly ever has them twice, and what has a report and no
+    file of its own is in the beton. Opened again after any stop, it goes on where it was."""
 
     def __init__(self, out: Path, num_shards: int, num_listed: int, report_of: Callable[[int], Any]) -> None:
         """`report_of`: the report of a shard, or None where it is not written yet."""

@@ -39,38 +39,31 @@ NO_LABEL = -(2**31)
 
 JPEG, RAW = 0, 1  # how a sample is stored: as a JPEG file, or as uint8 RGB pixels [height width 3]
 
-RECORD_DTYPE = np.dtype(
-    [
-        ("offset", "<u8"),  # of the sample's first byte inside its shard
-        ("name_offset", "<u8"),  # of the name's first byte in names.txt
-        ("checksum", "<u8"),  # XXH3-64 of the sample's bytes
-        ("byte_count", "<u4"),
-        ("shard", "<u4"),  # position in the manifest's list of shards
-        ("height", "<u4"),  # px as stored
-        ("width", "<u4"),
-        ("label", "<i4"),  # position in the manifest's class names, or NO_LABEL
-        ("encoding", "<u4"),  # JPEG or RAW
-    ]
-)
+RECORD_DTYPE = np.dtype([
+    ("offset", "<u8"),  # of the sample's first byte inside its shard
+    ("name_offset", "<u8"),  # of the name's first byte in names.txt
+    ("checksum", "<u8"),  # XXH3-64 of the sample's bytes
+    ("byte_count", "<u4"),
+    ("shard", "<u4"),  # position in the manifest's list of shards
+    ("height", "<u4"),  # px as stored
+    ("width", "<u4"),
+    ("label", "<i4"),  # position in the manifest's class names, or NO_LABEL
+    ("encoding", "<u4"),  # JPEG or RAW
+])  # fmt: skip
 
-MANIFEST_NAME = "manifest.json"
-INDEX_NAME = "index.npy"
-NAMES_NAME = "names.txt"
-REJECTED_NAME = "rejected.jsonl"
-CHANGED_NAME = "changed.jsonl"
-LISTS = {"index": INDEX_NAME, "names": NAMES_NAME, "rejected_list": REJECTED_NAME, "changed_list": CHANGED_NAME}
+MANIFEST_NAME, BETON_NAME = "manifest.json", "samples.beton"
+LISTS = {
+    "index": "index.npy", "names": "names.txt", "rejected_list": "rejected.jsonl", "changed_list": "changed.jsonl",
+}  # fmt: skip
 """What a manifest calls these four files."""
-BETON_NAME = "samples.beton"
 STATE_NAME = "packing"
 BEGIN_ANEW = f"remove the folder {STATE_NAME} in --out and pass --overwrite"
 """--overwrite alone goes on with an unfinished packing of the same settings."""
 
 _PIECE_BYTES = 1 << 22
 _MAX_OPEN_FILES = 1 << 16
-_FORMAT_FILE = re.compile(
-    r"(shard-\d{6,}\.tar|samples\.beton|index\.npy|names\.txt|rejected\.jsonl|changed\.jsonl|manifest\.json)"
-    r"(\..*unfinished)?"  # until it is whole
-)
+_SINGLE_FILES = "|".join(map(re.escape, (MANIFEST_NAME, BETON_NAME, *LISTS.values())))
+_FORMAT_FILE = re.compile(rf"(shard-\d{{6,}}\.tar|{_SINGLE_FILES})(\..*unfinished)?")  # until it is whole
 
 
 class ShardError(ValueError):
@@ -115,9 +108,7 @@ class Manifest:
         if path.is_file():
             return cls.parse(path.read_bytes(), str(path))
         if (folder / STATE_NAME).is_dir():
-            raise ShardError(
-                f"{folder} holds a set whose packing did not end: run the command that packs it once more, it goes on."
-            )
+            raise ShardError(f"{folder} is a set whose packing did not end: run the command that packs it once more.")
         kind = "ffcv" if folder.suffix == ".beton" else "dali"
         raise ShardError(
             f"{folder} is no packed set, it holds no {MANIFEST_NAME}: run python data_prep/make_{kind}.py --data DIR --out SHARDS."
@@ -158,11 +149,9 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DatasetIndex:
-    """Where every sample of a shard folder lies, and its size and label. Make one with `DatasetIndex.open`.
-
-    Sample ids run from 0 to len(index) - 1. Files are opened when first needed, so an index costs little to pickle
-    and is safe in forked and spawned workers and in threads.
-    """
+    """Where every sample of a shard folder lies, and its size and label. Make one with `DatasetIndex.open`. Sample ids run from 0
+    to len(index) - 1. Files are opened when first needed, so an index costs little to pickle and is safe in forked and spawned
+    workers and in threads."""
 
     path: Path  # absolute, so that a later change of directory does no harm
     manifest: Manifest
@@ -171,10 +160,8 @@ class DatasetIndex:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "DatasetIndex":
-        """Open a packed folder, or the beton in one, after cheap checks: versions, counts and byte counts, no contents.
-
-        Raises ShardError, with the remedy, for anything missing, cut short or of another version.
-        """
+        """Open a packed folder, or the beton in one, after cheap checks: versions, counts and byte counts, no contents. Raises
+        ShardError, with the remedy, for anything missing, cut short or of another version."""
         folder = Path(path)
         if folder.name == BETON_NAME and (folder.parent / MANIFEST_NAME).is_file():
             folder = folder.parent
@@ -223,23 +210,19 @@ class DatasetIndex:
 
     def name(self, sample_id: int) -> str:
         """The path of the picture it was packed from, relative to the packed folder, with forward slashes."""
-        file, length = self._file(NAMES_NAME), 256
+        file, length = self._file(self.manifest.names.name), 256
         start = int(self._records["name_offset"][self._checked_one(sample_id)])
         while b"\n" not in (line := os.pread(file.fileno(), length, start)):
             if len(line) < length:
-                raise ShardError(f"{self.path / NAMES_NAME} ends within a name: {self.manifest.repair}.")
+                raise ShardError(f"{self.path / self.manifest.names.name} ends within a name: {self.manifest.repair}.")
             length *= 4
         return line.partition(b"\n")[0].decode("utf-8", "surrogateescape")
 
-    def read(
-        self, sample_id: int, memory: NDArray[np.uint8] | None = None, *, pixels: bool = False
-    ) -> NDArray[np.uint8]:
-        """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count]. For several threads.
-
-        It lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it.
-        With `pixels`, a sample that is stored as raw pixels will do too: height * width * 3 bytes. ValueError for an id out of
-        range and for too little memory; ShardError, naming sample and shard, for what cannot be read, has changed or is pixels.
-        """
+    def read(self, sample_id: int, memory: NDArray[np.uint8] | None = None, pixels: bool = False) -> NDArray[np.uint8]:
+        """The JPEG file of one sample as it was packed: a copy, compared with its checksum, [byte_count]. For several threads. It
+        lies at the start of `memory`, if given: fresh memory costs five times what reading costs, for the system clears it. With
+        `pixels`, a sample that is stored as raw pixels will do too: height * width * 3 bytes. ValueError for an id out of range
+        and for too little memory; ShardError, naming sample and shard, for what cannot be read, has changed or is pixels."""
         record = self._records[self._checked_one(sample_id)]
         size, height, width = (int(record[name]) for name in ("byte_count", "height", "width"))
         raw = record["encoding"] == RAW

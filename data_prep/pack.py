@@ -86,9 +86,7 @@ class PackConfig(Treatment):
         if source.is_dir() and out.is_relative_to(source):
             raise ValueError(f"--out {self.out} is inside --data {self.data}, among the pictures; move it out.")
         if source in packed.format_files(out):
-            raise ValueError(
-                f"--data {self.data} is of the set in --out {self.out}, which it would replace; give another --out."
-            )
+            raise ValueError(f"--data {self.data} is part of --out {self.out}, to be replaced; give another --out.")
 
     @property
     def shard_bytes(self) -> int:
@@ -108,10 +106,8 @@ class Ranks(NamedTuple):
 
 
 def pack(config: PackConfig, *, show_progress: bool = False, ranks: Ranks | None = None) -> DatasetIndex | None:
-    """Pack `config.data` into `config.out`; the packed set, opened, or None on ranks other than 0.
-
-    Raises ValueError, one sentence with the remedy. A run that was stopped, by whatever, is continued.
-    """
+    """Pack `config.data` into `config.out`; the packed set, opened, or None on ranks other than 0. Raises ValueError, one
+    sentence with the remedy. A run that was stopped, by whatever, is continued."""
     config.check()
     config = replace(config, data=local_copy(config.data, config.cache_dir, config.cache_gb, pictures=True))
     ranks = ranks or Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
@@ -159,13 +155,11 @@ def _write_set(job: "Job", console: Console) -> DatasetIndex:
             for empty in packed.format_files(job.config.out):
                 empty.unlink()
             raise ValueError(f"{job.config.data} holds no picture that can be packed; give another --data.")
+        seed = job.listing.index.manifest.shuffle_seed if job.seed is None else job.seed
         facts = {
-            "container": job.config.container,
-            "class_names": tuple(job.listing.facts.class_names),
-            "shuffle_seed": job.listing.index.manifest.shuffle_seed if job.seed is None else job.seed,
-            "settings": job.config.settings,
-            "ignored": job.listing.facts.ignored,
-        }
+            "container": job.config.container, "settings": job.config.settings, "shuffle_seed": seed,
+            "class_names": tuple(job.listing.facts.class_names), "ignored": job.listing.facts.ignored,
+        }  # fmt: skip
         return join(job.config.out, job.num_shards, facts, beton)
 
 
@@ -261,11 +255,9 @@ def _refuse_other_work(config: PackConfig, found: dict | None, wanted: dict) -> 
             f"{config.out} holds an unfinished packing with other settings ({name} {found.get(name)}, now {wanted.get(name)}): run "
             "it as it was begun, pass --overwrite to begin anew, or give another --out."
         )
-    files = packed.format_files(config.out)
-    if files:
+    if old := packed.format_files(config.out):
         raise packed.ShardError(
-            f"{config.out} already holds a packed data set ({files[0].name}): pass --overwrite to replace it, or give "
-            "another --out."
+            f"{config.out} already holds a packed data set ({old[0].name}): pass --overwrite to replace it, or give another --out."
         )
 
 
@@ -481,8 +473,7 @@ def _written(job: Job, todo: list[int], workers: int) -> Iterator[tuple[int, Rep
             yield written.result()
     except BrokenExecutor:
         raise ValueError(
-            "A worker process died while it was packing: run the same command again, it goes on with the shards that are "
-            "missing (with fewer --workers, if memory ran out)."
+            "A worker process died while it was packing: run the same command again (with fewer --workers, if memory ran out)."
         ) from None
     finally:
         stopped.set()
@@ -501,11 +492,9 @@ def _write_in_worker(shard: int) -> tuple[int, Report]:
 
 
 def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> DatasetIndex:
-    """Write index, names, lists and manifest of the `num_shards` reported shards of `out`, and open the set.
-
-    `facts`: what the manifest says and no report knows. `beton`, if any, has all of them by now. May be stopped at any moment
-    and called again. One report is in memory at a time.
-    """
+    """Write index, names, lists and manifest of the `num_shards` reported shards of `out`, and open the set. `facts`: what the
+    manifest says and no report knows. `beton`, if any, has all of them by now. May be stopped at any moment and called again. One
+    report is in memory at a time."""
 
     def reports() -> Iterator[Report]:
         return (Report.load(report_path(out, shard)) for shard in range(num_shards))
@@ -561,8 +550,7 @@ def _command(config: PackConfig) -> None:
         index = pack(config, show_progress=True)
     except OSError as error:
         raise ValueError(
-            f"Packing {config.data} into {config.out} stopped ({guard.sentence_of(error)}): see to that and run the same command "
-            "again, it goes on where it stopped."
+            f"stopped ({guard.sentence_of(error)}): see to that and run the same command again, it goes on where it stopped."
         ) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what is finished lies in {config.out}, the same command goes on") from None
@@ -576,7 +564,7 @@ def _summary(index: DatasetIndex) -> str:
     rejected, changed = kinds_in_words(manifest.rejected), kinds_in_words(manifest.changed)
     return (
         f"Packed {len(index)} pictures of {len(index.class_names)} classes into {what}.\n"
-        f"Left out: {f'{rejected} (see {packed.REJECTED_NAME})' if rejected else 'none'}.\n"
-        f"Changed: {f'{changed} (see {packed.CHANGED_NAME})' if changed else 'none'}.\n"
+        f"Left out: {f'{rejected} (see {manifest.rejected_list.name})' if rejected else 'none'}.\n"
+        f"Changed: {f'{changed} (see {manifest.changed_list.name})' if changed else 'none'}.\n"
         f"Ignored, as no pictures: {kinds_in_words(manifest.ignored) or 'none'}."
     )

@@ -120,10 +120,8 @@ class Listing:
             raise ValueError(f"{self.path} cannot be read ({error}): {BEGIN_ANEW} to list the pictures anew.") from None
 
     def read(self, entry: Entry) -> bytes:
-        """The picture's bytes; of a file of its own, what there is now, whatever was listed. For several threads.
-
-        Raises BadPicture where the picture is to be left out, ValueError where packing is to stop: the source has gone.
-        """
+        """The picture's bytes; of a file of its own, what there is now, whatever was listed. For several threads. Raises
+        BadPicture where the picture is to be left out, ValueError where packing is to stop: the source has gone."""
         if entry.fault:
             raise BadPicture(*entry.fault.split(": ", 1))
         within = entry.container is not None
@@ -244,12 +242,10 @@ class ListingWriter:
         self.ignored[kind or (as_text(extension) if known else "of other kinds")] += 1
 
     def finish(
-        self, kind: str, root: bytes, *, classes: Iterable[bytes] = (), integers: bool = False, **facts: Any
+        self, kind: str, root: bytes, classes: Iterable[bytes] = (), integers: bool = False, **facts: Any
     ) -> None:
-        """Sort it. `classes`: those that may have no pictures; `facts`: others of `Facts`.
-
-        With `integers`, class texts that all are some are the labels.
-        """
+        """Sort it. `classes`: those that may have no pictures; `facts`: others of `Facts`. With `integers`, class texts that all
+        are some are the labels."""
         query = "SELECT DISTINCT coalesce(text, class) FROM found LEFT JOIN labels USING (sample)"
         texts = sorted({text for (text,) in self._database.execute(query)}.union(classes) - {None})
         labels, names = range(len(texts)), map(as_text, texts)
@@ -281,10 +277,8 @@ def kinds_in_words(counts: Mapping[str, int], most: int = 8) -> str:
 
 
 def list_source(data: str | os.PathLike[str], path: str | os.PathLike[str]) -> Source:
-    """List every picture of `data` in the file `path`, and open the listing.
-
-    Raises ValueError, with the remedy, where `data` is nothing that has pictures or something in it cannot be looked at.
-    """
+    """List every picture of `data` in the file `path`, and open the listing. Raises ValueError, with the remedy, where `data` is
+    nothing that has pictures or something in it cannot be looked at."""
     data, path = Path(data), Path(path)
     if is_packed(data):
         return PackedListing(data)
@@ -466,7 +460,7 @@ def _members(file: BinaryIO, path: str) -> Iterator[tuple[tarfile.TarFile, tarfi
             raise tarfile.TarError(f"no header and no end can be read at byte {tar.offset}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is no tar, damaged, cut short or compressed ({error}): decompress it, copy it or pack it anew."
+            f"{path} is no tar, damaged, cut short or compressed ({error}): copy or decompress it."
         ) from None
 
 

@@ -20,7 +20,7 @@ from rich.progress import DownloadColumn, Progress
 if __package__ in (None, ""):  # run as a script: Python then looks beside this file, not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.index import INDEX_NAME, MANIFEST_NAME, DatasetIndex, ShardError, StoredFile, format_files, stored_file
+from data_prep.index import MANIFEST_NAME, DatasetIndex, ShardError, StoredFile, format_files, stored_file
 from inscon.guard import run_script
 
 _LISTED_PER_FILE = 20
@@ -44,7 +44,7 @@ def verify(path: tyro.conf.Positional[Path], *, show_progress: tyro.conf.Suppres
         for stored in files:
             faults[stored.name] = fault = _fault_of(index, stored, functools.partial(progress.advance, task))
             samples = []
-            if fault and not faults[INDEX_NAME] and stored in index.manifest.shards:  # else its samples cannot be told
+            if fault and stored in index.manifest.shards and not faults[index.manifest.index.name]:  # which tells them
                 samples = _damaged_samples(index, stored)
                 fault += "" if samples else ", but its samples are whole"
             found += [f"{stored.name} {fault}: {index.manifest.repair}.", *samples] if fault else []

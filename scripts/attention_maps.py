@@ -39,8 +39,7 @@ class AttentionConfig:
     """Run folders, checkpoints or exported files, one column each; "random" for the first one's network before training."""
     pictures: tuple[Path, ...]  # Image files, one row each.
     out: Path = Path("attention.png")  # The PNG.
-    side: int = 448
-    """Shorter side that the network sees, px, at least 64; both sides are rounded to multiples of 32."""
+    side: int = 448  # Shorter side that the network sees, px, at least 64; both sides are rounded to multiples of 32.
 
 
 def main(config: AttentionConfig) -> Path:
@@ -48,9 +47,7 @@ def main(config: AttentionConfig) -> Path:
     guard.check_ranges(config, side=64)
     first = next((run for run in config.runs if run != "random"), None)
     if first is None:
-        raise ValueError(
-            '--runs must name a run, whose network "random" is before training. Found: random alone, or nothing'
-        )
+        raise ValueError('--runs must name a run; "random" is its network before training. Found: no run')
     if not config.pictures:
         raise ValueError("--pictures must name image files. Found: none")
     pictures = [picture_of(path, config.side) for path in config.pictures]

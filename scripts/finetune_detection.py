@@ -42,8 +42,7 @@ class DetectionConfig(Protocol):
     val_images: Path  # The folder its file names start from.
     out: Path  # Receives everything; a run that stopped goes on from here.
     eval_only: bool = False  # Judge the detector in --out; nothing is trained.
-    arch: Literal["maskrcnn-fpn", "fasterrcnn-fpn"] | None = None
-    """The detector; fasterrcnn learns boxes alone."""
+    arch: Literal["maskrcnn-fpn", "fasterrcnn-fpn"] | None = None  # The detector; fasterrcnn learns boxes alone.
     train_json: Path | None = None  # Annotations to learn from.
     train_images: Path | None = None  # The folder its file names start from.
     weights: str | None = None
@@ -51,8 +50,7 @@ class DetectionConfig(Protocol):
     backbone: str | None = None  # The network. None: what --weights holds; for a word, resnet50.
     checkpoint_every: int = 1000  # Iterations.
     log_every: int = 20  # Iterations between lines of metrics.jsonl.
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of the convolutions; boxes, losses and weights are float32."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # Of the convolutions; all else is float32.
     workers: int = 4  # Threads that read pictures ahead.
 
     def __post_init__(self):

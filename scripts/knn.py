@@ -35,8 +35,7 @@ class FrozenConfig:
     view_size: int | None = None  # Side of the crops, px. None: as the run was trained.
     pipeline: Engine = "auto"  # Engine that reads the shards.
     threads: int | None = None  # Of the loader, per rank. None: its share of the cores.
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of the backbone; what is learned on top of it is float32."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # Of the backbone; what learns on top is float32.
 
 
 @dataclass(frozen=True, kw_only=True)

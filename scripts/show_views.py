@@ -31,8 +31,7 @@ from pipelines.color import MEAN, STD
 from pipelines.reference import picture_of
 
 CELLS = 3  # Per side of the grid over what two views share.
-LEAST_SIDE = 192
-"""Smaller views are enlarged by a whole number of times, so that the cells' numbers can be read."""
+LEAST_SIDE = 192  # Smaller views are enlarged by a whole number of times, so that the cells' numbers can be read.
 
 
 def options() -> argparse.ArgumentParser:

@@ -472,7 +472,7 @@ def test_places_that_cannot_be_are_refused(tmp_path, data):
 def test_a_set_is_not_replaced_by_what_is_packed_from_it(tmp_path, data, name):
     out = run_pack(data, tmp_path / "out", "beton" if "beton" in name else "tar").path
     before = contents(out)
-    with pytest.raises(ValueError, match=rf"{name} is of the set in --out .*out, which it would replace; give another"):
+    with pytest.raises(ValueError, match=rf"{name} is part of --out .*out, to be replaced; give another"):
         run_pack(out / name, out, overwrite=True)
     assert contents(out) == before
 
