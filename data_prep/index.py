@@ -253,9 +253,8 @@ class DatasetIndex:
 
     def expect(self, sample_ids: ArrayLike) -> None:
         """Tell the system which samples will be read soon, so that a disk can fetch them side by side; Linux listens."""
-        records = self._records[self._checked(sample_ids)]
-        columns = (records[name].tolist() for name in ("shard", "offset", "byte_count"))
-        for shard, offset, byte_count in zip(*columns, strict=True):
+        columns = ["shard", "offset", "byte_count"]
+        for shard, offset, byte_count in self._records[columns][self._checked(sample_ids)].tolist():
             with contextlib.suppress(OSError, ShardError):  # whose turn comes when the sample is read
                 file = self._file(self.manifest.shards[shard].name)
                 os.posix_fadvise(file.fileno(), offset, byte_count, os.POSIX_FADV_WILLNEED)

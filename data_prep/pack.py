@@ -522,14 +522,13 @@ def join(out: Path, num_shards: int, facts: dict, beton: BetonFile | None) -> Da
             num_changed += len(report.changed)
             for file, entries in ((rejected, report.rejected), (changed, report.changed)):
                 file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
-    counts = num_samples, num_samples, kinds.total(), num_changed
-    lists = zip(packed.LISTS.items(), counts, strict=True)
+    counts = zip(packed.LISTS.items(), (num_samples, num_samples, kinds.total(), num_changed), strict=True)
     manifest = Manifest(
         num_samples=num_samples,
         rejected=dict(sorted(kinds.items())),
         changed=dict(sorted(changes.items())),
         content=content.hexdigest(),
-        **{role: packed.stored_file(out / name, count) for (role, name), count in lists},
+        **{role: packed.stored_file(out / name, count) for (role, name), count in counts},
         shards=tuple(shards) if beton is None else (beton.commit(),),
         **facts,
     )
