@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import Progress
 
-from data_prep.index import BETON_NAME, MANIFEST_NAME, Manifest, ShardError, StoredFile, stored_file
+from data_prep.index import BETON_NAME, FORMAT, MANIFEST_NAME, Manifest, ShardError, StoredFile, stored_file
 from inscon import guard
 
 CACHE_GB = 200.0
@@ -69,7 +69,7 @@ def local_copy(data: Path, cache_dir: Path | None = None, cache_gb: float = CACH
     cache = Path(cache_dir or Path(cache_home, "inscon-stores")).absolute()
     try:
         store = Store(address, cache, cache_gb)
-        return store.fetch_set() or store.fetch_pictures(pictures)
+        return store.fetch_set(pictures) or store.fetch_pictures(pictures)
     except OSError as error:
         raise ValueError(
             f"{address} cannot be kept in {cache} ({guard.sentence_of(error)}); make room there or set another --cache-dir"
@@ -84,15 +84,15 @@ class Store:
         self._fs, self._root = _file_system(address)
         self._stopped, self._tell = threading.Event(), lambda byte_count: None
 
-    def fetch_set(self) -> Path | None:
-        """The packed set at the address; None where there is none."""
+    def fetch_set(self, pictures: bool) -> Path | None:
+        """The packed set at the address; None where there is none, or the manifest of something else beside `pictures`."""
 
         def read() -> bytes | None:
             with contextlib.suppress(FileNotFoundError):
                 return self._fs.cat_file(f"{self._root}/{MANIFEST_NAME}")
 
         content = self._patiently(MANIFEST_NAME, read)
-        if content is None:
+        if content is None or (pictures and FORMAT.encode() not in content[:100]):
             return None
         folder = self._fetch(content, Manifest.parse(content, f"{self._address}: {MANIFEST_NAME}").files)
         with guard.whole_file(folder / MANIFEST_NAME) as file:  # last: a folder that has one is complete

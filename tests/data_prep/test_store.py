@@ -355,12 +355,13 @@ def test_an_unknown_address_is_a_sentence(tmp_path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Class folders with blanks in their names, a file that is no picture, and the same as a tar."""
+    """Class folders with blanks in their names, files that are no pictures, and the same as a tar."""
     folder, rng = tmp_path_factory.mktemp("pictures") / "of all", np.random.default_rng(0)
     for i in range(12):
         (folder / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"class {i % 2}/{i} ü.jpg")
     (folder / "class 0/notes.txt").write_text("none")
+    (folder / "manifest.json").write_text("{}")  # of somebody else's
     subprocess.run(["tar", "-C", folder, "-cf", folder.parent / "all.tar", "class 0", "class 1"], check=True)
     return folder
 
@@ -389,5 +390,5 @@ def test_pictures_of_a_store_are_packed_as_those_of_a_folder(server, memory, pic
     made = pack(address, tmp_path / "made", workers=1, cache_dir=tmp_path / "cache")
     assert made.fingerprint == local.fingerprint and made.class_names == ("class 0", "class 1") and len(made) == 12
     assert [made.name(i) for i in range(12)] == [local.name(i) for i in range(12)]
-    assert kind in ("tar", "packed") or made.manifest.ignored == {".txt": 1}
+    assert kind in ("tar", "packed") or made.manifest.ignored == {".json": 1, ".txt": 1}
     assert max(Counter(name for name, _ in server.asked if name.endswith(".jpg")).values(), default=1) == 1
