@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import struct
 import sys
 import tarfile
 import threading
@@ -277,9 +276,6 @@ def _job_of_rank_0(config: PackConfig, ranks: Ranks, console: Console) -> Job | 
     return Job(config, open_listing(config.data, state / _LISTING_NAME), ranks)
 
 
-_RECORD = struct.Struct("<QQQIIIIiI")  # RECORD_DTYPE: 48 bytes, where a tuple of Python's numbers has ten times as many
-
-
 @dataclass
 class Report:
     """What one shard holds; written after its file."""
@@ -324,7 +320,8 @@ class Samples:
         key, start = f"{self._shard:06d}_{len(report):06d}", self._byte_count + tarfile.BLOCKSIZE
         cls = b"" if label == NO_LABEL else _tar_member(f"{key}.cls", b"%d" % label)
         self._write(_tar_member(f"{key}.jpg", content) + cls)
-        report.rows += _RECORD.pack(start, len(report.names), checksum, len(content), 0, height, width, label, encoding)
+        row = start, len(report.names), checksum, len(content), 0, height, width, label, encoding
+        report.rows += np.array(row, RECORD_DTYPE).tobytes()
         report.names += as_bytes(name) + b"\n"
         if changes:
             report.changed.append({"name": name, "changes": list(changes)})

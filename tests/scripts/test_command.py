@@ -78,6 +78,7 @@ COMPLETED = {
     "inscon train --target-m": {"--target-momentum"},  # of some methods
     "inscon train --recipe moco": {"moco_v1", "moco_v2"},
     "inscon views --ste": {"--step"},
+    "inscon views --ou": {"--out"},
     "inscon report --decode m": {"mixed"},
     "inscon report --predict h": {"h100x8"},
     "inscon knn --vi": {"--view-size"},
