@@ -311,13 +311,13 @@ class Samples:
 
     def __init__(self, file: BinaryIO, shard: int) -> None:
         self.report = Report()
-        self._file, self._shard, self._hash, self._byte_count = file, shard, xxhash.xxh3_128(), 0
+        self._file, self._shard, self._hash = file, shard, xxhash.xxh3_128()
 
     def add(self, picture: Prepared, label: int, name: str) -> None:
         """Append a sample; one without a label has no .cls."""
         content, encoding, height, width, changes = picture
         report, checksum = self.report, xxhash.xxh3_64_intdigest(content)
-        key, start = f"{self._shard:06d}_{len(report):06d}", self._byte_count + tarfile.BLOCKSIZE
+        key, start = f"{self._shard:06d}_{len(report):06d}", self._file.tell() + tarfile.BLOCKSIZE
         cls = b"" if label == NO_LABEL else _tar_member(f"{key}.cls", b"%d" % label)
         self._write(_tar_member(f"{key}.jpg", content) + cls)
         row = start, len(report.names), checksum, len(content), 0, height, width, label, encoding
@@ -328,14 +328,13 @@ class Samples:
 
     def finish(self, name: str) -> None:
         """The end of the file, which is called so: two empty blocks, filled up to a whole record."""
-        end = self._byte_count + 2 * tarfile.BLOCKSIZE
+        end = self._file.tell() + 2 * tarfile.BLOCKSIZE
         self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-        self.report.file = StoredFile(name, self._byte_count, len(self.report), self._hash.hexdigest())
+        self.report.file = StoredFile(name, self._file.tell(), len(self.report), self._hash.hexdigest())
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
-        self._byte_count += len(data)
 
 
 _TAR_HEADER = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))

@@ -3,10 +3,9 @@
     prepared = prepare_picture(path.read_bytes(), Treatment(short_side=256))
     picture = read_picture(path)        the same pixels, for who wants no packed set: detection, attention maps
 
-A sound JPEG that needs nothing is stored byte for byte. What some reader of the shards could not decode, or would
-decode differently, is encoded once as a plain JPEG; what is damaged, or no picture, is a `BadPicture`. Each picture is
-decoded whole, once, by libjpeg-turbo in strict mode: Pillow hides libjpeg's warnings and so takes corrupt data for
-sound.
+A sound JPEG that needs nothing is stored byte for byte. What some reader of the shards could not decode, or would decode
+differently, is encoded once as a plain JPEG; what is damaged, or no picture, is a `BadPicture`. Each picture is decoded whole,
+once, by libjpeg-turbo in strict mode: Pillow hides libjpeg's warnings and so takes corrupt data for sound.
 """
 
 import io

@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> Path:
 def sheet(config: Config, step: int = 0, images: int = 4) -> Image.Image:
     """What step `step` of a run as `config` says trains on: its first images, at most the batch. ValueError without shards."""
     config = resolve(config, 1)
-    if config.loader.data is None:
-        raise ValueError("there is nothing to draw without shards; set --data SHARDS")
+    if config.loader.data is None or config.loader.pipeline == "synthetic":
+        raise ValueError("there is nothing to draw without shards; set --data SHARDS and no --pipeline synthetic")
     feed = feed_of(config)
     with open_pipeline(feed, config.loader, start_step=step, total_steps=step + 1) as loader:
         batch = next(iter(loader))

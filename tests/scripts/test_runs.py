@@ -421,6 +421,7 @@ def test_a_probe_and_attention_maps_of_a_run(trained, shards, tmp_path):
     ("attention_maps.py", ["--runs", "RUN", "--pictures", "a.jpg", "--side", "0"], "--side must be at least 64. Found: 0"),
     ("show_views.py", [*SMALL, "--data", "SHARDS", "--images", "-1"], "--images must be at least 1. Found: -1"),
     ("show_views.py", [*SMALL, "--data", "SHARDS", "--step", "-1"], "--step must be at least 0. Found: -1"),
+    ("show_views.py", [*SMALL, "--data", "SHARDS", "--pipeline", "synthetic"], "there is nothing to draw without shards; .*"),
     ("demo.py", ["--held-out", "0"], "--held-out must be at least 1. Found: 0"),
     ("demo.py", ["--pictures", "0"], "--pictures must be at least 20. Found: 0"),
 ])  # fmt: skip
