@@ -20,10 +20,6 @@ _ELASTIC = {"max_steps", "optimizer", "graph", "precision", "gradient_compressio
 implementation; so may all of `loader`, and of `run` all but the seed."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can't be continued from; the message says why and what to do."""
-
-
 def save(run_dir: Path, contents: dict, keep: int) -> Path:
     """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`.
 
@@ -63,28 +59,30 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint without running any code that may be in it. CheckpointError if it isn't one of ours, or isn't finite."""
+    """Read a checkpoint without running any code that may be in it. ValueError if it isn't one of ours, or isn't finite."""
     if not Path(path).is_file():
-        raise CheckpointError(f"there is no checkpoint at {path}; give a step-*.pt file or a run folder that holds one")
+        raise ValueError(f"there is no checkpoint at {path}; give a step-*.pt file or a run folder that holds one")
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise  # which say nothing of the file
     except Exception as error:  # torch raises half a dozen types for damaged files
-        raise CheckpointError(
-            f"{path} can't be read as a checkpoint ({type(error).__name__}); {_without(path)}"
-        ) from error
+        raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}); {_without(path)}") from error
     version = contents.get("version") if isinstance(contents, dict) else None
     if version != VERSION:
-        raise CheckpointError(
+        raise ValueError(
             f"{path} is of checkpoint version {version}, this program reads {VERSION}; the commit that wrote it reads it, of "
             "version 1 a8f9974"
         )
     if broken := not_finite(contents):
-        raise CheckpointError(f"{path} is of a run that had diverged: {broken} is not finite; {_without(path)}")
+        raise ValueError(f"{path} is of a run that had diverged: {broken} is not finite; {_without(path)}")
     return contents
 
 
 def _without(path: Path) -> str:
-    """What to do about a checkpoint that is of no use."""
+    """What to do about a checkpoint that is of no use; a file that is none of ours is not to be deleted."""
+    if not Path(path).name.startswith(("step-", "probe")):
+        return "give a checkpoint of this program"
     before = max((other for other in Path(path).parent.glob("step-*.pt") if other < Path(path)), default=None)
     return f"delete it to go on from the one before, {before.name}" if before else "delete it to begin again"
 
@@ -111,7 +109,7 @@ def check_continues(contents: dict, path: Path, config: dict, data: str) -> list
     if said:
         helps = same_data and {("optim", name) for name in get_args(Changeable)} >= set(changed)
         flags = " ".join(sorted(name for _, name in changed))
-        raise CheckpointError(
+        raise ValueError(
             f"{path} belongs to another configuration: {'; '.join(said)}. Start with the old settings and data, "
             + (f"go on with the new ones by --change-on-resume {flags}, " if helps else "")
             + "or set another --run-dir"

@@ -53,9 +53,10 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
         status = 130 if say_once(f"{name}: {stopped.args[0] if stopped.args else 'stopped by Ctrl-C'}") else 0
     except (*REFUSALS, RuntimeError) as error:
         of_collective = isinstance(error, RuntimeError) and ("gloo" in str(error) or "Dist" in type(error).__name__)
-        if os.environ.get("INSCON_TRACEBACK") or not (of_collective or isinstance(error, REFUSALS)):
+        of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        if os.environ.get("INSCON_TRACEBACK") or not (of_collective or of_memory or isinstance(error, REFUSALS)):
             raise
-        about = sentence_of(error)
+        about = "memory ran out; set a smaller --batch-size" if of_memory else sentence_of(error)
         if of_collective:
             time.sleep(5)  # until the rank that ended has said why, and torchrun has stopped the others
             about = "another rank is gone, look for its own message, and run again"

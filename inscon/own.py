@@ -29,7 +29,7 @@ def fit(config: Config, start: Config, given: set[str], index, ranks: int) -> tu
     the set does not fill four batches.
     """
     newest = checkpoint.latest(config.run.run_dir)
-    run, lines, begun = SimpleNamespace(config=config), [], checkpoint.load(newest)["config"] if newest else {}
+    run, lines, begun = SimpleNamespace(config=config), [], checkpoint.load(newest).get("config", {}) if newest else {}
     for group, name, value, reason in _suited(run, start, index, ranks):
         before = getattr(run.config, group)
         if name in given:

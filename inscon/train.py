@@ -83,7 +83,7 @@ class Training:
 def set_up(config: Config, device: torch.device, data: str) -> Training:
     """Build everything a run needs from a resolved `config`, and continue from its newest checkpoint if there is one.
 
-    Raises ValueError or CheckpointError, before any work, with the value found and what to set.
+    Raises ValueError, before any work, with the value found and what to set.
     """
     check_installed(config.run.tracker)
     precision, world = choose_precision(config.optim.precision, device), distributed.world_size()

@@ -17,8 +17,9 @@ def settings_of(name: str) -> type[MethodSettings]:
     Raises ValueError for a name that is neither, and for a module that needs another one that is missing.
     """
     module = f"{__name__}.{name}" if name in names() else name
+    is_path = not all(map(str.isidentifier, name.split(".")))
     try:
-        found = importlib.import_module(module)
+        found = None if is_path else importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
             raise ValueError(

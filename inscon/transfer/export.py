@@ -26,10 +26,6 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """How the names of BatchNorm's buffers end."""
 
 
-class ExportError(ValueError):
-    """An export that cannot be written, or is not what it should be; the message says why and what to do."""
-
-
 def to_detectron2(name: str) -> str:
     """detectron2's name of a ResNet tensor of torchvision's: layer1.0.downsample.0.weight -> res2.0.shortcut.weight."""
     name = re.sub(r"\bbn(\d)\b", r"conv\1.norm", name)
@@ -39,17 +35,17 @@ def to_detectron2(name: str) -> str:
 
 
 def check_name(form: str, out: Path) -> None:
-    """ExportError unless a file for `form` may be called so: detectron2 loads nothing of a .pth, and trains from noise."""
+    """ValueError unless a file for `form` may be called so: detectron2 loads nothing of a .pth, and trains from noise."""
     suffix = ".pkl" if form == "detectron2" else ".pth"
     if out.suffix != suffix:
         name = out.with_suffix(suffix).name
-        raise ExportError(f"a file for {form} must end in {suffix}. Found: {out.name}; set --out {name}")
+        raise ValueError(f"a file for {form} must end in {suffix}. Found: {out.name}; set --out {name}")
 
 
 def export(run: Path, form: str, out: Path, statistics: dict | None = None, norm_batches: int = 0) -> dict:
     """Write the backbone of `run` (a checkpoint, or a run folder's newest) to `out`, which gets its name when it has been read back
     and found the same; return what travels in it. `statistics`: of `estimate_statistics` over `norm_batches`, in place of the
-    checkpoint's. Raises ExportError or CheckpointError, and leaves an older file as it is."""
+    checkpoint's. ValueError leaves an older file as it is."""
     out = Path(out)
     check_name(form, out)
     tensors, facts = gather(run, form, statistics, norm_batches)
@@ -66,7 +62,7 @@ def gather(run: Path, form: str, statistics: dict | None, norm_batches: int) -> 
     tensors, contents, file = read_run(run)
     backbone = contents["config"]["model"]["backbone"]
     if form not in ("timm", "hub") and backbone not in TORCHVISION:
-        raise ExportError(f"{form} has no {backbone}, which is a network of timm's; set --format timm")
+        raise ValueError(f"{form} has no {backbone}, which is a network of timm's; set --format timm")
     tensors |= statistics or {}
     facts = {name: contents[name] for name in ("step", "config", "data")}
     facts |= {"format": form, "checkpoint": file.name, "inscon": importlib.metadata.version("inscon")}
@@ -107,7 +103,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def any_backbone(source: str | Path, untrained: bool = False) -> tuple[Backbone, dict]:
     """A backbone in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it; `untrained`:
-    the network as that run began. Raises CheckpointError or ExportError."""
+    the network as that run began. Raises ValueError."""
     file = Path(source)
     if file.is_dir() or file.suffix == ".pt":
         tensors, held, file = read_run(file)
@@ -133,13 +129,13 @@ def rebuild(values: dict) -> Config:
 
 def read_run(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
     """Of a checkpoint, `path` or the newest of a run folder: the tensors of the backbone, what a method trains for others and never
-    its slow copy, by its library's names; all that it holds; its file. Raises CheckpointError."""
+    its slow copy, by its library's names; all that it holds; its file. Raises ValueError."""
     path = Path(path)
     file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
     contents = checkpoint.load(file)
     if "config" not in contents:
-        made_by = "is a detector of scripts/finetune_detection.py"
-        raise checkpoint.CheckpointError(f"{file} {made_by}; give the run folder of a scripts/train.py")
+        made_by = "is a detector of scripts/finetune_detection.py, or a probe of scripts/linear.py"
+        raise ValueError(f"{file} {made_by}; give the run folder of a scripts/train.py")
     prefix = contents["backbone"] + "."
     tensors = {
         name.removeprefix(prefix): value.cpu().contiguous()
@@ -151,18 +147,18 @@ def read_run(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of an export, by torchvision's or timm's names, and what travels with them; no code in it is run. Raises
-    ExportError for a file that is none, isn't finite, or isn't as it was written."""
+    ValueError for a file that is none, isn't finite, or isn't as it was written."""
     if not Path(path).is_file():
-        raise ExportError(f"there is no file {path}; give a run folder, a checkpoint, or a file of scripts/export.py")
+        raise ValueError(f"there is no file {path}; give a run folder, a checkpoint, or a file of scripts/export.py")
     try:
         tensors, facts = _read(path)
     except Exception as error:  # of torch and pickle alike, for whatever the file may be
         found = f"is no export of this program ({type(error).__name__})"
-        raise ExportError(f"{path} {found}; write one with scripts/export.py") from error
+        raise ValueError(f"{path} {found}; write one with scripts/export.py") from error
     if broken := checkpoint.not_finite(tensors):
-        raise ExportError(f"{path} is of a run that had diverged: {broken} is not finite; export an earlier step")
+        raise ValueError(f"{path} is of a run that had diverged: {broken} is not finite; export an earlier step")
     if digest(tensors) != facts.get("digest"):
-        raise ExportError(f"{path} is not as it was written, its checksum differs; export it again")
+        raise ValueError(f"{path} is not as it was written, its checksum differs; export it again")
     return tensors, facts
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from inscon import guard
 from inscon.nn.backbones import TORCHVISION, facts_of
 from inscon.report.run import read_metrics
-from inscon.transfer.export import ExportError, digest, for_detectron2, gather
+from inscon.transfer.export import digest, for_detectron2, gather
 from pipelines.color import MEAN, STD
 
 LINES = {
@@ -56,16 +56,16 @@ Settings:
 
 
 def check(out: Path, license: str | None) -> None:
-    """ExportError unless weights may be written to the folder `out`, under a license that somebody chose."""
+    """ValueError unless weights may be written to the folder `out`, under a license that somebody chose."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license or ""):
-        raise ExportError(f"the license of the weights is yours to choose. Found: {license}; set --license cc-by-4.0")
+        raise ValueError(f"the license of the weights is yours to choose. Found: {license}; set --license cc-by-4.0")
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
-        raise ExportError("--format hub needs the package safetensors: pip install 'inscon[hub]'") from None
+        raise ValueError("--format hub needs the package safetensors: pip install 'inscon[hub]'") from None
     guard.check_output_folder(out.parent)
     if out.exists() and any(out.iterdir()):
-        raise ExportError(f"--format hub writes a new or empty folder. Found: {out}; set another --out")
+        raise ValueError(f"--format hub writes a new or empty folder. Found: {out}; set another --out")
 
 
 def export(run: Path, out: Path, license: str, statistics: dict | None = None, norm_batches: int = 0) -> dict:

@@ -119,7 +119,7 @@ def test_timm_loads_its_own_networks_and_what_no_training_reached_is_listed(name
         theirs = theirs if theirs.ndim == 4 else theirs[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
         torch.testing.assert_close(theirs, backbone(pixels)[backbone.last])
     for form, out in (("torchvision", "b.pth"), ("mmdet", "b.pth"), ("detectron2", "b.pkl")):
-        with pytest.raises(export.ExportError, match=f"{form} has no {name}, .* set --format timm"):
+        with pytest.raises(ValueError, match=f"{form} has no {name}, .* set --format timm"):
             export.export(folder, form, tmp_path / out)
     if name == "convnext_atto":
         with pytest.raises(ValueError, match="a backbone with BatchNorm; .*leave it out"):
@@ -181,9 +181,7 @@ def test_reading_back_catches_what_is_wrong(run, tmp_path, change):
     file = tmp_path / "a.pth"
     export.export(run, "torchvision", file)
     export.read(spoiled(file, dict))
-    with pytest.raises(
-        export.ExportError, match="a.pth is not as it was written, its checksum differs; export it again"
-    ):
+    with pytest.raises(ValueError, match="a.pth is not as it was written, its checksum differs; export it again"):
         export.read(spoiled(file, change))
 
 
@@ -203,31 +201,39 @@ def test_an_export_that_is_wrong_never_gets_its_name(run, tmp_path, monkeypatch)
         write(opened, {n: torch.zeros_like(v) for n, v in tensors.items()}, facts)
 
     monkeypatch.setattr(export, "_write", careless)
-    with pytest.raises(export.ExportError, match="is not as it was written"):
+    with pytest.raises(ValueError, match="is not as it was written"):
         export.export(run, "torchvision", file)
     assert file.read_bytes() == b"an older file" and [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_wrong_use_is_one_sentence(run, tmp_path):
-    with pytest.raises(
-        export.ExportError, match=r"a file for detectron2 must end in .pkl.*Found: a.pth; set --out a.pkl"
-    ):
+    with pytest.raises(ValueError, match=r"a file for detectron2 must end in .pkl.*Found: a.pth; set --out a.pkl"):
         export.export(run, "detectron2", tmp_path / "a.pth")
-    with pytest.raises(export.ExportError, match=r"a file for mmdet must end in .pth.*Found: a.pkl"):
+    with pytest.raises(ValueError, match=r"a file for mmdet must end in .pth.*Found: a.pkl"):
         export.export(run, "mmdet", tmp_path / "a.pkl")
     (tmp_path / "b.pth").write_bytes(b"no such thing")
-    with pytest.raises(export.ExportError, match="b.pth is no export of this program"):
+    with pytest.raises(ValueError, match="b.pth is no export of this program"):
         export.read(tmp_path / "b.pth")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "c.pth")
-    with pytest.raises(export.ExportError, match="c.pth is no export of this program"):
+    with pytest.raises(ValueError, match="c.pth is no export of this program"):
         export.read(tmp_path / "c.pth")
-    with pytest.raises(export.ExportError, match="there is no file .*d.pth; give a run folder"):
+    (tmp_path / "foreign.pt").write_bytes(b"of another program")
+    with pytest.raises(ValueError, match=r"foreign.pt can't be read .*; give a checkpoint of this program$"):
+        export.any_backbone(tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="there is no file .*d.pth; give a run folder"):
         export.read(tmp_path / "d.pth")
     contents = checkpoint.load(checkpoint.latest(run))
     torch.save(contents | {"version": 99}, tmp_path / "old.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="is of checkpoint version 99, this program reads"):
+    with pytest.raises(ValueError, match="is of checkpoint version 99, this program reads"):
         export.export(tmp_path / "old.pt", "torchvision", tmp_path / "e.pth")
     assert not (tmp_path / "e.pth").exists()
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "a.pt"), torch.OutOfMemoryError("no room")])
+def test_what_says_nothing_of_a_checkpoint_is_no_reason_to_delete_it(run, monkeypatch, error):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        export.read_run(run)
 
 
 def test_weights_that_are_not_finite_are_no_export(run, tmp_path):
@@ -236,12 +242,12 @@ def test_weights_that_are_not_finite_are_no_export(run, tmp_path):
     broken = OrderedDict(dict(held) | {"conv1.weight": held["conv1.weight"] * torch.inf})
     broken.inscon = held.inscon
     torch.save(broken, tmp_path / "b.pth")
-    with pytest.raises(export.ExportError, match="b.pth .*: conv1.weight is not finite; export an earlier step"):
+    with pytest.raises(ValueError, match="b.pth .*: conv1.weight is not finite; export an earlier step"):
         export.any_backbone(tmp_path / "b.pth")
     contents = torch.load(checkpoint.latest(run), weights_only=True)
     contents["model"]["query_encoder.backbone.network.bn1.running_var"][0] = torch.nan
     torch.save(contents, tmp_path / "step-00000007.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="bn1.running_var is not finite; delete it to begin again"):
+    with pytest.raises(ValueError, match="bn1.running_var is not finite; delete it to begin again"):
         export.export(tmp_path / "step-00000007.pt", "torchvision", tmp_path / "c.pth")
     assert not (tmp_path / "c.pth").exists()
 
@@ -262,7 +268,7 @@ class Bomb:
 
 def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path, capsys):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {}, "inscon": Bomb()}))
-    with pytest.raises(export.ExportError, match=r"a.pkl is no export of this program \(UnpicklingError\)"):
+    with pytest.raises(ValueError, match=r"a.pkl is no export of this program \(UnpicklingError\)"):
         export.read(tmp_path / "a.pkl")
     assert "run by a pickle" not in capsys.readouterr().out
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from inscon import guard
 
@@ -31,6 +32,11 @@ def refused(error: BaseException, capsys) -> tuple[int, str]:
         (OSError(27, "File too large", "/gone/file"), 1, "some.py: /gone/file: File too large\n"),
         (PermissionError(13, "Permission denied", "x.pth"), 1, "some.py: x.pth: Permission denied\n"),
         (MemoryError(), 1, "some.py: memory ran out\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            1,
+            "some.py: memory ran out; set a smaller --batch-size\n",
+        ),
         (TimeoutError("no batch came"), 1, "some.py: no batch came\n"),
         (KeyboardInterrupt(), 130, "some.py: stopped by Ctrl-C\n"),
         (KeyboardInterrupt("stopped; run again"), 130, "some.py: stopped; run again\n"),
@@ -38,6 +44,12 @@ def refused(error: BaseException, capsys) -> tuple[int, str]:
 )
 def test_what_a_user_can_cause_is_one_line(error, status, sentence, capsys):
     assert refused(error, capsys) == (status, sentence)
+
+
+def test_memory_that_the_host_lacks_is_one_line_too(capsys):
+    with pytest.raises(SystemExit):
+        guard.run_script("some.py", lambda: torch.empty(2**62, dtype=torch.uint8))
+    assert capsys.readouterr().err == "some.py: memory ran out; set a smaller --batch-size\n"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

@@ -89,14 +89,14 @@ def test_timm_adds_a_classifier_and_knows_how_pictures_come(shared):
 
 def test_wrong_use_is_one_sentence_and_leaves_nothing(shared, tmp_path, small_files, monkeypatch):
     _, run, folder = shared
-    with pytest.raises(export.ExportError, match="yours to choose. Found: None; set --license cc-by-4.0"):
+    with pytest.raises(ValueError, match="yours to choose. Found: None; set --license cc-by-4.0"):
         hub.check(tmp_path / "a", None)
-    with pytest.raises(export.ExportError, match="Found: my own\nterms; set --license"):
+    with pytest.raises(ValueError, match="Found: my own\nterms; set --license"):
         hub.check(tmp_path / "a", "my own\nterms")
-    with pytest.raises(export.ExportError, match="a new or empty folder. Found: .*out; set another --out"):
+    with pytest.raises(ValueError, match="a new or empty folder. Found: .*out; set another --out"):
         hub.check(folder, "mit")
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
-    with pytest.raises(export.ExportError, match="needs the package safetensors: pip install 'inscon.hub.'"):
+    with pytest.raises(ValueError, match="needs the package safetensors: pip install 'inscon.hub.'"):
         hub.check(tmp_path / "a", "mit")
     monkeypatch.undo()
     with small_files(10_000), pytest.raises(OSError, match="File too large"):

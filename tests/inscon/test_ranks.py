@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from inscon import distributed
 from tests.inscon.rank_worker import counted, to_normalize
 
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -140,3 +141,11 @@ def test_the_few_collectives_beside_them(run):
     assert run("collectives", 2)["counted"] == counted(1)
     two = run("collectives", 2)
     assert two["stop"] is True and two["worst"] == {"rank": 1.0} and two["total"] == {"rank": 3.0}
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="a rank takes a GPU, and this machine has 4; set --nproc_per_node 4"):
+        distributed.start()

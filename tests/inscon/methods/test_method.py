@@ -34,7 +34,7 @@ def test_methods_are_found_by_name():
     assert issubclass(methods.settings_of(TOY), methods.MethodSettings)
 
 
-@pytest.mark.parametrize("name", ["simsiam_of_mine", "json", "inscon.nn.norm", "method"])
+@pytest.mark.parametrize("name", ["simsiam_of_mine", "json", "inscon.nn.norm", "method", "./agree", "agree.py", ""])
 def test_what_is_no_method_is_refused(name):
     with pytest.raises(
         ValueError, match=f"no method {name}; set --method to one of .*inscon, .*moco, .*or to a module"
