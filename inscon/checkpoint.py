@@ -21,11 +21,9 @@ implementation; so may all of `loader`, and of `run` all but the seed."""
 
 
 def save(run_dir: Path, contents: dict, keep: int) -> Path:
-    """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`.
-
-    FloatingPointError for weights or momentum that are not finite: nothing is written then, and nothing removed. The caller is
-    the only process that writes into `run_dir`: what killed ones left unfinished goes.
-    """
+    """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`. The caller
+    is the only process that writes into `run_dir`: what killed ones left unfinished goes. FloatingPointError for weights or
+    momentum that are not finite: nothing is written then, and nothing removed."""
     folder = Path(run_dir) / "checkpoints"
     if broken := not_finite(contents):
         raise FloatingPointError(f"step {contents['step']} is not saved: {broken} is not finite any more")
@@ -70,10 +68,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}); {_without(path)}") from error
     version = contents.get("version") if isinstance(contents, dict) else None
     if version != VERSION:
-        raise ValueError(
-            f"{path} is of checkpoint version {version}, this program reads {VERSION}; the commit that wrote it reads it, of "
-            "version 1 a8f9974"
-        )
+        said = f"{path} is of checkpoint version {version}, this program reads {VERSION}"
+        raise ValueError(f"{said}; the commit that wrote it reads it, of version 1 a8f9974")
     if broken := not_finite(contents):
         raise ValueError(f"{path} is of a run that had diverged: {broken} is not finite; {_without(path)}")
     return contents
@@ -88,10 +84,8 @@ def _without(path: Path) -> str:
 
 
 def check_continues(contents: dict, path: Path, config: dict, data: str) -> list[str]:
-    """Refuse to continue a checkpoint with settings, or shards, under which it would become another run.
-
-    Returns what `run.change_on_resume` lets change, "lr 0.03 -> 0.01" for each setting.
-    """
+    """ValueError for settings, or shards, under which a checkpoint would become another run. Returns what `run.change_on_resume`
+    lets change, "lr 0.03 -> 0.01" for each setting."""
     changed = {
         (group, name): (before, now.get(name))
         for group, now in config.items()

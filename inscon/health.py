@@ -15,8 +15,7 @@ from inscon.methods.method import Method
 
 LEAK_TOP1 = 0.99
 """Share of queries that find their key; above it BatchNorm gives the answer away (MoCo, section 3.3)."""
-LEAK_LOOKS = 3
-"""In so many log lines one after the other."""
+LEAK_LOOKS = 3  # In so many log lines one after the other.
 LEAST_KEYS = 4096
 """Keys that a positive must beat for its share to tell anything: among a few hundred, a good run finds its own nearly always."""
 CONCENTRATED = 0.995
@@ -25,20 +24,13 @@ which took sound runs to 0.954 (SimCLR) and 0.987 (MoCo with ResNet-18) before t
 SHRUNK = 10
 """The mean squared distance of embeddings from their mean must have been so many times as large once: a fresh network's are alike,
 too, and stay so while the rate warms up."""
-RENEWED = 0.5
-"""Least share of the keys that should have been replaced which must have been."""
-LOOKED_AT = 8192
-"""Keys whose length and rank are taken at most."""
+RENEWED = 0.5  # Least share of the keys that should have been replaced which must have been.
+LOOKED_AT = 8192  # Keys whose length and rank are taken at most.
 
 
 class Health:
-    """Looks at a method at every log line and remembers what it saw at the one before.
-
-    Args:
-        method: as trained; slow copies and queues are read, nothing is written.
-        step: at which the looking begins.
-        norm: how BatchNorm is kept from leaking, for sentences.
-    """
+    """Looks at a method at every log line, from `step` on, and remembers what it saw at the one before; nothing is written. `norm`:
+    how BatchNorm is kept from leaking, for sentences."""
 
     def __init__(self, method: Method, step: int, norm: str):
         self._method, self._step, self._norm = method, step, norm
@@ -48,13 +40,8 @@ class Health:
         self._before = self._fingerprints()
 
     def look(self, step: int, values: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Figures for the metrics and the warnings that are new, each a sentence, at `step`; `values` are those of the log line.
-
-        Figures: `key_moved`, share of the slow copies' tensors that changed since the last look; `key_distance`, between their
-        weights and those they follow, of the latter's length; by queue, `queue_renewed_NAME`, share of the keys that should have
-        been replaced since and were, and of the new keys `length_NAME` of their mean, 0 (in all directions) to 1 (all are one),
-        and `rank_NAME`, their effective rank. Of a method without queues, the lengths that its losses come with are judged.
-        """
+        """Figures for the metrics (docs/healthy-run.md says of what) and the warnings that are new, each a sentence, at `step`;
+        `values` are those of the log line. Of a method without queues, the lengths that its losses come with are judged."""
         steps, now = step - self._step, self._fingerprints()
         if steps < 1:
             return {}, []
@@ -72,9 +59,9 @@ class Health:
         fading = all(follower.fading for follower in self._method.followers)
         if fading or figures.get("key_moved") != 0 or figures["key_distance"] == 0:
             return {}
+        learns = f"of one that learns nothing (is its momentum, {self._method.followers[0].momentum}, 1?)"
         return {
-            "stale": f"the slow copy of the network has not moved in {steps} steps: its keys or targets are of one that learns "
-            f"nothing (is its momentum, {self._method.followers[0].momentum}, 1?)"
+            "stale": f"the slow copy of the network has not moved in {steps} steps: its keys or targets are {learns}"
         }
 
     def _leaks(self, values: dict[str, float]) -> dict[str, str]:
@@ -83,10 +70,8 @@ class Health:
             size, top1 = len(queue.keys), values.get(f"top1_{name}", 0.0)
             self._looks[name] = self._looks[name] + 1 if size >= LEAST_KEYS and top1 > LEAK_TOP1 else 0
             if self._looks[name] == LEAK_LOOKS:
-                found[f"leak {name}"] = (
-                    f"{100 * top1:.1f} % of the queries find their key among {size} others: BatchNorm may give the answer away "
-                    f"(is norm, {self._norm}, without a shuffle?)"
-                )
+                away = f"BatchNorm may give the answer away (is norm, {self._norm}, without a shuffle?)"
+                found[f"leak {name}"] = f"{100 * top1:.1f} % of the queries find their key among {size} others: {away}"
         return found
 
     def _collapses(self, figures: dict[str, float]) -> dict[str, str]:
@@ -142,10 +127,8 @@ class Health:
 
 
 def effective_rank(rows: Float[Tensor, "N D"]) -> float:
-    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the singular values' shares in their sum.
-
-    From 1, all rows are multiples of one, to the lesser of N and D. The values are roots of a D x D matrix's, which the host takes.
-    """
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the singular values' shares in their sum. From 1, all
+    rows are multiples of one, to the lesser of N and D. The values are roots of a D x D matrix's, which the host takes."""
     rows = rows.double()
     singular = torch.linalg.eigvalsh((rows.T @ rows).cpu()).clamp(min=0).sqrt()
     share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)

@@ -14,20 +14,16 @@ from inscon.config import Config
 
 STEPS, EPOCHS = 50_000, 800
 """A run of a small set comes as near to so many steps as so many epochs allow."""
-LEAST = 8
-"""Images of a rank in a step: BatchNorm needs two groups of a whole mosaic."""
+LEAST = 8  # Images of a rank in a step: BatchNorm needs two groups of a whole mosaic.
 USUAL_CROP = 0.76
 """Mean side of a crop that covers 20 to 100 % of a square: 2/3 * (1 - 0.2 ** 1.5) / 0.8."""
-FAR = 2.5
-"""How many times too high or low a learning rate is, to be warned of."""
+FAR = 2.5  # How many times too high or low a learning rate is, to be warned of.
 
 
 def fit(config: Config, start: Config, given: set[str], index, ranks: int) -> tuple[Config, list[str]]:
-    """`config` with what suits the pictures of `index` in all fields that are not `given`; a line about each, and warnings.
-
-    `start` has the method's settings for ImageNet. A run that has begun keeps its own, whatever `ranks` is now. ValueError where
-    the set does not fill four batches.
-    """
+    """`config` with what suits the pictures of `index` in all fields that are not `given`; a line about each, and warnings. `start`
+    has the method's settings for ImageNet. A run that has begun keeps its own, whatever `ranks` is now. ValueError where the set
+    does not fill four batches."""
     newest = checkpoint.latest(config.run.run_dir)
     run, lines, begun = SimpleNamespace(config=config), [], checkpoint.load(newest).get("config", {}) if newest else {}
     for group, name, value, reason in _suited(run, start, index, ranks):
@@ -78,10 +74,9 @@ def _warnings(config: Config, start: Config, images: int) -> Iterator[str]:
     batch, rate = config.optim.batch_size, _rate(config, start)
     steps = config.method.memory(batch)
     if steps * batch > images / 2:
-        yield (
-            f"warning: the queue holds {steps * batch} keys and the set {images} pictures, so many a picture meets its own older "
-            f"key as a negative; set --queue-size {max(images // 4 // batch, 1) * batch}"
-        )
+        found = f"warning: the queue holds {steps * batch} keys and the set {images} pictures"
+        remedy = f"set --queue-size {max(images // 4 // batch, 1) * batch}"
+        yield f"{found}, so many a picture meets its own older key as a negative; {remedy}"
     if not rate / FAR <= config.optim.lr <= rate * FAR:
         yield f"warning: --lr {config.optim.lr} is far from the {rate:g} that suits batch {batch}; nothing rescales it"
     if steps:

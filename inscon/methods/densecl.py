@@ -18,6 +18,7 @@ from inscon.methods.method import Keys, Losses, Piece, add_up
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import map_head
 from inscon.nn.loss import full_precision, unit
+from inscon.nn.pooling import places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,9 @@ class Encoder(moco.Encoder):
         features, dense = maps[self.backbone.last], self.dense(maps[self.backbone.last])
         return {
             "single": unit(self.head(self.backbone.pooled(maps))),
-            "dense": unit(_places(dense)),
-            "mean": unit(_places(dense).mean(1)),
-            "features": unit(_places(features.detach())),
+            "dense": unit(places(dense)),
+            "mean": unit(places(dense).mean(1)),
+            "features": unit(places(features.detach())),
         }
 
 
@@ -89,7 +90,3 @@ def best_matches(query: Float[Tensor, "B s F"], key: Float[Tensor, "B t F"]) -> 
     """The key place whose features, unit vectors, are most like those of each query place of the same image; in full precision."""
     with full_precision(query.device):
         return (query @ key.transpose(1, 2)).argmax(-1)
-
-
-def _places(feature_map: Float[Tensor, "B F h w"]) -> Float[Tensor, "B hw F"]:
-    return feature_map.permute(0, 2, 3, 1).flatten(1, 2)

@@ -20,8 +20,7 @@ from inscon.nn.heads import instance_head, jigsaw_head
 from inscon.nn.loss import unit
 from inscon.plan import NO_COLOR, ViewSpec
 
-LEVELS = (4, 8, 16, 32)
-"""Strides of the maps that are compared, px: res2 to res5."""
+LEVELS = (4, 8, 16, 32)  # Strides of the maps that are compared, px: res2 to res5.
 
 
 @dataclass(frozen=True, kw_only=True)

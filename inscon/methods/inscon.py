@@ -14,8 +14,8 @@ from inscon.batch import Batch
 from inscon.config import Config, ViewConfig
 from inscon.guard import check_ranges
 from inscon.methods import moco
-from inscon.methods.method import KeyMethod, Keys, Losses, Piece, add_up, queue_size, suited_queue
-from inscon.nn.backbones import Backbone, facts_of
+from inscon.methods.method import KeyMethod, Keys, Losses, Piece, add_up, need_strides, queue_size, suited_queue
+from inscon.nn.backbones import Backbone
 from inscon.nn.heads import instance_head, map_head
 from inscon.nn.loss import group_terms, row_logits, unit
 from inscon.nn.norm import frozen_statistics
@@ -23,8 +23,7 @@ from inscon.nn.pooling import precise_roi_pool
 from inscon.plan import Mosaics, ViewSpec
 
 HEADS = ("single", "multi", "cell")
-STRIDES = {"res4": 16, "res5": 32}
-"""Of the maps that can feed the cell head, px."""
+STRIDES = {"res4": 16, "res5": 32}  # Of the maps that can feed the cell head, px.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +61,8 @@ class Settings(moco.Settings):
         super().__post_init__()
         unknown = [name for name in self.heads if name not in HEADS]
         if unknown or not self.heads or len(set(self.heads)) != len(self.heads):
-            raise ValueError(
-                f"heads must be a choice of {' '.join(HEADS)}, each at most once. Found: {' '.join(self.heads)}"
-            )
+            found = " ".join(self.heads)
+            raise ValueError(f"heads must be a choice of {' '.join(HEADS)}, each at most once. Found: {found}")
         check_ranges(self, cell_dim=1, cell_grid=1, cell_temperature=1e-3)
 
     @property
@@ -79,17 +77,14 @@ class Settings(moco.Settings):
 
     def resolved(self, config: Config) -> "Settings":
         batch, size = config.optim.batch_size, config.views.view_size
-        if "cell" in self.heads and size // self.stride < 2:
-            raise ValueError(
-                f"the cell head needs a map of at least 2x2 features; {self.cell_stage} at view_size {size} has "
-                f"{size // self.stride}; set --view-size {2 * self.stride} or more"
-            )
-        strides = facts_of(config.model.backbone).channels
-        if "cell" in self.heads and self.stride not in strides:
-            raise ValueError(
-                f"cell_stage {self.cell_stage} is a map of stride {self.stride} px, which {config.model.backbone} lacks. Found: "
-                f"{', '.join(map(str, strides))}; set --cell-stage to the other one, or another --backbone"
-            )
+        if "cell" in self.heads:
+            if size < 2 * self.stride:
+                remedy = f"set --view-size {2 * self.stride} or more"
+                raise ValueError(
+                    f"the cell head needs a map of at least 2x2 features. Found: view_size {size}; {remedy}"
+                )
+            other = "set --cell-stage to the other one, or another --backbone"
+            need_strides(config.model.backbone, [self.stride], other)
         cells = queue_size("cell_queue_size", self.cell_queue_size, batch * self.cells)
         return dataclasses.replace(super().resolved(config), cell_queue_size=cells)
 
@@ -133,11 +128,8 @@ class Encoder(nn.Module):
     def forward(
         self, pixels: Float[Tensor, "B 3 S S"], overlap_box: Float[Tensor, "B 4"], flipped: Bool[Tensor, "B"]
     ) -> dict[str, Tensor]:
-        """Single views: `single [B D]` and `cell [B G*G D]`, as far as those heads exist.
-
-        `overlap_box` is in px of the view as it is seen here, after its flip. The grid of a flipped view is turned back, so
-        that cell c of a query and cell c of its key show the same part of the source (METHOD 7).
-        """
+        """Single views: `single [B D]` and `cell [B G*G D]`, as far as those heads exist. `overlap_box` is in px of the view as it
+        is seen here. The grid of a flipped view is turned back: cell c of query and key show one part of the source (METHOD 7)."""
         maps, out = self.backbone(pixels), {}
         if "single" in self.heads:
             out["single"] = unit(self.heads["single"](self.backbone.pooled(maps)))
@@ -154,10 +146,8 @@ class Encoder(nn.Module):
         return unit(self.heads["cell"](cells).flatten(2).transpose(1, 2))
 
     def forward_mosaic(self, mosaic: Float[Tensor, "M 3 C C"]) -> Float[Tensor, "M 4 D"]:
-        """Mosaics: one embedding per tile, UL UR LL LR, by the multi head.
-
-        The adaptive average pool 2x2 of paper section 3.2; on an even map its windows meet exactly at the seams.
-        """
+        """Mosaics: one embedding per tile, UL UR LL LR, by the multi head on the adaptive average pool 2x2 of paper section 3.2; on
+        an even map its windows meet exactly at the seams."""
         updates = self.settings.mosaic_updates_norm
         with contextlib.nullcontext() if updates else frozen_statistics(self.backbone):
             feature_map = self.backbone(mosaic)[self.backbone.last]

@@ -30,20 +30,17 @@ from inscon.nn.norm import KeyShuffle
 from inscon.nn.queue import KeyQueue
 from inscon.plan import ColorSpec, Grid, Mosaics, ViewSpec
 
-NORM_GROUP = 32
-"""Images normalized together: a GPU's share of the paper's batch of 256 on 8."""
+NORM_GROUP = 32  # Images normalized together: a GPU's share of the paper's batch of 256 on 8.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
     """Of this rank's images, on the device."""
 
-    total: Float[Tensor, ""]
-    """What is minimized."""
+    total: Float[Tensor, ""]  # What is minimized.
     logged: dict[str, Float[Tensor, ""]]
-    """Figures by name, means over the images. "loss_NAME": a part of the total, before its weight. "top1_NAME": share of queries
-    whose positive beats every negative, 0..1; above 99 % says that BatchNorm leaks. "length_NAME": of a batch's mean embedding,
-    0..1; near 1 all images look alike."""
+    """Means over the images. "loss_NAME": a part of the total, before its weight. "top1_NAME": share of queries whose positive
+    beats every negative, 0..1. "length_NAME": of a batch's mean embedding, 0..1; near 1 all images look alike."""
 
 
 def add_up(terms: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float | Tensor] | None = None) -> Losses:
@@ -123,8 +120,7 @@ class Method(nn.Module):
 
     backbone: Backbone
     """What is trained for others: exports, kNN, probe, attention maps and detectors take it."""
-    followers: "tuple[Follower, ...]" = ()
-    """Slow copies that move after every update."""
+    followers: "tuple[Follower, ...]" = ()  # Slow copies that move after every update.
     queues: dict[str, KeyQueue]
     """Queues of keys, by the name of the loss that reads them; empty where there are none."""
 
@@ -161,10 +157,8 @@ class Method(nn.Module):
 
 
 class Follower:
-    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision.
-
-    m is `momentum`, or what `schedule` has set last.
-    """
+    """A slow copy's weights: slow = m*slow + (1-m)*fast for every parameter, matched by name, in the weights' own precision. m is
+    `momentum`, or what `schedule` has set last."""
 
     def __init__(self, slow: nn.Module, fast: nn.Module, momentum: float, renamed: Callable[[str], str] = str):
         by_name = dict(fast.named_parameters())
@@ -204,12 +198,9 @@ def slow_copy(module: nn.Module) -> nn.Module:
 class Keys:
     """This rank's keys of one step, without gradient."""
 
-    own: dict[str, Tensor]
-    """By name, each beginning with [B]."""
-    queued: dict[str, Tensor]
-    """Those that join a queue, [B n D]."""
-    arriving: Callable[[], Tensor] | None
-    """Those of all ranks, on their way; None on one process."""
+    own: dict[str, Tensor]  # By name, each beginning with [B].
+    queued: dict[str, Tensor]  # Those that join a queue, [B n D].
+    arriving: Callable[[], Tensor] | None  # Those of all ranks, on their way; None on one process.
 
 
 class KeyMethod(Method):
@@ -287,13 +278,13 @@ class KeyMethod(Method):
             self.queues[name].enqueue(keys.flatten(0, 1))
 
 
-def need_strides(backbone: str, strides: Iterable[int]) -> None:
+def need_strides(backbone: str, strides: Iterable[int], remedy: str = "set --backbone resnet50, say") -> None:
     """ValueError unless the network has maps of these strides, px."""
     found = facts_of(backbone).channels
     if not set(strides) <= set(found):
+        needed, others = (", ".join(map(str, those)) for those in (strides, found))
         raise ValueError(
-            f"maps of the strides {', '.join(map(str, strides))} px are compared, and {backbone} has others. Found: "
-            f"{', '.join(map(str, found))}; set --backbone resnet50, say"
+            f"maps of strides {needed} px are needed, and {backbone} has others. Found: {others}; {remedy}"
         )
 
 
@@ -302,11 +293,8 @@ def queue_size(name: str, asked: int | None, per_step: int) -> int:
     if asked is None:
         return max(65536 // per_step, 1) * per_step
     if asked < per_step or asked % per_step:
-        nearest = max(round(asked / per_step), 1) * per_step
-        flag = name.replace("_", "-")
-        raise ValueError(
-            f"{name} must be a multiple of the {per_step} keys of one step. Found: {asked}; set --{flag} {nearest}"
-        )
+        remedy = f"set --{name.replace('_', '-')} {max(round(asked / per_step), 1) * per_step}"
+        raise ValueError(f"{name} must be a multiple of the {per_step} keys of one step. Found: {asked}; {remedy}")
     return asked
 
 
@@ -317,23 +305,17 @@ def suited_queue(images: int, batch_size: int, steps: int, per_image: int = 1) -
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """Fill in every None that depends on the batch and the number of ranks, and check what only shows together.
-
-    Raises ValueError with the value found and what to set instead.
-    """
+    """Fill in every None that depends on the batch and the number of ranks, and check what only shows together: ValueError with the
+    value found and what to set instead."""
     batch, model, of_four = config.optim.batch_size, config.model, config.method.mosaics() is not None
-    unit = (4 if of_four else 1) * world_size
+    unit, units = (4 if of_four else 1) * world_size, "4 images (one mosaic) times " if of_four else ""
     if batch % unit:
-        raise ValueError(
-            f"batch_size must be a multiple of {'4 images (one mosaic) times ' if of_four else ''}{world_size} rank(s). Found: "
-            f"{batch}; set --batch-size {max(batch // unit, 1) * unit}"
-        )
+        remedy = f"set --batch-size {max(batch // unit, 1) * unit}"
+        raise ValueError(f"batch_size must be a multiple of {units}{world_size} rank(s). Found: {batch}; {remedy}")
     per_rank = batch // world_size
     norm = _norm(config, per_rank, world_size)
     if norm == "shuffle" and world_size == 1:
-        raise ValueError(
-            "norm=shuffle permutes images over ranks and needs at least 2. Found: 1 rank; set --norm split"
-        )
+        raise ValueError("norm=shuffle is over ranks and needs at least 2. Found: 1 rank; set --norm split")
     split_size = _split_size(model.split_size, per_rank) if norm == "split" else None
     config = dataclasses.replace(config, model=dataclasses.replace(model, norm=norm, split_size=split_size))
     config = dataclasses.replace(config, method=config.method.resolved(config))
@@ -366,8 +348,7 @@ def _split_size(asked: int | None, per_rank: int) -> int:
         asked = per_rank // groups if groups > 1 else 4
     if asked % 4 or per_rank % asked or per_rank // asked < 2:
         raise ValueError(
-            f"norm=split needs at least 2 BatchNorm groups of whole mosaics: split_size must be a multiple of 4 that divides "
-            f"the {per_rank} images of a rank into 2 or more. Found: {asked}; set --split-size 4, and --batch-size to at least 8 "
-            "images per rank, a multiple of 4"
+            f"norm=split parts the {per_rank} images of a rank into at least 2 BatchNorm groups, each a multiple of 4. Found: "
+            f"{asked}; set --split-size 4, and --batch-size to at least 8 images per rank, a multiple of 4"
         )
     return asked

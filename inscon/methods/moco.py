@@ -14,8 +14,7 @@ from inscon.nn.heads import instance_head
 from inscon.nn.loss import unit
 from inscon.plan import ViewSpec
 
-FEW_KEYS = 16_384
-"""In a queue; a run with no more takes a lower temperature."""
+FEW_KEYS = 16_384  # In a queue; a run with no more takes a lower temperature.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +43,12 @@ class Settings(MethodSettings):
         queue = suited_queue(images, batch_size, steps)
         momentum = round(min(max(1 - 2 / steps, 0.99), self.key_momentum), 3)
         temperature = self.temperature if queue > FEW_KEYS else min(self.temperature, 0.1)
-        return {
-            "queue_size": (
-                queue,
-                "of a quarter of the set, or a 256th of the steps, for keys are soon outdated in short runs; 65536 at most",
-            ),
-            "key_momentum": (
-                momentum,
-                f"1 - 2/steps, for keys must follow within the {steps} steps; {self.key_momentum} at most",
-            ),
-            "temperature": (temperature, f"0.1 with {FEW_KEYS} keys or fewer, which are easily told apart"),
-        }
+        outdated = (
+            "of a quarter of the set, or a 256th of the steps, for keys are soon outdated in short runs; 65536 at most"
+        )
+        follow = f"1 - 2/steps, for keys must follow within the {steps} steps; {self.key_momentum} at most"
+        few = f"0.1 with {FEW_KEYS} keys or fewer, which are easily told apart"
+        return {"queue_size": (queue, outdated), "key_momentum": (momentum, follow), "temperature": (temperature, few)}
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
         return views.spec("query"), views.spec("key")

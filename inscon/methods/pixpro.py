@@ -16,6 +16,7 @@ from inscon.methods.method import Losses
 from inscon.nn.backbones import Backbone
 from inscon.nn.heads import normed_map_head
 from inscon.nn.loss import full_precision, unit
+from inscon.nn.pooling import places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +71,12 @@ class PixPro(byol.BYOL):
         """From -2 to 2 for each view, and 0 to 4 of its images as wholes."""
         made, target = self.online(batch.views[name].pixels), targets[OTHER[name]]
         near = self.pairs(name, batch, made["pixel"].shape[-1])
-        places = unit(rows(target["pixel"]))
-        total = loss = pair_loss(self.propagated(made["pixel"]), places, near)
-        logged = {f"loss_{name}": loss.detach(), f"length_{name}": places.mean((0, 1)).norm()}
+        targeted = unit(places(target["pixel"]))
+        total = loss = pair_loss(self.propagated(made["pixel"]), targeted, near)
+        logged = {f"loss_{name}": loss.detach(), f"length_{name}": targeted.mean((0, 1)).norm()}
         if self.settings.instance:
             predicted = self.predictor["instance"](made["instance"])
-            one, other = (unit(rows(maps).mean(1)) for maps in (predicted, target["instance"]))
+            one, other = (unit(places(maps).mean(1)) for maps in (predicted, target["instance"]))
             of_images = 2 - 2 * (one * other).sum(1).mean()
             logged[f"loss_{name}_instance"] = of_images.detach()
             total = loss + self.settings.instance_weight * of_images
@@ -92,14 +93,9 @@ class PixPro(byol.BYOL):
 
     def propagated(self, maps: Float[Tensor, "B D h w"]) -> Float[Tensor, "B c D"]:
         """y_i = sum_j max(cos(x_i, x_j), 0)^sharpness g(x_j), of unit length; g(x_j) has it too."""
-        x, g = unit(rows(maps)), unit(rows(self.predictor["pixel"](maps)))
+        x, g = unit(places(maps)), unit(places(self.predictor["pixel"](maps)))
         with full_precision(x.device):
             return unit((x @ x.mT).clamp(min=0).pow(self.settings.sharpness) @ g)
-
-
-def rows(maps: Float[Tensor, "B D h w"]) -> Float[Tensor, "B c D"]:
-    """The features of each place, row by row; of a channels-last map, so that the gradient goes back channels last too."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def pair_loss(

@@ -24,7 +24,7 @@ from inscon.methods import moco
 from inscon.methods.method import Keys, Losses, Piece, add_up, need_strides
 from inscon.nn.backbones import Backbone
 from inscon.nn.loss import row_logits, separate_terms, unit
-from inscon.nn.pooling import pool_windows
+from inscon.nn.pooling import places, pool_windows
 from inscon.plan import ViewSpec
 
 
@@ -46,10 +46,8 @@ class Windows(NamedTuple):
 
 GRIDS: Mapping[int, Windows] = {16: Windows(6, 48, 32, of_all_ranks=True), 8: Windows(8, 32, 24, of_all_ranks=False)}
 """By the stride of the map that they are pooled from, px. That they begin in the view's corner is unchecked."""
-PYRAMID = (8, 16, 32)
-"""Strides of the maps that the pyramid is built of, px."""
-POOLED = 3
-"""Places per side of the key's map that are averaged into one negative."""
+PYRAMID = (8, 16, 32)  # Strides of the maps that the pyramid is built of, px.
+POOLED = 3  # Places per side of the key's map that are averaged into one negative.
 TOLERANCE = 1e-3
 """px that a window may reach past the key view, so that none is lost to rounding."""
 
@@ -67,15 +65,12 @@ class Settings(moco.Settings):
 
     def resolved(self, config: Config) -> "Settings":
         need_strides(config.model.backbone, PYRAMID)
-        if config.views.randaugment:
-            raise ValueError(
-                f"RandAugment moves what boxes tell. Found: {config.views.randaugment}; set --randaugment 0"
-            )
-        if config.views.view_size // max(GRIDS) < POOLED:
-            raise ValueError(
-                f"the map of stride {max(GRIDS)} px must hold {POOLED}x{POOLED} places. Found: view_size "
-                f"{config.views.view_size}; set --view-size 64 or more"
-            )
+        views = config.views
+        if views.randaugment:
+            raise ValueError(f"RandAugment moves what boxes tell. Found: {views.randaugment}; set --randaugment 0")
+        if views.view_size // max(GRIDS) < POOLED:
+            needed = f"the map of stride {max(GRIDS)} px must hold {POOLED}x{POOLED} places"
+            raise ValueError(f"{needed}. Found: view_size {views.view_size}; set --view-size 64 or more")
         return super().resolved(config)
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
@@ -128,9 +123,9 @@ class ReSim(moco.MoCo):
         windows, regions, used = self.windows_in_both(batch, stride)
         queries = unit(pool_windows(query_map, windows, 1 / stride)).flatten(0, 1)
         positives = unit(pool_windows(key_map, regions, 1 / stride)).flatten(0, 1)
-        places = F.avg_pool2d(key_map, POOLED, stride=1).permute(0, 2, 3, 1).flatten(0, 2)
+        negatives = unit(places(F.avg_pool2d(key_map, POOLED, stride=1)).flatten(0, 1))
         everywhere = GRIDS[stride].of_all_ranks
-        rows = queries, positives, distributed.gather(unit(places)) if everywhere else unit(places)
+        rows = queries, positives, distributed.gather(negatives) if everywhere else negatives
         groups = zip(*(tensor.chunk(1 if everywhere else self.norm_groups) for tensor in rows))
         logits = [row_logits(*group, self.settings.temperature) for group in groups]
         terms = torch.cat([separate_terms(own) for own in logits])

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inscon.nn.norm import split_batch_norm
+from inscon.nn.pooling import places
 
 TORCHVISION = [
     name for name in torchvision.models.list_models() if name.startswith(("resnet", "resnext", "wide_resnet"))
@@ -44,8 +45,7 @@ class Backbone(nn.Module):
 
     def pooled(self, maps: dict[int, Tensor], stride: int | None = None) -> Float[Tensor, "N F"]:
         """The mean of the last map, or of that of `stride`."""
-        # Over rows of a channels-last map, so that the gradient goes back channels last too.
-        return maps[stride or self.last].permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        return places(maps[stride or self.last]).mean(1)
 
 
 class _TorchvisionResNet(Backbone):
@@ -82,9 +82,8 @@ def _create(name: str) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ValueError(
-            f"the backbone {name} is none of torchvision's ({', '.join(TORCHVISION)}), and timm is not installed: pip install timm"
-        ) from None
+        found = f"the backbone {name} is none of torchvision's ({', '.join(TORCHVISION)}), and timm is not installed"
+        raise ValueError(f"{found}: pip install timm") from None
     if not timm.is_model(name):
         raise ValueError(f"there is no backbone {name}; set --backbone to a name of torchvision's ResNets or of timm's")
     try:
@@ -93,17 +92,13 @@ def _create(name: str) -> nn.Module:
     except TypeError:
         network = timm.create_model(name, num_classes=0)
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
-        raise ValueError(
-            f"timm's {name} gives no feature maps; set --backbone to another one, resnet50 or convnext_tiny, say"
-        )
+        raise ValueError(f"timm's {name} gives no feature maps; set --backbone to another one, resnet50, say")
     return network
 
 
 def build_backbone(name: str, norm_groups: int = 1) -> Backbone:
     """The network, its weights drawn from PyTorch's generator. `norm_groups`: BatchNorm is taken over so many parts of a batch.
-
-    Raises ValueError for a name that nobody knows, a library that is missing, or a network whose BatchNorm cannot be split.
-    """
+    ValueError for a name that nobody knows, a library that is missing, or a network whose BatchNorm cannot be split."""
     backbone = _TorchvisionResNet(name) if name in TORCHVISION else _TimmNetwork(name)
     if norm_groups > 1:
         split_batch_norm(backbone, norm_groups, name)
@@ -117,14 +112,14 @@ def facts_of(name: str) -> Backbone:
         return build_backbone(name)
 
 
-def check_side(name: str, side: int) -> None:
+def check_side(
+    name: str, side: int, remedy: str = "set --view-size to one that it takes, or another --backbone"
+) -> None:
     """ValueError unless the network takes pictures of `side` x `side` px: some of timm's take one size alone."""
     if name in TORCHVISION:
         return
     try:
         facts_of(name)(torch.empty(2, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"the backbone {name} takes no views or mosaics of this size. Found: {side} px ({str(error).strip()}); set "
-            "--view-size to one that it takes, or another --backbone"
-        ) from None
+        found = f"{side} px ({str(error).strip()})"
+        raise ValueError(f"the backbone {name} takes no pictures of this size. Found: {found}; {remedy}") from None

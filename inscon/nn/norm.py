@@ -12,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from inscon import distributed
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics are taken over each of `num_groups` equal, contiguous parts of the batch.
-
-    One group is plain BatchNorm. Running statistics follow the mean of the groups' statistics with the momentum of one
-    update: each group updates with `1 - (1 - momentum)^(1/num_groups)`, which costs no further kernel. In eval mode
-    it is plain BatchNorm. Raises ValueError if the batch doesn't divide.
-    """
+    """BatchNorm whose statistics are taken over each of `num_groups` equal, contiguous parts of the batch; plain in eval mode.
+    Running statistics follow the mean of the groups' statistics with the momentum of one update: each group updates with
+    `1 - (1 - momentum)^(1/num_groups)`, which costs no further kernel."""
 
     def __init__(self, num_features: int, num_groups: int = 1):
         super().__init__(num_features)
@@ -33,11 +32,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return 1 - (1 - self.momentum) ** (1 / self.num_groups)
 
     def check_divides(self, x: Tensor) -> None:
-        if x.shape[0] % self.num_groups:
-            raise ValueError(
-                f"split BatchNorm needs a multiple of {self.num_groups} samples, one equal part per group. "
-                f"Found: {x.shape[0]}"
-            )
+        assert x.shape[0] % self.num_groups == 0, f"{x.shape[0]} samples are no {self.num_groups} equal groups"
 
     def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F h w"]:
         if not self.training or self.num_groups == 1:
@@ -57,9 +52,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 class _BatchNormOfGroups(torch.autograd.Function):
     """BatchNorm of equal parts of a batch, written straight into one result: putting parts together costs a CPU a tenth of a step.
-
-    The same kernels as `F.batch_norm` of each part, to the last bit.
-    """
+    The same kernels as `F.batch_norm` of each part, to the last bit."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, num_groups, momentum, eps):
@@ -76,7 +69,7 @@ class _BatchNormOfGroups(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, gradient):
         x, weight, *statistics = ctx.saved_tensors
         of_x, of_weight, of_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
@@ -92,11 +85,9 @@ class _BatchNormOfGroups(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None, None, None
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm of `[N F]` or `[N F h w]` whose statistics are taken over the batches of all ranks, which must have equal shapes.
-
-    On one process, and in eval mode, it is plain BatchNorm. All ranks must go forward and back.
-    """
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm of `[N F]` or `[N F h w]` whose statistics are taken over the batches of all ranks, of equal shapes, which must all
+    go forward and back. On one process, and in eval mode, it is plain BatchNorm."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # any
@@ -131,7 +122,7 @@ class _BatchNormOfRanks(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, gradient, _mean, _var):
         x, weight, mean, var = ctx.saved_tensors
         inverse_std = (var + ctx.eps).rsqrt()
@@ -150,31 +141,27 @@ class _BatchNormOfRanks(torch.autograd.Function):
 
 def sync_batch_norm(module: nn.Module, name: str) -> None:
     """Make every plain BatchNorm of `module` take its statistics over all ranks. ValueError as `split_batch_norm`."""
-    for norm in module.modules():
-        if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            norm.__class__ = SyncBatchNorm  # of the same parameters, which slow copies know
-        elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SplitBatchNorm2d):
-            raise ValueError(
-                f"BatchNorm of {name} cannot be synchronized, as it is fused with something else. Found: {type(norm).__name__}; "
-                "set --norm none, or another --backbone"
-            )
+    remedy = "set --norm none, or another --backbone"
+    for norm in _batch_norms(module, (nn.BatchNorm1d, nn.BatchNorm2d), f"of {name} cannot be synchronized", remedy):
+        norm.__class__ = SyncBatchNorm  # of the same parameters, which slow copies know
 
 
 def split_batch_norm(module: nn.Module, num_groups: int, name: str) -> None:
     """Make every BatchNorm of `module` take its statistics over `num_groups` parts of a batch. ValueError, with the `name` of the
     network, where there is one that is more than nn.BatchNorm2d."""
-    for parent in list(module.modules()):
-        for child_name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d:
-                split = SplitBatchNorm2d(child.num_features, num_groups)
-                split.load_state_dict(child.state_dict())
-                split.eps, split.momentum = child.eps, child.momentum
-                setattr(parent, child_name, split)
-            elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-                raise ValueError(
-                    f"BatchNorm of {name} cannot be split into groups, as it is fused with something else. Found: "
-                    f"{type(child).__name__}; set --norm shuffle, on several ranks, or another --backbone"
-                )
+    remedy = "set --norm shuffle, on several ranks, or another --backbone"
+    for norm in _batch_norms(module, (nn.BatchNorm2d,), f"of {name} cannot be split into groups", remedy):
+        norm.__class__, norm.num_groups = SplitBatchNorm2d, num_groups
+
+
+def _batch_norms(module: nn.Module, kinds: tuple[type, ...], refusal: str, remedy: str) -> list[nn.Module]:
+    """Those that are not split yet; all of them must be of these kinds."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SplitBatchNorm2d)]
+    for norm in norms:
+        if type(norm) not in kinds:
+            found = f"as it is fused with something else. Found: {type(norm).__name__}"
+            raise ValueError(f"BatchNorm {refusal}, {found}; {remedy}")
+    return norms
 
 
 class KeyShuffle(nn.Module):
@@ -218,11 +205,9 @@ class KeyShuffle(nn.Module):
 
 @contextmanager
 def frozen_statistics(module: nn.Module):
-    """While inside, forward passes of `module` leave BatchNorm's running statistics as they are (METHOD 14).
-
-    Batch statistics still normalize. Works for every BatchNorm, synchronized ones too: their momentum is 0 meanwhile.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """While inside, forward passes of `module` leave BatchNorm's running statistics as they are (METHOD 14), though those of the
+    batch still normalize: momentum is 0 meanwhile."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -236,17 +221,12 @@ def frozen_statistics(module: nn.Module):
 def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
     """Which image each slot of the key pass takes: slots `[k*group_size, (k+1)*group_size)` are normalized together.
 
-    A fixed assignment: the images at given places of a batch are other ones in every step, so it is as good as a random one,
-    and every rank knows it without a word. An image never meets the group of its own number again (with two groups: every
-    second image stays, since a plain swap would bring the same images together), and it shares with its query's group at
-    most ceil(group_size / max(groups - 1, 2)) images. Raises ValueError with fewer than two groups or odd groups.
+    The assignment is fixed, for other images are at a place of the batch in every step, and every rank knows it without a word. An
+    image never meets the group of its own number again (of two groups every second image stays, since a plain swap would bring the
+    same ones together), and shares with its query's group at most ceil(group_size / max(groups - 1, 2)) images.
     """
     groups, remainder = divmod(batch_size, group_size)
-    if remainder or groups < 2 or group_size % 2:
-        raise ValueError(
-            f"keys are shuffled over at least 2 equal groups of an even number of images. "
-            f"Found: {batch_size} images in groups of {group_size}"
-        )
+    assert groups > 1 and not remainder, f"{batch_size} images are no groups of {group_size}"
     group = torch.arange(groups)[:, None]
     place = torch.arange(group_size)[None, :]
     target = (group + place) % 2 if groups == 2 else (group + 1 + place % (groups - 1)) % groups
@@ -254,11 +234,8 @@ def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
 
 
 def exchange_order(per_rank: int, ranks: int, rank: int) -> tuple[Int[Tensor, "B"], tuple[list[int], list[int]]]:
-    """`shuffle_order` of a batch whose groups are the ranks' shares, as `rank` sees it.
-
-    Returns its images sorted by the rank that encodes their keys, and how many it sends to each rank and receives from each.
-    What it receives, by sender, is then in the order of `shuffle_order`.
-    """
+    """`shuffle_order` of a batch whose groups are the ranks' shares, as `rank` sees it: its images sorted by the rank that encodes
+    their keys, and how many it sends to each rank and receives from each. What it receives is then in that order."""
     order = shuffle_order(per_rank * ranks, per_rank)
     destination = order.argsort()[rank * per_rank :][:per_rank] // per_rank
     origin = order[rank * per_rank :][:per_rank] // per_rank

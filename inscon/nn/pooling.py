@@ -27,18 +27,12 @@ def precise_roi_pool(
         border: "zero", the published op: features are 0 outside the map and the divisor is the bin's full area; or
             "normalize": divide by the hat functions' covered weight instead.
 
-    Empty boxes give 0 with zero gradient. Raises ValueError for boxes of low precision or an unknown border.
+    Empty boxes give 0 with zero gradient.
     """
-    _check_boxes(boxes)
-    if border not in ("zero", "normalize"):
-        raise ValueError(f'border must be "zero" or "normalize". Found: "{border}"')
-    height, width = features.shape[-2:]
-    scaled = boxes * spatial_scale - offset
-    wx = _hat_integrals(scaled[:, 0], scaled[:, 2], output_size, width, border)
-    wy = _hat_integrals(scaled[:, 1], scaled[:, 3], output_size, height, border)
+    wy, wx = _weights(features, boxes, output_size, spatial_scale, offset, border)
     rows = features.permute(0, 2, 3, 1)  # channels-last memory: a view without a copy
     rows = wy.to(features.dtype) @ rows.flatten(2)
-    cells = wx.to(features.dtype)[:, None] @ rows.unflatten(2, (width, -1))
+    cells = wx.to(features.dtype)[:, None] @ rows.unflatten(2, (features.shape[-1], -1))
     return cells.permute(0, 3, 1, 2)
 
 
@@ -46,18 +40,22 @@ def pool_windows(
     features: Float[Tensor, "B F h w"], boxes: Float[Tensor, "B n 4"], spatial_scale: float
 ) -> Float[Tensor, "B n F"]:
     """The mean of each map over each of its n boxes: `precise_roi_pool` into one cell, the published op, as one matrix product."""
-    _check_boxes(boxes)
-    height, width = features.shape[-2:]
-    scaled = (boxes * spatial_scale).flatten(0, 1)
-    wx = _hat_integrals(scaled[:, 0], scaled[:, 2], 1, width, "zero")
-    wy = _hat_integrals(scaled[:, 1], scaled[:, 3], 1, height, "zero")
+    wy, wx = _weights(features, boxes.flatten(0, 1), 1, spatial_scale, 0.0, "zero")
     weights = (wy.transpose(1, 2) * wx).flatten(1).unflatten(0, boxes.shape[:2])
-    return weights.to(features.dtype) @ features.permute(0, 2, 3, 1).flatten(1, 2)
+    return weights.to(features.dtype) @ places(features)
 
 
-def _check_boxes(boxes: Tensor) -> None:
-    if boxes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"boxes must be float32 or float64, since lower precision loses pixels. Found: {boxes.dtype}")
+def places(maps: Float[Tensor, "B F h w"]) -> Float[Tensor, "B hw F"]:
+    """The features of each place, row by row; of a channels-last map, so that the gradient goes back channels last too."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _weights(features: Tensor, boxes: Tensor, bins: int, spatial_scale: float, offset: float, border: str):
+    """Of a map's rows in each bin, [B G h], and of its columns, [B G w]."""
+    assert boxes.dtype in (torch.float32, torch.float64), f"{boxes.dtype} loses whole pixels"
+    x0, y0, x1, y1 = (boxes * spatial_scale - offset).unbind(1)
+    height, width = features.shape[-2:]
+    return _hat_integrals(y0, y1, bins, height, border), _hat_integrals(x0, x1, bins, width, border)
 
 
 def _hat_integrals(start: Tensor, end: Tensor, bins: int, length: int, border: str) -> Float[Tensor, "B G L"]:

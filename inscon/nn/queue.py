@@ -22,12 +22,9 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Float[Tensor, "N D"]) -> None:
-        """Overwrite the N oldest keys, in order. Raises ValueError unless N divides the size: then no write ever wraps."""
+        """Overwrite the N oldest keys, in order. N must divide the size, so that no write ever wraps."""
         size = self.keys.shape[0]
-        if size % keys.shape[0]:
-            raise ValueError(
-                f"the queue of {size} keys must be a multiple of the {keys.shape[0]} keys enqueued at once"
-            )
+        assert size % keys.shape[0] == 0, f"a queue of {size} keys takes no {keys.shape[0]} at once"
         places = self.pointer + torch.arange(keys.shape[0], device=keys.device)
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
         self.pointer.add_(keys.shape[0]).remainder_(size)

@@ -19,10 +19,8 @@ def predict(name: str, config, trainings: float) -> str:
     (`inscon.report.flops.StepFlops`). ValueError for a network whose rate on these machines nobody has told."""
     backbone, view_size = config.model.backbone, config.views.view_size
     if (backbone, view_size) != ("resnet50", 224):
-        raise ValueError(
-            f"the known rates are of resnet50 at 224 px. Found: {backbone} at {view_size} px; leave --predict out, or set "
-            "--recipe imagenet_r50"
-        )
+        remedy = "leave --predict out, or set --recipe imagenet_r50"
+        raise ValueError(f"the known rates are of resnet50 at 224 px. Found: {backbone} at {view_size} px; {remedy}")
     *resnet50, source, target = MACHINES[name]
     ceiling = [rate / trainings for rate in resnet50]
     rates = [rate * (1 - OVERHEAD / 100) for rate in ceiling]

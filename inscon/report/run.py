@@ -27,9 +27,7 @@ def run_speed(windows: list[dict]) -> dict[str, float]:
     """The median of each figure that every window has, by its name in metrics.jsonl. ValueError where they are too few."""
     steady = windows[WARM_UP_WINDOWS:]
     if len(steady) < FEWEST_WINDOWS:
-        raise ValueError(
-            f"a rate needs at least {FEWEST_WINDOWS + WARM_UP_WINDOWS} log windows, the first of them warm-up. "
-            f"Found: {len(windows)}; train longer or set a smaller --log-every"
-        )
+        needed = f"a rate needs at least {FEWEST_WINDOWS + WARM_UP_WINDOWS} log windows, the first of them warm-up"
+        raise ValueError(f"{needed}. Found: {len(windows)}; train longer or set a smaller --log-every")
     names = [name for name in steady[0] if name != "step" and all(name in window for window in steady)]
     return {name: statistics.median(window[name] for window in steady) for name in names}

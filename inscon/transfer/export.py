@@ -85,9 +85,8 @@ def estimate_statistics(backbone: Backbone, batches: Iterable) -> dict[str, Tens
     held = backbone.network.state_dict()
     statistics = {name: value.cpu().clone() for name, value in held.items() if name.endswith(STATISTICS)}
     if not statistics or not all(n for name, n in statistics.items() if name.endswith(STATISTICS[2])):
-        raise ValueError(
-            "BatchNorm statistics need at least 1 batch and a backbone with BatchNorm; set --norm-batches 1 or more or leave it out"
-        )
+        remedy = "set --norm-batches 1 or more or leave it out"
+        raise ValueError(f"BatchNorm statistics need at least 1 batch and a backbone with BatchNorm; {remedy}")
     return statistics
 
 
@@ -176,10 +175,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
 def _write(file: BinaryIO, tensors: dict[str, Tensor], facts: dict) -> None:
     if facts["format"] == "detectron2":
         file.write(for_detectron2(tensors, facts))
-        return
-    held = OrderedDict(tensors)
-    held.inscon = json.dumps(facts)
-    torch.save(held, file)
+    else:
+        held = OrderedDict(tensors)
+        held.inscon = json.dumps(facts)
+        torch.save(held, file)
 
 
 def for_detectron2(tensors: dict[str, Tensor], facts: dict) -> bytes:

@@ -33,7 +33,7 @@ class Protocol:
     seed: int = 0  # Of the layer's start, the order and the crops.
 
     def __post_init__(self):
-        guard.check_ranges(self, epochs=1, batch_size=1, base_lr=1e-9)
+        guard.check_ranges(self, epochs=1, batch_size=1, base_lr=1e-9, seed=0)
 
     def lr_at(self, epoch: int) -> float:
         lr = self.base_lr * self.batch_size / Protocol.batch_size
@@ -113,10 +113,8 @@ class Probe:
 
     def _check_finite(self, loss: Tensor) -> None:
         if broken := checkpoint.not_finite({"loss": loss, **self._state()}):
-            raise FloatingPointError(
-                f"the probe's {broken} is not finite any more. Found: loss {loss:g}; set a smaller --base-lr than "
-                f"{self.protocol.base_lr:g} and another --out"
-            )
+            remedy = f"set a smaller --base-lr than {self.protocol.base_lr:g} and another --out"
+            raise FloatingPointError(f"the probe's {broken} is not finite any more. Found: loss {loss:g}; {remedy}")
 
     def _state(self) -> dict[str, dict]:
         return {"layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict()}

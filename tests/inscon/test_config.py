@@ -136,7 +136,7 @@ VIT = {"backbone": "vit_tiny_patch16_224"}
     (lambda: resolve(config(4), 1), "at least 2 BatchNorm groups.* Found: 4; set --split-size 4, and --batch-size to at least 8"),
     (lambda: resolve(config(64, model={"split_size": 12}), 1), "Found: 12; set --split-size 4"),
     (lambda: resolve(config(views=ViewConfig(view_size=32)), 1), "map of at least 2x2 features.* set --view-size 64"),
-    (lambda: resolve(config(model=VIT), 1), "stride 32 px, which vit_tiny_patch16_224 lacks. Found: 16; set --cell-stage"),
+    (lambda: resolve(config(model=VIT), 1), "strides 32 px .* vit_tiny_patch16_224 has others. Found: 16; set --cell-stage"),
     (lambda: resolve(config(model={"backbone": "resnet500"}), 1), "no backbone resnet500; set --backbone to"),
     (lambda: ViewConfig(view_size=100), "multiple of 32.* Found: 100"),
     (lambda: ViewConfig(scale=(0.5, 0.2)), "scale must be a range.* Found: 0.5 0.2"),

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from data_prep.pictures import BadPicture, read_picture
 
-LEAST_SIDE = 0.1
-"""Of a box to learn from, px. What is less may have no area after resizing, in float32."""
+LEAST_SIDE = 0.1  # Of a box to learn from, px; what is less may have no area after resizing, in float32.
 
 # What a json must hold. The limits are far beyond what pictures have.
 Coordinate = Annotated[float, Meta(gt=-1e6, lt=1e6)]
@@ -111,10 +110,10 @@ class CocoSet:
         except BadPicture as bad:
             raise ValueError(f"{bad}; copy it again, or take image {image['id']} out of {self.json.name}") from None
         if pixels.shape[:2] != (image["height"], image["width"]):
-            raise ValueError(
-                f"{path} has {pixels.shape[:2]} px, height and width, turned as EXIF says, and in {self.json.name} "
-                f"{image['height'], image['width']}; use the pictures that the json was made for"
+            sizes = (
+                f"{pixels.shape[:2]} px, turned as EXIF says, and in {self.json.name} {image['height'], image['width']}"
             )
+            raise ValueError(f"{path} is high and wide {sizes}; use the pictures that the json was made for")
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def target(self, image: dict, masks: bool) -> dict[str, Tensor]:

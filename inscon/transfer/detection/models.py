@@ -38,7 +38,7 @@ class Protocol:
     frozen: bool = False  # The backbone stays as it is, statistics too: the rest learns on top of it.
 
     def __post_init__(self):
-        guard.check_ranges(self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4)
+        guard.check_ranges(self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,13 @@ class Design(Protocol):
 
     def __post_init__(self):
         super().__post_init__()
-        strides = tuple(facts_of(self.backbone).channels)
+        strides, remedy = (
+            tuple(facts_of(self.backbone).channels),
+            "give another --backbone, or --weights of another one",
+        )
         if strides != STRIDES:
-            raise ValueError(f"a detector needs maps of strides {STRIDES}. Found: {strides}; give another --backbone")
-        check_side(self.backbone, 96)  # pictures have many sizes
+            raise ValueError(f"a detector needs maps of strides {STRIDES}. Found: {strides}; {remedy}")
+        check_side(self.backbone, 96, remedy)  # pictures have many sizes
 
     @property
     def has_masks(self) -> bool:

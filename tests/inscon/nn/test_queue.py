@@ -16,5 +16,5 @@ def test_queue_is_a_ring_and_its_pointer_is_saved():
     other = KeyQueue(6, 2, 2)
     other.load_state_dict(queue.state_dict())
     assert other.pointer == 4 and torch.equal(other.keys, queue.keys)
-    with pytest.raises(ValueError, match="queue of 6 keys must be a multiple of the 4 keys"):
+    with pytest.raises(AssertionError, match="a queue of 6 keys takes no 4 at once"):
         queue.enqueue(rows[:4])
