@@ -110,10 +110,9 @@ class CocoSet:
         except BadPicture as bad:
             raise ValueError(f"{bad}; copy it again, or take image {image['id']} out of {self.json.name}") from None
         if pixels.shape[:2] != (image["height"], image["width"]):
-            sizes = (
-                f"{pixels.shape[:2]} px, turned as EXIF says, and in {self.json.name} {image['height'], image['width']}"
-            )
-            raise ValueError(f"{path} is high and wide {sizes}; use the pictures that the json was made for")
+            found = f"{path} has {pixels.shape[:2]} px, height and width, turned as EXIF says"
+            known = f"in {self.json.name} {image['height'], image['width']}"
+            raise ValueError(f"{found}, and {known}; use the pictures that the json was made for")
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def target(self, image: dict, masks: bool) -> dict[str, Tensor]:
