@@ -328,7 +328,7 @@ def test_forward_and_backward_reach_every_weight(arch, backbone, scenes):
     ("backbone", "words"),
     [
         ("vit_tiny_patch16_224", r"maps of strides \(4, 8, 16, 32\). Found: \(16,\); give another --backbone"),
-        ("maxvit_tiny_tf_224", "the backbone maxvit_tiny_tf_224 takes no .* of this size. Found: 96 px.*; give another --backbone, or --weights"),
+        ("maxvit_tiny_tf_224", "maxvit_tiny_tf_224 takes no .* of this size. Found: 96 px.*give another --backbone, or --w"),
         ("resnet19", "there is no backbone resnet19"),
     ],
 )  # fmt: skip
