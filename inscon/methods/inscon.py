@@ -80,9 +80,7 @@ class Settings(moco.Settings):
         if "cell" in self.heads:
             if size < 2 * self.stride:
                 remedy = f"set --view-size {2 * self.stride} or more"
-                raise ValueError(
-                    f"the cell head needs a map of at least 2x2 features. Found: view_size {size}; {remedy}"
-                )
+                raise ValueError(f"the cell head needs a map of at least 2x2 features. Found: {size} px; {remedy}")
             other = "set --cell-stage to the other one, or another --backbone"
             need_strides(config.model.backbone, [self.stride], other)
         cells = queue_size("cell_queue_size", self.cell_queue_size, batch * self.cells)
@@ -91,10 +89,8 @@ class Settings(moco.Settings):
     def suited(self, images: int, batch_size: int, steps: int) -> dict[str, tuple[object, str]]:
         own, cells = super().suited(images, batch_size, steps), suited_queue(images, batch_size, steps, self.cells)
         temperature = min(self.cell_temperature, own["temperature"][0]), own["temperature"][1]
-        return own | {
-            "cell_queue_size": (cells, f"cells of as many pictures, {self.cells} each; 65536 at most"),
-            "cell_temperature": temperature,
-        }
+        queue = cells, f"cells of as many pictures, {self.cells} each; 65536 at most"
+        return own | {"cell_queue_size": queue, "cell_temperature": temperature}
 
     def view_specs(self, views: ViewConfig) -> tuple[ViewSpec, ...]:
         specs = views.spec("query"), views.spec("key", views.overlap("query"))
@@ -139,9 +135,7 @@ class Encoder(nn.Module):
 
     def _cells(self, feature_map: Tensor, overlap_box: Tensor, flipped: Tensor) -> Tensor:
         s = self.settings
-        cells = precise_roi_pool(
-            feature_map, overlap_box, s.cell_grid, 1 / s.stride, offset=s.roi_offset, border=s.roi_border
-        )
+        cells = precise_roi_pool(feature_map, overlap_box, s.cell_grid, 1 / s.stride, s.roi_offset, s.roi_border)
         cells = torch.where(flipped[:, None, None, None], cells.flip(-1), cells)
         return unit(self.heads["cell"](cells).flatten(2).transpose(1, 2))
 

@@ -271,9 +271,8 @@ class KeyMethod(Method):
         queued = prepared.queued
         if prepared.arriving is not None:
             parts = prepared.arriving().split([made[0].numel() for made in queued.values()], 1)
-            queued = {
-                n: part.unflatten(1, made.shape[1:]) for part, (n, made) in zip(parts, queued.items(), strict=True)
-            }
+            pairs = zip(parts, queued.items(), strict=True)
+            queued = {name: part.unflatten(1, made.shape[1:]) for part, (name, made) in pairs}
         for name, keys in queued.items():
             self.queues[name].enqueue(keys.flatten(0, 1))
 
@@ -283,9 +282,7 @@ def need_strides(backbone: str, strides: Iterable[int], remedy: str = "set --bac
     found = facts_of(backbone).channels
     if not set(strides) <= set(found):
         needed, others = (", ".join(map(str, those)) for those in (strides, found))
-        raise ValueError(
-            f"maps of strides {needed} px are needed, and {backbone} has others. Found: {others}; {remedy}"
-        )
+        raise ValueError(f"maps of strides {needed} px are needed: {backbone} has others. Found: {others}; {remedy}")
 
 
 def queue_size(name: str, asked: int | None, per_step: int) -> int:

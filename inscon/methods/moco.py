@@ -43,9 +43,7 @@ class Settings(MethodSettings):
         queue = suited_queue(images, batch_size, steps)
         momentum = round(min(max(1 - 2 / steps, 0.99), self.key_momentum), 3)
         temperature = self.temperature if queue > FEW_KEYS else min(self.temperature, 0.1)
-        outdated = (
-            "of a quarter of the set, or a 256th of the steps, for keys are soon outdated in short runs; 65536 at most"
-        )
+        outdated = "of a quarter of the set, or a 256th of the steps, for keys are soon outdated; 65536 at most"
         follow = f"1 - 2/steps, for keys must follow within the {steps} steps; {self.key_momentum} at most"
         few = f"0.1 with {FEW_KEYS} keys or fewer, which are easily told apart"
         return {"queue_size": (queue, outdated), "key_momentum": (momentum, follow), "temperature": (temperature, few)}

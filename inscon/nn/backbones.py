@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from inscon.nn.norm import split_batch_norm
 from inscon.nn.pooling import places
 
-TORCHVISION = [
-    name for name in torchvision.models.list_models() if name.startswith(("resnet", "resnext", "wide_resnet"))
-]
+TORCHVISION = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
 LEAST_STRIDE = 4
 
 
@@ -112,9 +110,7 @@ def facts_of(name: str) -> Backbone:
         return build_backbone(name)
 
 
-def check_side(
-    name: str, side: int, remedy: str = "set --view-size to one that it takes, or another --backbone"
-) -> None:
+def check_side(name: str, side: int, remedy: str = "set --view-size to another one, or --backbone") -> None:
     """ValueError unless the network takes pictures of `side` x `side` px: some of timm's take one size alone."""
     if name in TORCHVISION:
         return

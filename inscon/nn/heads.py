@@ -1,14 +1,13 @@
 """The projection heads: features to embeddings. Outputs are not normalized here."""
 
 import functools
-from collections.abc import Callable
 
 from torch import nn
 
 _pointwise = functools.partial(nn.Conv2d, kernel_size=1)
 
 
-def instance_head(features: int, embedding_dim: int, mlp: bool, layer: Callable = nn.Linear) -> nn.Module:
+def instance_head(features: int, embedding_dim: int, mlp: bool, layer=nn.Linear) -> nn.Module:
     """Head on pooled features `[... F]` (MoCo v2; `mlp=False`: MoCo v1): no BatchNorm, biases on."""
     if not mlp:
         return layer(features, embedding_dim)
@@ -27,9 +26,7 @@ def map_head(features: int, embedding_dim: int, mlp: bool) -> nn.Module:
     return instance_head(features, embedding_dim, mlp, _pointwise)
 
 
-def normed_head(
-    features: int, hidden: int, embedding_dim: int, layer: Callable = nn.Linear, norm: type = nn.BatchNorm1d
-) -> nn.Module:
+def normed_head(features: int, hidden: int, embedding_dim: int, layer=nn.Linear, norm=nn.BatchNorm1d) -> nn.Module:
     """Head on pooled features `[B F]` with BatchNorm (BYOL), which makes a bias before it idle."""
     return nn.Sequential(layer(features, hidden, bias=False), norm(hidden), nn.ReLU(), layer(hidden, embedding_dim))
 

@@ -43,11 +43,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         if x.device.type == "cpu" and x.dtype == self.weight.dtype:
             return _BatchNormOfGroups.apply(x, self.weight, self.bias, *running, self.num_groups, momentum, self.eps)
-        groups = [
-            F.batch_norm(group, *running, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps)
-            for group in x.chunk(self.num_groups)
-        ]
-        return torch.cat(groups)
+        given = {"weight": self.weight, "bias": self.bias, "training": True, "momentum": momentum, "eps": self.eps}
+        return torch.cat([F.batch_norm(part, *running, **given) for part in x.chunk(self.num_groups)])
 
 
 class _BatchNormOfGroups(torch.autograd.Function):

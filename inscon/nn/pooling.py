@@ -60,9 +60,8 @@ def _weights(features: Tensor, boxes: Tensor, bins: int, spatial_scale: float, o
 
 def _hat_integrals(start: Tensor, end: Tensor, bins: int, length: int, border: str) -> Float[Tensor, "B G L"]:
     """Mean weight of each of `length` features over each of `bins` equal parts of [start, end]; 0 for empty extents."""
-    edges = start[:, None] + (end - start)[:, None] * torch.linspace(
-        0, 1, bins + 1, device=start.device, dtype=start.dtype
-    )
+    shares = torch.linspace(0, 1, bins + 1, device=start.device, dtype=start.dtype)
+    edges = start[:, None] + (end - start)[:, None] * shares
     distance = edges[:, :, None] - torch.arange(length, device=start.device, dtype=start.dtype)
     integral = _hat_antiderivative(distance).diff(dim=1)
     bin_length = (end - start)[:, None, None] / bins

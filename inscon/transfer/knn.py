@@ -15,6 +15,7 @@ from inscon import distributed
 from inscon.nn.backbones import Backbone
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (pixels [B 3 S S], labels [B]).
+Device, Dtype = torch.device | str, torch.dtype | None
 Rows = tuple[Tensor, Tensor]  # Pooled features [N F] float32 and labels [N] int64, on the CPU.
 TEMPERATURE = 0.1
 SIMILARITIES = 1 << 26  # Computed at once, at most: 256 MB in float32.
@@ -22,7 +23,7 @@ MONITORED = 20  # Neighbors in `monitor`.
 
 
 @torch.no_grad()
-def pooled(backbone: Backbone, pixels: Tensor, amp_dtype: torch.dtype | None) -> Float[Tensor, "B F"]:
+def pooled(backbone: Backbone, pixels: Tensor, amp_dtype: Dtype) -> Float[Tensor, "B F"]:
     """The mean of the last map, in float32; convolutions in `amp_dtype`, where it is not None."""
     with torch.autocast(pixels.device.type, amp_dtype, enabled=amp_dtype is not None):
         maps = backbone(pixels)
@@ -30,9 +31,7 @@ def pooled(backbone: Backbone, pixels: Tensor, amp_dtype: torch.dtype | None) ->
 
 
 @torch.inference_mode()
-def features(
-    backbone: Backbone, batches: Batches, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None
-) -> Rows:
+def features(backbone: Backbone, batches: Batches, device: Device = "cpu", amp_dtype: Dtype = None) -> Rows:
     """Of all `batches`, which may be none; `amp_dtype`: as in `pooled`. FloatingPointError where they are not finite."""
     assert not backbone.training, "its statistics would move"
     backbone = backbone.to(device=device, memory_format=torch.channels_last)
@@ -46,7 +45,7 @@ def features(
     return rows, labels
 
 
-def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: torch.device | str = "cpu") -> float:
+def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: Device = "cpu") -> float:
     """Share of queries, 0..1, whose class wins the vote of their `k` nearest rows of `bank`; None: the queries themselves, of which
     none votes for itself. `device`: where similarities are computed."""
     rows, labels = queries
@@ -68,9 +67,7 @@ def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: torch.devic
     return correct / len(rows)
 
 
-def monitor(
-    backbone: Backbone, batches: Batches, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None
-) -> float:
+def monitor(backbone: Backbone, batches: Batches, device: Device = "cpu", amp_dtype: Dtype = None) -> float:
     """Share, 0..1, of a held-out set's pictures whose class wins among their neighbors in the same set; NaN of less than two. The
     backbone may be in training, and stays as it is. Each rank gives the features of its own `batches`; all know the answer."""
     was_training = backbone.training

@@ -110,5 +110,5 @@ def test_a_size_that_a_network_does_not_take_is_refused_before_pictures_are_read
     asked = {**sets, "train": tmp_path / "none"}
     with pytest.raises(ValueError, match="pit_.* takes no pictures of this size. Found: 64 px .*--view-size"):
         knn_script.main(knn_script.KnnConfig(checkpoint=tmp_path / "pit", **asked))
-    with pytest.raises(ValueError, match="pit_.* takes no views .* Found: 64 px"):
+    with pytest.raises(ValueError, match="pit_.* takes no pictures .* Found: 64 px"):
         linear_script.main(linear_script.LinearConfig(checkpoint=tmp_path / "pit", out=tmp_path / "out", **asked))

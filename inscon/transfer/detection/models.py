@@ -53,10 +53,7 @@ class Design(Protocol):
 
     def __post_init__(self):
         super().__post_init__()
-        strides, remedy = (
-            tuple(facts_of(self.backbone).channels),
-            "give another --backbone, or --weights of another one",
-        )
+        strides, remedy = tuple(facts_of(self.backbone).channels), "give another --backbone, or --weights of one"
         if strides != STRIDES:
             raise ValueError(f"a detector needs maps of strides {STRIDES}. Found: {strides}; {remedy}")
         check_side(self.backbone, 96, remedy)  # pictures have many sizes
