@@ -220,8 +220,7 @@ class StopRequest:
     """Set by one of `STOPS`, read by a loop between two steps. Made by `stop_requests`."""
 
     requested, name = False, "another rank"
-    final = False
-    """Set by the loop when nothing but the last checkpoint is left to do: nothing interrupts it."""
+    final = False  # Set by the loop when nothing but the last checkpoint is left to do: nothing interrupts it.
     _said_at: float | None = None
 
     def __call__(self, number: int, _frame: object) -> None:

@@ -1,8 +1,6 @@
-"""Is the run normal? What shows, between two log lines, the faults that raise no exception (docs/healthy-run.md).
-
-A slow copy that stands still, a queue that isn't renewed, embeddings that fall into one point, BatchNorm that gives the
-answer away: losses go on and look like losses. Looking costs some small kernels and a few waits for the device per log line.
-"""
+"""Is the run normal? What shows, between two log lines, the faults that raise no exception (docs/healthy-run.md): a slow copy that
+stands still, a queue that isn't renewed, embeddings that fall into one point, BatchNorm that gives the answer away. Looking costs
+some small kernels and a few waits for the device per log line."""
 
 from collections import Counter
 

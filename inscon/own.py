@@ -1,7 +1,5 @@
 """`--recipe own`: settings for a set of one's own, from how many pictures it has, how large they are, and how many ranks share it.
-
-ImageNet's numbers give the paper's. The rules, and what was measured on small sets, are in docs/own-pictures.md.
-"""
+ImageNet's numbers give the paper's. The rules, and what was measured on small sets, are in docs/own-pictures.md."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,8 +1,5 @@
-"""Whole configurations to start from: `scripts/train.py --recipe NAME --data SHARDS`.
-
-docs/reproduce.md has the commands, what they cost and what is to be expected; docs/methods.md, what is unchecked. Hours are
-predictions by the formula there until somebody measures them.
-"""
+"""Whole configurations to start from: `scripts/train.py --recipe NAME --data SHARDS`. Commands, costs (predicted, until somebody
+measures them) and what is to be expected are in docs/reproduce.md; what is unchecked, in docs/methods.md."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,21 +70,16 @@ def pixpro_r50() -> Config:
 
 
 def demo() -> Config:
-    """`smoke` with a network of 0.4 million weights: what `make demo` trains, minutes on 2 cores.
-
-    Found by a search (docs/measured.md) on other scenes and seeds than those of the README's figures: with queues of 16 batches
-    a query may be told from its negatives by their age alone.
-    """
+    """`smoke` with a network of 0.4 million weights: what `make demo` trains, minutes on 2 cores. Found by a search on other scenes
+    and seeds than those of the README's figures (docs/measured.md)."""
     run = {"run_dir": Path("runs/demo"), "log_every": 16, "checkpoint_every": 10_000}
     return smoke().replaced(backbone="test_resnet", split_size=16, lr=0.03, **run)
 
 
 def smoke() -> Config:
-    """All three heads in miniature, for trying things on a CPU: ResNet-18 at 64 px, minutes on 2 cores.
-
-    What differs from Table 1 makes some 150 steps enough to see all losses fall: queues of two batches, a faster key encoder
-    and a lower temperature. With queues of 8 to 16 batches, or rates of 0.03 and more, the losses of short runs rose instead.
-    """
+    """All three heads in miniature, for trying things on a CPU: ResNet-18 at 64 px, minutes on 2 cores. Queues of two batches, a
+    faster key encoder and a lower temperature make some 150 steps enough to see all losses fall; with queues of 8 to 16 batches, or
+    rates of 0.03 and more, those of short runs rose instead."""
     settings = inscon.Settings(
         queue_size=128, cell_queue_size=1152, key_momentum=0.99, temperature=0.1, cell_temperature=0.1
     )

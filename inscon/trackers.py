@@ -1,7 +1,5 @@
-"""Trackers beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow get the same figures under the same names.
-
-One that fails never stops a training: it is left out from then on, and one sentence says why. One that hangs is waited for.
-"""
+"""Trackers beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow get the same figures under the same names. One that fails
+never stops a training: it is left out from then on, and one sentence says why. One that hangs is waited for."""
 
 import importlib.util
 import os

@@ -12,10 +12,8 @@ def names() -> list[str]:
 
 
 def settings_of(name: str) -> type[MethodSettings]:
-    """The settings of a method of this project, or of a module of anybody's that has `Settings`, by its import name.
-
-    Raises ValueError for a name that is neither, and for a module that needs another one that is missing.
-    """
+    """The settings of a method of this project, or of a module of anybody's that has `Settings`, by its import name. ValueError for
+    a name that is neither, and for a module that needs another one that is missing."""
     module = f"{__name__}.{name}" if name in names() else name
     is_path = not all(map(str.isidentifier, name.split(".")))
     try:

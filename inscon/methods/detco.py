@@ -1,7 +1,6 @@
 """DetCo (Xie et al., arXiv 2102.04803): whole views and jigsaw patches, compared at four levels of the backbone.
 
-Written from the paper; the official code of the pre-training was never released. What was taken from memory of the paper is
-marked unchecked.
+Written from the paper, whose code was never released; what was taken from memory of it is marked unchecked.
 """
 
 import dataclasses

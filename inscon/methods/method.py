@@ -204,10 +204,8 @@ class Keys:
 
 
 class KeyMethod(Method):
-    """What MoCo and its kin share: a query encoder, a key encoder that follows, shuffled BatchNorm, queues of keys.
-
-    A subclass names its encoder, adds queues, and says what its key encoder takes; both encoders return tensors by name.
-    """
+    """What MoCo and its kin share: a query encoder, a key encoder that follows, shuffled BatchNorm, queues of keys. A subclass
+    names its encoder, adds queues, and says what its key encoder takes; both encoders return tensors by name."""
 
     encoder: Callable[[Backbone, MethodSettings], nn.Module]
     """Made of a backbone, which it keeps under that name, and the method's settings."""

@@ -1,8 +1,5 @@
-"""InfoNCE with a queue of negatives, for one positive per query or several (paper equations 1 to 4).
-
-Readings 4 and 5 of METHOD: every logit is divided by the temperature, and several positives are either the mean of
-separate terms or one sum inside the logarithm, as printed.
-"""
+"""InfoNCE with a queue of negatives, for one positive per query or several (paper equations 1 to 4). Every logit is divided by the
+temperature; several positives are the mean of separate terms or one sum inside the logarithm, as printed (METHOD 4 and 5)."""
 
 import contextlib
 from dataclasses import dataclass
@@ -34,10 +31,8 @@ class RowLogits:
     """What the losses need of each query's logits: never the logits themselves."""
 
     positive: Float[Tensor, "N"]
-    negative_lse: Float[Tensor, "N"]
-    """log of the sum of exp over the negatives."""
-    hardest_negative: Float[Tensor, "N"]
-    """The largest negative logit, without gradient."""
+    negative_lse: Float[Tensor, "N"]  # log of the sum of exp over the negatives.
+    hardest_negative: Float[Tensor, "N"]  # The largest negative logit, without gradient.
 
     @property
     def top1(self) -> Float[Tensor, ""]:
@@ -109,11 +104,8 @@ def separate_terms(logits: RowLogits) -> Float[Tensor, "N"]:
 
 
 def group_terms(logits: RowLogits, positives_each: int, aggregate: str) -> Float[Tensor, "N"]:
-    """InfoNCE of rows in groups of `positives_each` (tiles of a mosaic, cells of an overlap), one value for each group.
-
-    `aggregate="mean"`: the mean of separate terms; "literal": equations 2 and 3 as printed, positives, and
-    negatives, summed inside the log (METHOD 4).
-    """
+    """InfoNCE of rows in groups of `positives_each` (tiles of a mosaic, cells of an overlap), one value for each group: "mean" of
+    separate terms, or "literal", equations 2 and 3 as printed, positives, and negatives, summed inside the log (METHOD 4)."""
     grouped = (-1, positives_each)
     if aggregate == "mean":
         return separate_terms(logits).unflatten(0, grouped).mean(-1)

@@ -162,13 +162,8 @@ def _batch_norms(module: nn.Module, kinds: tuple[type, ...], refusal: str, remed
 
 
 class KeyShuffle(nn.Module):
-    """Has keys normalized among other images than their queries were (MoCo's shuffling BN), by a fixed assignment.
-
-    Args:
-        norm: "split": within the rank, over its groups; "shuffle": over the ranks; else keys stay where they are.
-        rank_batch_size: images per rank and step.
-        split_size: images per group, with "split".
-    """
+    """Has keys normalized among other images than their queries were (MoCo's shuffling BN), by a fixed assignment. `norm`: "split",
+    over the rank's groups of `split_size` of its `rank_batch_size` images; "shuffle", over the ranks; else keys stay."""
 
     def __init__(self, norm: str, rank_batch_size: int, split_size: int | None):
         super().__init__()
@@ -188,16 +183,13 @@ class KeyShuffle(nn.Module):
             return encode(*inputs)
         if self._counts is None:
             return {name: made[self.back] for name, made in encode(*(tensor[self.order] for tensor in inputs)).items()}
-        made = encode(*(self._exchange(tensor, self.order) for tensor in inputs))
-        return {name: self._return(tensor) for name, tensor in made.items()}
+        made, (send, receive) = encode(*map(self._exchange, inputs)), self._counts
+        return {name: distributed.exchange(tensor, receive, send)[self.back] for name, tensor in made.items()}
 
-    def _exchange(self, tensor: Tensor, order: Tensor) -> Tensor:
+    def _exchange(self, tensor: Tensor) -> Tensor:
         if tensor.ndim >= 4:  # as it lies in memory: channels last
-            return distributed.exchange(tensor.movedim(-3, -1)[order], *self._counts).movedim(-1, -3)
-        return distributed.exchange(tensor[order], *self._counts)
-
-    def _return(self, tensor: Tensor) -> Tensor:
-        return distributed.exchange(tensor, *reversed(self._counts))[self.back]
+            return distributed.exchange(tensor.movedim(-3, -1)[self.order], *self._counts).movedim(-1, -3)
+        return distributed.exchange(tensor[self.order], *self._counts)
 
 
 @contextmanager

@@ -7,16 +7,12 @@ from torch import Tensor, nn
 
 
 class KeyQueue(nn.Module):
-    """The last `size` keys, each a row of `keys [K D]`, a persistent buffer; the oldest are overwritten first.
-
-    The pointer (the row the next key goes to) lives beside them, so that a captured step moves it too, and travels with the state
-    dict. Fresh queues hold random unit vectors.
-    """
+    """The last `size` keys, each a row of `keys [K D]`, a persistent buffer; the oldest are overwritten first. The pointer (the row
+    the next key goes to) lives beside them, so that a captured step moves it too. Fresh queues hold random unit vectors."""
 
     def __init__(self, size: int, embedding_dim: int, per_step: int):
         super().__init__()
-        self.per_step = per_step
-        """Keys that join in a step, over all ranks."""
+        self.per_step = per_step  # Keys that join in a step, over all ranks.
         self.register_buffer("keys", F.normalize(torch.randn(size, embedding_dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64), persistent=False)
 

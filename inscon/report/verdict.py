@@ -32,12 +32,9 @@ BESIDE = "--color host and --decode cpu, if the host has cores for that"
 
 
 def conclusions(report: dict) -> dict:
-    """What follows from what was measured: MFU, the same of copies within memory, None where not known, and the verdict.
-
-    A verdict is the `kind` of bound (host-bound: a GPU waits for launches, or time goes by in the step that no part claims), the
-    `stage` or part that binds, the `advice` what to do next, the `gain` at best, images/s then over images/s now, and all that as
-    a `sentence`. A "disturbed" one says what cannot be true instead.
-    """
+    """What follows from what was measured: MFU, the same of copies within memory, None where not known, and the verdict: the `kind`
+    of bound, the `stage` or part that binds, the `advice` what to do next, the `gain` at best, images/s then over images/s now, and
+    all that as a `sentence`. A "disturbed" one says what cannot be true instead."""
     rate, device, copied = report["ceilings"][END_TO_END], report["device"], report["copy_bytes_per_s"]
     mfu = 100 * rate * report["flops_per_image"] / (report["ranks"] * report["matrix_flops_per_s"])
     memory = 1e5 * device["bytes"] / (copied * report["end_to_end"]["wall_ms"]) if device else None

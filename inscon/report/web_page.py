@@ -15,8 +15,7 @@ from inscon.report.run import read_metrics
 
 CURVES = ("loss", "top1", "knn", "images_per_s", "data_wait_percent", "mfu_percent", "lr")
 """Beginnings of the names in metrics.jsonl that are drawn, in this order. Axes begin at 0, but for those of losses and rates."""
-MOST_POINTS = 120
-"""Of a curve; each is the mean of as many log windows as that takes."""
+MOST_POINTS = 120  # Of a curve; each is the mean of as many log windows as that takes.
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
 :root { --paper: #fff; --card: #f6f7f9; --ink: #14171c; --quiet: #667080; --line: #e3e6eb; --bar: #a9b2c0; --accent: #0b6bcb }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark;

@@ -1,7 +1,5 @@
-"""k nearest neighbors on frozen features: is the run healthy, today, without training anything.
-
-Protocol of Wu et al. (2018): cosine similarity of pooled features, the k nearest vote with weight exp(similarity / 0.1).
-"""
+"""k nearest neighbors on frozen features, by the protocol of Wu et al. (2018): cosine similarity of pooled features, the k nearest
+vote with weight exp(similarity / 0.1)."""
 
 import math
 from collections.abc import Iterable

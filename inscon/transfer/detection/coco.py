@@ -80,8 +80,7 @@ class CocoSet:
     folder: Path
     images: list[dict]  # As in the json, some or all of them.
     truth: COCO  # The json, crowds included: what AP counts.
-    categories: dict[int, str]
-    """Names by id, in the order of the ids; labels 1..K are their places."""
+    categories: dict[int, str]  # Names by id, in the order of the ids; labels 1..K are their places.
     fingerprint: str  # checksum of the json
 
     def objects(self, image: dict) -> list[tuple[dict, tuple[float, ...]]]:

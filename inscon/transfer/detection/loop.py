@@ -34,8 +34,7 @@ from inscon.transfer.detection.models import Design, Protocol, build
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """In pycocotools' order: over IoU .5 to .95, at .5, at .75, for small, medium and large objects; AR at 1, 10, 100 boxes."""
-Batch = list[tuple[Tensor, dict[str, Tensor]]]
-"""Images [3 H W] in 0..1, each with its target of `CocoSet.target`."""
+Batch = list[tuple[Tensor, dict[str, Tensor]]]  # Images [3 H W] in 0..1, each with its target of `CocoSet.target`.
 
 
 def lr_at(protocol: Protocol, iteration: int) -> float:

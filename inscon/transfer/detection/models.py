@@ -31,8 +31,7 @@ class Protocol:
     min_size: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     """Short sides in training, px; one is drawn for every image. The last one is that of evaluation."""
     max_size: int = 1333  # Longest side, px.
-    rois: int = 512
-    """Boxes an image to learn from is sampled for; fewer make trials on a CPU bearable."""
+    rois: int = 512  # Boxes an image to learn from is sampled for; fewer make trials on a CPU bearable.
     proposals: int = 1000  # Of an image that is judged; fewer as well.
     seed: int = 0  # Of the heads, the order, flips, sizes and sampled boxes.
     frozen: bool = False  # The backbone stays as it is, statistics too: the rest learns on top of it.
