@@ -27,12 +27,8 @@ COUNTED_IMAGES = 32
 class StepFlops(NamedTuple):
     """Floating-point operations (a multiply and an add are two); nothing that is computed again counts."""
 
-    per_image: (
-        float  # Of one source image in a training step: every pass through every network, heads, losses against queues.
-    )
-    trainings: (
-        float  # The same in forward and backward passes of one view through the backbone: 2.36 for InsCon at 224 px.
-    )
+    per_image: float  # Of a source image in a training step: all networks, heads, losses against queues.
+    trainings: float  # The same in forward and backward passes of one view through the backbone: 2.36 for InsCon.
 
 
 @functools.lru_cache
