@@ -110,7 +110,7 @@ def facts_of(name: str) -> Backbone:
         return build_backbone(name)
 
 
-def check_side(name: str, side: int, remedy: str = "set --view-size to another one, or --backbone") -> None:
+def check_side(name: str, side: int, remedy: str = "set --view-size to another one, or take another backbone") -> None:
     """ValueError unless the network takes pictures of `side` x `side` px: some of timm's take one size alone."""
     if name in TORCHVISION:
         return

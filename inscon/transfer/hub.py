@@ -64,7 +64,7 @@ def check(out: Path, license: str | None) -> None:
     except ImportError:
         raise ValueError("--format hub needs the package safetensors: pip install 'inscon[hub]'") from None
     guard.check_output_folder(out.parent)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--format hub writes a new or empty folder. Found: {out}; set another --out")
 
 

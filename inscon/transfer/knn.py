@@ -51,7 +51,7 @@ def accuracy(queries: Rows, bank: Rows | None, k: int = 200, device: Device = "c
     rows, others = F.normalize(rows, dim=1), F.normalize(others, dim=1)
     most = len(others) - (bank is None)
     if not 1 <= k <= most:
-        raise ValueError(f"k must lie in 1..{most}, the size of the bank. Found: {k}")
+        raise ValueError(f"k must lie in 1..{most}, the size of the bank. Found: {k}; set --k {min(200, most)}")
     num_classes = int(max(labels.max(), classes.max())) + 1
     correct, at_once = 0, max(SIMILARITIES // len(others), 1)
     for start in range(0, len(rows), at_once):

@@ -64,8 +64,8 @@ class Probe:
             self.layer.bias.zero_()
         self.layer.to(device)
         self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=protocol.lr_at(0), momentum=0.9)
-        data = self.train_set.index.fingerprint
-        self._identity = {"format": 2, "backbone": self.before, "data": data, **protocol.settings()}
+        about = {"data": self.train_set.index.fingerprint, "view_size": self.train_set.view_size}
+        self._identity = {"format": 2, "backbone": self.before, **about, **protocol.settings()}
         if self.path.exists():
             self._resume()
 
@@ -121,7 +121,7 @@ class Probe:
 
     def _resume(self) -> None:
         held = checkpoint.load(self.path, self.device)
-        if names := [name for name, value in self._identity.items() if held["identity"].get(name) != value]:
+        if names := [name for name, value in self._identity.items() if held["identity"].get(name, value) != value]:
             other = " and ".join(names)
             raise ValueError(f"{self.path} is a probe with another {other}; set another --out, or delete it")
         self.layer.load_state_dict(held["layer"])

@@ -566,6 +566,7 @@ def test_what_is_not_finite_is_not_saved(scenes, tmp_path):
         ({"min_size": ()}, r"--min-size must be at least 32. Found: \(\)"),
         ({"min_size": (8,)}, r"--min-size must be at least 32. Found: \(8,\)"),
         ({"rois": 3}, "--rois must be at least 4. Found: 3"),
+        ({"proposals": 0}, "--proposals must be at least 1. Found: 0"),
     ],
 )
 def test_wrong_protocols_are_refused(changed, words):

@@ -95,6 +95,8 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(shared, tmp_path, small_fi
         hub.check(tmp_path / "a", "my own\nterms")
     with pytest.raises(ValueError, match="a new or empty folder. Found: .*out; set another --out"):
         hub.check(folder, "mit")
+    with pytest.raises(ValueError, match="a new or empty folder. Found: .*README.md; set another --out"):
+        hub.check(folder / "README.md", "mit")
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match="needs the package safetensors: pip install 'inscon.hub.'"):
         hub.check(tmp_path / "a", "mit")

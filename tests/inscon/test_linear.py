@@ -65,8 +65,8 @@ class Views(LabelledViews):
 
     labels = torch.arange(3)
 
-    def __init__(self, fingerprint="data"):
-        self.index = Index(fingerprint)
+    def __init__(self, fingerprint="data", view_size=32):
+        self.index, self.view_size = Index(fingerprint), view_size
 
     @contextlib.contextmanager
     def random_crops(self, start, stop):
@@ -76,10 +76,10 @@ class Views(LabelledViews):
         return batches(100, 104)
 
 
-def make_probe(folder, backbone=None, data="data", **protocol):
+def make_probe(folder, backbone=None, data="data", view_size=32, **protocol):
     torch.manual_seed(0)
     protocol = Protocol(**{"epochs": 4, "batch_size": 8, "base_lr": 30.0, **protocol})
-    return Probe(backbone or Tiny(), protocol, (Views(data), Views()), folder, CPU)
+    return Probe(backbone or Tiny(), protocol, (Views(data, view_size), Views()), folder, CPU)
 
 
 def train(probe, epochs=None, said=None):
@@ -136,6 +136,12 @@ def test_a_stopped_probe_goes_on(tmp_path):
     assert epochs == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="is a probe with another data; set another --out, or delete it"):
         make_probe(tmp_path / "stopped", data="other data")
+    with pytest.raises(ValueError, match="is a probe with another view_size;"):
+        make_probe(tmp_path / "stopped", view_size=64)
+    held = torch.load(tmp_path / "stopped/probe.pt")
+    held["identity"].pop("view_size")  # as before it was there
+    torch.save(held, tmp_path / "stopped/probe.pt")
+    assert make_probe(tmp_path / "stopped").epoch == 4
     with pytest.raises(ValueError, match="is a probe with another epochs and base_lr;"):
         make_probe(tmp_path / "stopped", epochs=5, base_lr=3.0)
 
@@ -209,7 +215,7 @@ def test_leaving_one_out_equals_a_bank_without_it():
     alone = [knn.accuracy((rows[~o], labels[~o]), (rows[o], labels[o]), k=5) for o in others]
     assert knn.accuracy((rows, labels), None, k=5) == pytest.approx(sum(alone) / 30)
     assert 0 < sum(alone) < 30
-    with pytest.raises(ValueError, match=r"k must lie in 1..29, the size of the bank. Found: 30"):
+    with pytest.raises(ValueError, match=r"k must lie in 1..29, the size of the bank. Found: 30; set --k 29"):
         knn.accuracy((rows, labels), None, k=30)
 
 

@@ -37,7 +37,9 @@ class Protocol:
     frozen: bool = False  # The backbone stays as it is, statistics too: the rest learns on top of it.
 
     def __post_init__(self):
-        guard.check_ranges(self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4, seed=0)
+        guard.check_ranges(
+            self, iterations=1, batch_size=1, base_lr=1e-9, min_size=32, max_size=32, rois=4, proposals=1, seed=0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
