@@ -21,9 +21,8 @@ implementation; so may all of `loader`, and of `run` all but the seed."""
 
 
 def save(run_dir: Path, contents: dict, keep: int) -> Path:
-    """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`. The caller
-    is the only process that writes into `run_dir`: what killed ones left unfinished goes. FloatingPointError for weights or
-    momentum that are not finite: nothing is written then, and nothing removed."""
+    """Write `contents` (with its `step`) under its final name only when it is whole on the disk; keep the newest `keep`. What
+    killed processes left unfinished goes. FloatingPointError, before anything, for weights or momentum that are not finite."""
     folder = Path(run_dir) / "checkpoints"
     if broken := not_finite(contents):
         raise FloatingPointError(f"step {contents['step']} is not saved: {broken} is not finite any more")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from inscon.methods.method import Method
 
-LEAK_TOP1 = 0.99
-"""Share of queries that find their key; above it BatchNorm gives the answer away (MoCo, section 3.3)."""
+LEAK_TOP1 = 0.99  # Share of queries that find their key; above it BatchNorm leaks (MoCo, section 3.3).
 LEAK_LOOKS = 3  # In so many log lines one after the other.
 LEAST_KEYS = 4096
 """Keys that a positive must beat for its share to tell anything: among a few hundred, a good run finds its own nearly always."""

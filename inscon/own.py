@@ -10,11 +10,9 @@ import numpy as np
 from inscon import checkpoint
 from inscon.config import Config
 
-STEPS, EPOCHS = 50_000, 800
-"""A run of a small set comes as near to so many steps as so many epochs allow."""
+STEPS, EPOCHS = 50_000, 800  # A run of a small set comes as near to so many steps as so many epochs allow.
 LEAST = 8  # Images of a rank in a step: BatchNorm needs two groups of a whole mosaic.
-USUAL_CROP = 0.76
-"""Mean side of a crop that covers 20 to 100 % of a square: 2/3 * (1 - 0.2 ** 1.5) / 0.8."""
+USUAL_CROP = 0.76  # Mean side of a crop that covers 20 to 100 % of a square: 2/3 * (1 - 0.2 ** 1.5) / 0.8.
 FAR = 2.5  # How many times too high or low a learning rate is, to be warned of.
 
 

@@ -1,7 +1,7 @@
 """DenseCL (Wang et al., arXiv 2011.09157): MoCo v2, and the same loss for every place of the last map.
 
-Which place of the key's map belongs to which of the query's is looked up among the backbone's features; a second queue holds one
-vector of each image. Written from the paper's equations; the official code is GPL-3.0 and was not looked at.
+Which place of the key's map belongs to which of the query's is looked up among the backbone's features. Written from the paper's
+equations; the official code is GPL-3.0 and was not looked at.
 """
 
 from dataclasses import dataclass

@@ -118,11 +118,9 @@ class JigsawSettings(MethodSettings):
 class Method(nn.Module):
     """A method of pre-training. Submodules and buffers are what a checkpoint holds."""
 
-    backbone: Backbone
-    """What is trained for others: exports, kNN, probe, attention maps and detectors take it."""
+    backbone: Backbone  # What is trained for others: exports, kNN, probe, attention maps, detectors.
     followers: "tuple[Follower, ...]" = ()  # Slow copies that move after every update.
-    queues: dict[str, KeyQueue]
-    """Queues of keys, by the name of the loss that reads them; empty where there are none."""
+    queues: dict[str, KeyQueue]  # Of keys, by the name of the loss that reads them; there may be none.
 
     def __init__(self):
         super().__init__()

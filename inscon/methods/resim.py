@@ -48,8 +48,7 @@ GRIDS: Mapping[int, Windows] = {16: Windows(6, 48, 32, of_all_ranks=True), 8: Wi
 """By the stride of the map that they are pooled from, px. That they begin in the view's corner is unchecked."""
 PYRAMID = (8, 16, 32)  # Strides of the maps that the pyramid is built of, px.
 POOLED = 3  # Places per side of the key's map that are averaged into one negative.
-TOLERANCE = 1e-3
-"""px that a window may reach past the key view, so that none is lost to rounding."""
+TOLERANCE = 1e-3  # px that a window may reach past the key view, so that none is lost to rounding.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """BatchNorm that does not give the answer away (METHOD 13).
 
-A query and its key normalized among the same images carry the same batch's signature, and the loss can be solved by
-reading it (MoCo, section 3.3, "Shuffling BN"). So the images whose statistics an image's key meets must be others than
-those its query met: over ranks by exchanging images, within one process by splitting the batch into groups.
+A query and its key normalized among the same images carry the same signature, and reading it solves the loss (MoCo, section 3.3,
+"Shuffling BN"). So keys are normalized among others: over ranks by exchanging images, within one by splitting the batch.
 """
 
 from collections.abc import Callable
@@ -101,11 +100,9 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _BatchNormOfRanks(torch.autograd.Function):
-    """(normalized, mean, variance without Bessel's correction); the latter two without gradient.
-
-    Back, with x' = (x - mean) / std and means over all ranks: of_x = weight / std * (g - mean(g) - x' * mean(g * x')). The
-    gradients of weight and bias are those of the own batch, as all gradients are before they are averaged.
-    """
+    """(normalized, mean, variance without Bessel's correction); the latter two without gradient. Back, with x' = (x - mean) / std
+    and means over all ranks: of_x = weight / std * (g - mean(g) - x' * mean(g * x')). The gradients of weight and bias are those of
+    the own batch, as all gradients are before they are averaged."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):

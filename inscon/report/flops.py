@@ -16,12 +16,9 @@ from pipelines.finish import Finish
 
 PRODUCTS = {"cpu": (1536, 1), "cuda": (8192, 16)}
 """Side of the square matrices whose product tells the device's rate, and how many products are timed at once."""
-COPIED = {"cpu": 2**27, "cuda": 2**30}
-"""Bytes of a copy that tells the rate of memory: more than caches hold."""
-MEASURED_S = {"cpu": 0.5, "cuda": 0.1}
-"""At least; a CPU's turns differ more."""
-COUNTED_IMAGES = 32
-"""Over so many, or the batch if that is less, is the arithmetic of a step counted."""
+COPIED = {"cpu": 2**27, "cuda": 2**30}  # Bytes of a copy that tells the rate of memory: more than caches hold.
+MEASURED_S = {"cpu": 0.5, "cuda": 0.1}  # At least; a CPU's turns differ more.
+COUNTED_IMAGES = 32  # Over so many, or the batch if that is less, the arithmetic of a step is counted.
 
 
 class StepFlops(NamedTuple):

@@ -9,17 +9,12 @@ from inscon.clock import AFTER_UPDATE, OPTIMIZER, REST, WAIT, WIRE
 
 VERSION = 5  # Of report.json; another one is not compared.
 CEILINGS = LOADER, MODEL, END_TO_END = "loader alone", "model alone, on synthetic batches", "end to end"
-OWN = (OPTIMIZER, AFTER_UPDATE, REST)
-"""Parts of a step that are neither passes through the networks nor waiting."""
-NOTICED = 5.0
-"""Percent of a step from which on waiting for data, for other ranks or for nothing is what to mend first."""
+OWN = (OPTIMIZER, AFTER_UPDATE, REST)  # Neither passes through the networks nor waiting.
+NOTICED = 5.0  # Percent of a step from which on waiting, for whatever, is what to mend first.
 OVERHEAD = 10.0  # Percent of a step that OWN should stay under.
-LAUNCHING = 90.0
-"""Percent of a step that the host needs to launch it, from which on the device waits for launches."""
-HUNGRY = 50.0
-"""Percent of the times that a queue is empty when asked, from which on it is called starved."""
-NOISE = 1.1
-"""What is up to so many times its ceiling differs from it by noise; what is more cannot be, so that the ceiling is wrong."""
+LAUNCHING = 90.0  # Percent of a step that the host needs to launch it, from which on the device waits for that.
+HUNGRY = 50.0  # Percent of the times that a queue is empty when asked, from which on it is starved.
+NOISE = 1.1  # What is up to so many times its ceiling is so by noise; if it is more, the ceiling is wrong.
 ADVICE = {
     "read": "bring the data nearer: a local SSD, or memory that holds the set",
     "decode": "more cores for --threads, --pipeline ffcv where the host decodes, --decode auto on a GPU, or a set packed with "

@@ -79,8 +79,7 @@ def untrained_parameters(config: dict) -> list[str]:
 
 def estimate_statistics(backbone: Backbone, batches: Iterable) -> dict[str, Tensor]:
     """BatchNorm's buffers by their names in `backbone.network`, estimated anew over `batches` of pixels [B 3 S S] ("precise BN"):
-    means of the batches' means and unbiased variances. In training they trail the weights by a moving average, over groups of
-    32 images. Raises ValueError where there is no batch, or no BatchNorm."""
+    means of the batches' means and unbiased variances. ValueError where there is no batch, or no BatchNorm."""
     update_bn(batches, backbone)
     held = backbone.network.state_dict()
     statistics = {name: value.cpu().clone() for name, value in held.items() if name.endswith(STATISTICS)}
@@ -102,7 +101,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def any_backbone(source: str | Path, untrained: bool = False) -> tuple[Backbone, dict]:
     """A backbone in eval mode out of a run folder, a checkpoint or an export, and {"what", "step", "config"} about it; `untrained`:
-    the network as that run began. Raises ValueError."""
+    the network as that run began."""
     file = Path(source)
     if file.is_dir() or file.suffix == ".pt":
         tensors, held, file = read_run(file)
@@ -128,7 +127,7 @@ def rebuild(values: dict) -> Config:
 
 def read_run(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
     """Of a checkpoint, `path` or the newest of a run folder: the tensors of the backbone, what a method trains for others and never
-    its slow copy, by its library's names; all that it holds; its file. Raises ValueError."""
+    its slow copy, by its library's names; all that it holds; its file."""
     path = Path(path)
     file = (checkpoint.latest(path) or path / "checkpoints/step-*.pt") if path.is_dir() else path
     contents = checkpoint.load(file)

@@ -1,7 +1,7 @@
-"""The linear probe (MoCo's protocol): one linear layer on the pooled features of a frozen backbone.
+"""The linear probe (MoCo's protocol): one linear layer on the pooled features of a frozen backbone in eval mode.
 
-The backbone stays in eval mode; its checksum is taken before and after. The layer starts as N(0, 0.01) with bias 0; SGD with
-momentum 0.9 and no weight decay; the learning rate, 30 for 256 images, falls to a tenth at 60 % and at 80 % of the epochs.
+It starts as N(0, 0.01) with bias 0; SGD with momentum 0.9 and no weight decay; the learning rate, 30 for 256 images, falls to a
+tenth at 60 % and at 80 % of the epochs.
 """
 
 import functools

@@ -1,8 +1,6 @@
-"""Fine-tuning and judging: SGD, warm-up, two steps down; AP and AR by pycocotools.
-
-What is drawn depends on the seed alone and is carried out ahead by threads, so a stopped run goes on as if nothing had been. A
-folder receives `checkpoints/step-*.pt`, enough to build the detector again, and `metrics.jsonl`.
-"""
+"""Fine-tuning and judging: SGD, warm-up, two steps down; AP and AR by pycocotools. What is drawn depends on the seed alone, so a
+stopped run goes on as if nothing had been. A folder receives `checkpoints/step-*.pt`, enough to build the detector again, and
+`metrics.jsonl`."""
 
 import contextlib
 import io
