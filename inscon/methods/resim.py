@@ -34,8 +34,7 @@ class Windows(NamedTuple):
     per_side: int
     side: int  # px
     step: int  # px between the corners of neighbors
-    of_all_ranks: bool
-    """Whether negatives are of all ranks' images; else, for there are more places, of the own rank's or its BatchNorm groups'."""
+    of_all_ranks: bool  # Negatives are of all ranks' images; else of the own rank's or its BatchNorm groups'.
 
     def boxes(self, view_size: int) -> Float[Tensor, "n 4"]:
         """Row by row, px of the view."""

@@ -1,10 +1,9 @@
-"""Precise RoI pooling (Jiang et al., IoUNet, ECCV 2018) for one box per image, exact, as two matrix products; for many
-boxes per image and one bin each, as one.
+"""Precise RoI pooling (Jiang et al., IoUNet, ECCV 2018) for one box per image, exact, as two matrix products; for many boxes per
+image and one bin each, as one.
 
-The pooled value of a bin is the integral of the bilinear interpolant of the map over the bin, divided by the bin's
-area. With one box per image that integral separates: `out = Wy F Wx^T / (bin height * bin width)`, where `Wy [G H]` and
-`Wx [G W]` hold the integrals of the hat function of each feature over each bin's extent. So it needs no kernel of its
-own, runs on every device, keeps channels-last, and autograd gives exact gradients for features and coordinates.
+The pooled value of a bin is the integral of the map's bilinear interpolant over it, divided by its area. With one box per image
+that separates: `out = Wy F Wx^T / (bin height * bin width)`, where `Wy [G H]` and `Wx [G W]` hold the integrals of each feature's hat
+function over each bin. So it needs no kernel, keeps channels-last, and autograd gives exact gradients for features and coordinates.
 """
 
 import torch
@@ -24,8 +23,7 @@ def precise_roi_pool(
         output_size: G, cells per side.
         spatial_scale: features per px, 1/stride.
         offset: feature j sits at x = j + offset after scaling; 0 is the published op (METHOD 8).
-        border: "zero", the published op: features are 0 outside the map and the divisor is the bin's full area; or
-            "normalize": divide by the hat functions' covered weight instead.
+        border: "zero", the published op: 0 outside the map, the divisor is the bin's full area; "normalize": the covered weight.
 
     Empty boxes give 0 with zero gradient.
     """

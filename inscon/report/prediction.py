@@ -1,17 +1,14 @@
 """How fast machines that are not at hand should be: a formula and its inputs, and never anything but a prediction."""
 
 IMAGENET, EPOCHS = 1_281_167, 200
-OVERHEAD = 1.0
-"""Percent of a step that is neither forward nor backward pass, on one H200 (docs/measured.md): the optimizer and what follows it
-0.4, waiting for data 0.5."""
+OVERHEAD = 1.0  # Percent of a step that is neither forward nor backward pass, on one H200 (docs/measured.md).
 PUBLISHED = "NVIDIA DeepLearningExamples, ConvNets/resnet50v1.5 for PyTorch 21.03, mixed precision, channels last, 8 x "
 MACHINES = {
     "v100x8": (8322, 8322, PUBLISHED + "V100 16 GB", "; target 2,650 images/s"),
     "a100x8": (16621, 16621, PUBLISHED + "A100 80 GB", "; target 6,000 images/s"),
     "h100x8": (16621 * 1.4, 16621 * 1.64, "an estimate: the A100's rate times the ratio of memory bandwidths, 1.4 to 1.64", ""),
 }  # fmt: skip
-"""images/s of ordinary ResNet-50 training at 224 px, all devices together, from, to; where that was found; what the project set
-itself."""
+"""images/s of ordinary ResNet-50 training at 224 px on all devices, from, to; where that was found; what the project set itself."""
 
 
 def predict(name: str, config, trainings: float) -> str:

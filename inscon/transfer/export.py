@@ -22,8 +22,7 @@ from inscon import checkpoint, guard, methods
 from inscon.config import Config, from_dict
 from inscon.nn.backbones import TORCHVISION, Backbone, build_backbone
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""How the names of BatchNorm's buffers end."""
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # How names of BatchNorm's buffers end.
 
 
 def to_detectron2(name: str) -> str:

@@ -28,8 +28,7 @@ class Protocol:
 
     epochs: int = 100  # The learning rate falls to a tenth at 60 % and 80 % of them.
     batch_size: int = 256  # Over all ranks.
-    base_lr: float = 30.0
-    """For 256 images; what is used is this times batch_size / 256, or the protocol would be another one."""
+    base_lr: float = 30.0  # For 256 images; what is used is this times batch_size / 256.
     seed: int = 0  # Of the layer's start, the order and the crops.
 
     def __post_init__(self):
@@ -55,8 +54,7 @@ class Probe:
     ):  # fmt: skip
         self.protocol, self.path, self.device, self._amp = protocol, Path(folder) / "probe.pt", device, amp_dtype
         self.train_set, self.val_set = sets
-        self.before, self.epoch = digest(backbone.state_dict()), 0
-        """Checksum of the frozen backbone; how many epochs are over."""
+        self.before, self.epoch = digest(backbone.state_dict()), 0  # Of the frozen backbone; epochs that are over.
         self.backbone = backbone.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.layer = nn.Linear(backbone.channels[backbone.last], int(self.train_set.labels.max()) + 1)
         with torch.no_grad():

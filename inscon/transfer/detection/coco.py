@@ -132,10 +132,9 @@ def read_coco(path: Path, folder: Path, masks: bool, categories: dict[int, str] 
         raw = msgspec.json.decode(written)
         contents = msgspec.convert(raw, MaskedContents if masks else Contents)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is no json of COCO's format: {error}; correct it, or give an instances json such as instances_val2017.json "
-            "(VOC's XML has to be converted, and only --arch fasterrcnn-fpn learns without segmentation)"
-        ) from None
+        remedy = "correct it, or give an instances json such as instances_val2017.json (VOC's XML has to be converted)"
+        masks = "only --arch fasterrcnn-fpn learns without segmentation"
+        raise ValueError(f"{path} is no json of COCO's format: {error}; {remedy}; {masks}") from None
     for wrong in _wrong(contents, folder):
         raise ValueError(f"{path}: {wrong}; correct the json, or give the one and the folder that belong together")
     held = dict(sorted((category.id, category.name) for category in contents.categories))

@@ -23,8 +23,7 @@ STRIDES = (4, 8, 16, 32)  # Of the maps that a pyramid stands on, px.
 class Protocol:
     """What a fine-tuning depends on, beside detector, weights and data."""
 
-    iterations: int = 90_000
-    """The learning rate falls to a tenth at 2/3 and at 8/9 of them. 90000 on COCO is the 1x schedule."""
+    iterations: int = 90_000  # The rate falls to a tenth at 2/3 and 8/9 of them. 90000 on COCO is the 1x schedule.
     batch_size: int = 16  # Images per iteration.
     base_lr: float = 0.02  # For 16 images; what is used is this times batch_size / 16.
     warmup: int = 1000  # Iterations of linear warm-up, at most a tenth of all.
