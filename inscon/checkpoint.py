@@ -16,8 +16,7 @@ from inscon.config import Changeable
 
 VERSION = 2
 _ELASTIC = {"max_steps", "optimizer", "graph", "precision", "gradient_compression", "norm", "split_size"}
-"""Settings that may change between a run and its continuation, but for LARS, which is another optimizer and not another
-implementation; so may all of `loader`, and of `run` all but the seed."""
+"""May change when a run goes on, but LARS, which is another optimizer; so may all of `loader`, and of `run` all but the seed."""
 
 
 def save(run_dir: Path, contents: dict, keep: int) -> Path:

@@ -25,10 +25,8 @@ from typing import BinaryIO, NoReturn
 
 REFUSALS = (ValueError, OSError, FloatingPointError, MemoryError)
 """What reaches the user as a sentence; OSError includes ChildProcessError and TimeoutError."""
-_READ_S = 3.0
-"""Ctrl-C reaches a rank twice, from the terminal and from torchrun: what follows the sentence sooner is no answer to it."""
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks to stop; Slurm sends SIGUSR1 some time before the end of a job (docs/slurm.md)."""
+_READ_S = 3.0  # Ctrl-C reaches a rank twice, also from torchrun: what follows the sentence sooner is no answer.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # The last is Slurm's, before the end of a job.
 _ON_CTRL_C = b"\nFinishing the step, then a checkpoint. Ctrl-C again stops at once and loses the steps since the last checkpoint.\n"
 
 # Importing torchvision asks for the user's name, and fails where there is none, as in a container by `docker run -u 1234`.

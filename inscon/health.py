@@ -13,8 +13,7 @@ from inscon.methods.method import Method
 
 LEAK_TOP1 = 0.99  # Share of queries that find their key; above it BatchNorm leaks (MoCo, section 3.3).
 LEAK_LOOKS = 3  # In so many log lines one after the other.
-LEAST_KEYS = 4096
-"""Keys that a positive must beat for its share to tell anything: among a few hundred, a good run finds its own nearly always."""
+LEAST_KEYS = 4096  # That a positive must beat for its share to tell anything: among few, a good run nearly always does.
 CONCENTRATED = 0.995
 """Length of the mean embedding, 0..1; with it, those of all images are one point within some 6 degrees. At first all move one way,
 which took sound runs to 0.954 (SimCLR) and 0.987 (MoCo with ResNet-18) before they parted; in a collapse they go on."""

@@ -51,11 +51,9 @@ def row_logits(
 
 
 class _Negatives(torch.autograd.Function):
-    """(log of the sum of exp, maximum) over the keys of each query's similarities / temperature, as one stream of chunks.
-
-    Autograd would keep the logits, their exponentials and the gradient of either, each [N K]. Here a chunk is made, reduced in
-    place and forgotten; the gradient of a query is the softmax's mean key, so its chunk is made again and multiplied.
-    """
+    """(log of the sum of exp, maximum) over the keys of each query's similarities / temperature, as one stream of chunks. Autograd
+    would keep the logits, their exponentials and the gradient of either, each [N K]. Here a chunk is made, reduced in place and
+    forgotten; the gradient of a query is the softmax's mean key, so its chunk is made again and multiplied."""
 
     @staticmethod
     def forward(ctx, queries: Tensor, negatives: Tensor, temperature: float):

@@ -207,9 +207,9 @@ def frozen_statistics(module: nn.Module):
 def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
     """Which image each slot of the key pass takes: slots `[k*group_size, (k+1)*group_size)` are normalized together.
 
-    The assignment is fixed, for other images are at a place of the batch in every step, and every rank knows it without a word. An
-    image never meets the group of its own number again (of two groups every second image stays, since a plain swap would bring the
-    same ones together), and shares with its query's group at most ceil(group_size / max(groups - 1, 2)) images.
+    A fixed assignment will do, since other images come in every step. An image never meets the group of its own number again (of
+    two groups every second image stays, since a plain swap would bring the same ones together), and shares with its query's group
+    at most ceil(group_size / max(groups - 1, 2)) images.
     """
     groups, remainder = divmod(batch_size, group_size)
     assert groups > 1 and not remainder, f"{batch_size} images are no groups of {group_size}"

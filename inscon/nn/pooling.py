@@ -2,8 +2,8 @@
 image and one bin each, as one.
 
 The pooled value of a bin is the integral of the map's bilinear interpolant over it, divided by its area. With one box per image
-that separates: `out = Wy F Wx^T / (bin height * bin width)`, where `Wy [G H]` and `Wx [G W]` hold the integrals of each feature's hat
-function over each bin. So it needs no kernel, keeps channels-last, and autograd gives exact gradients for features and coordinates.
+that separates: `out = Wy F Wx^T / (bin height * bin width)`, where `Wy [G H]` and `Wx [G W]` hold the integrals of each feature's
+hat function over each bin. So it needs no kernel, keeps channels-last, and autograd is exact for features and coordinates.
 """
 
 import torch

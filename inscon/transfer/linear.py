@@ -44,9 +44,8 @@ class Protocol:
 
 
 class Probe:
-    """A probe between two epochs. `sets`: to learn from and to be tested on; `amp_dtype`: of the backbone's convolutions, None:
-    float32. `folder` receives `metrics.jsonl` and `probe.pt`, what a stopped probe goes on from; ValueError where that is of other
-    data, another backbone or protocol."""
+    """A probe between two epochs. `sets`: to learn from and to be tested on; `amp_dtype`: as of `knn.pooled`. `folder` receives
+    `metrics.jsonl` and `probe.pt`, from which it goes on; ValueError where that is of other data, another backbone or protocol."""
 
     def __init__(
         self, backbone: Backbone, protocol: Protocol, sets: tuple[LabelledViews, LabelledViews], folder: Path,

@@ -1,7 +1,7 @@
 """A data set in COCO's format: read and checked before anything starts, then turned into pixels, boxes and masks.
 
-COCO's own files, those of data_prep/make_scenes.py and any other json with `images`, `annotations` and `categories`; other fields
-are passed over. Category ids may have gaps (COCO's 80 lie in 1..90): labels are 1..K in the order of the ids, 0 the background.
+Other fields than `images`, `annotations` and `categories` are passed over. Category ids may have gaps (COCO's 80 lie in 1..90):
+labels are 1..K in the order of the ids, 0 the background.
 """
 
 import contextlib

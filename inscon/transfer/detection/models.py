@@ -85,8 +85,7 @@ def build(design: Design, backbone: Backbone | None = None, device: torch.device
 
 def read_start(source: str, name: str | None = None) -> tuple[Backbone, str, str]:
     """The backbone a detector starts from, its name, and in words what it is, with a checksum. `source`: a run, a checkpoint or an
-    export; "torchvision", the weights that papers compare with; or "random", noise, only for who asks for it. `name`: what it must
-    be; None: what the file holds, else resnet50. Raises ValueError for anything else, another detector, say."""
+    export, "torchvision" or "random". `name`: what it must be; None: what the file holds, else resnet50. ValueError for others."""
     if source == "random":
         return build_backbone(name or "resnet50"), name or "resnet50", "noise"
     if source == "torchvision":

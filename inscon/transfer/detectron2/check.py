@@ -55,9 +55,8 @@ def require(cfg, expected: dict, reason: str) -> None:
 
 
 def read_config(file: str, options: list[str], num_gpus: int):
-    """detectron2's settings: its defaults, `file`, `options` (key, value, ...), and the schedule for so many GPUs (all machines'):
-    fewer GPUs take smaller steps, and more of them, detectron2's own rule, applied here so that config.yaml says what was done.
-    SettingsError for what detectron2 makes no settings or no schedule of."""
+    """detectron2's settings: its defaults, `file`, `options` (key, value, ...), and the schedule for so many GPUs (all machines')
+    by its own rule, applied here so that config.yaml says it. SettingsError for what it makes no settings or no schedule of."""
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultTrainer
     from detectron2.solver import build_lr_scheduler

@@ -6,8 +6,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):
-    """Regions through res5, then a norm of MODEL.RESNETS.NORM, then boxes and masks: a network that trains its BatchNorm ends in a
-    sum of unknown scale."""
+    """Regions through res5, then a norm of MODEL.RESNETS.NORM, for res5 ends in a sum of unknown scale; then boxes and masks."""
 
     @classmethod
     def from_config(cls, cfg, input_shape):
