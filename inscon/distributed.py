@@ -19,7 +19,8 @@ def start() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= (count := torch.cuda.device_count()):
-            raise ValueError(f"a rank takes a GPU, and this machine has {count}; set --nproc_per_node {count}")
+            remedy = f"set --nproc_per_node (of Slurm, --ntasks-per-node) {count}"
+            raise ValueError(f"every rank takes a GPU, and this one sees {count}; {remedy}")
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
