@@ -3,7 +3,7 @@
     backbone = build_backbone("resnet50")          # also resnext50_32x4d, wide_resnet50_2, convnext_tiny, vit_small_patch16_224
     maps = backbone(pixels)                        # {4: [N 256 h w], 8: ..., 16: ..., 32: [N 2048 h w]}
 
-Strides and channels are asked of the network. Parameters have the library's own names below `network`, whose state dict it loads.
+Strides and channels are asked of the network. Below `network` tensors have the names that the library's own network loads.
 """
 
 import functools
