@@ -55,9 +55,8 @@ class Health:
         fading = all(follower.fading for follower in self._method.followers)
         if fading or figures.get("key_moved") != 0 or figures["key_distance"] == 0:
             return {}
-        momentum = self._method.followers[0].momentum
         found = f"the slow copy of the network has not moved in {steps} steps: it learns nothing"
-        return {"stale": f"{found} (is its momentum, {momentum}, 1?)"}
+        return {"stale": f"{found} (is its momentum, {self._method.followers[0].momentum}, 1?)"}
 
     def _leaks(self, values: dict[str, float]) -> dict[str, str]:
         found = {}
