@@ -82,7 +82,7 @@ def export(run: Path, out: Path, license: str, statistics: dict | None = None, n
     window = next((found for found in reversed(windows) if found["step"] <= facts["step"]), {})
     files = {"model.safetensors": weights, "config.json": timm_config(name, config["views"]["view_size"])}
     loaders = ["timm", *["torchvision"] * (name in TORCHVISION)]
-    if re.fullmatch(r"resnet\d+", name):
+    if name in TORCHVISION and name.startswith("resnet"):  # timm has other depths, which detectron2 lacks
         loaders.append("detectron2")
         files["detectron2.pkl"] = for_detectron2(tensors, shared | {"format": "detectron2"})
     files["README.md"] = card(shared, license, window, loaders).encode()

@@ -19,6 +19,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 NETWORKS = {
     "resnet18": {"torchvision", "timm", "detectron2"},
     "test_resnet": {"timm"},
+    "resnet26": {"timm"},
 }
 """Backbone -> who its card shows how to load it with."""
 WINDOWS = [
