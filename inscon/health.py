@@ -75,11 +75,10 @@ class Health:
             apart = 1 - figures[name] ** 2  # the mean squared distance from their mean
             most = self._most_apart[name] = max(self._most_apart[name], apart)
             if figures[name] > CONCENTRATED and apart * SHRUNK < most:
-                found[name] = (
-                    f"the {name.removeprefix('length_')} embeddings have collapsed: their mean is {figures[name]:.3f} long, where "
-                    f"1 says that all are the same, and was {(1 - most) ** 0.5:.3f}; go on with a lower --lr and "
-                    "--change-on-resume lr, or begin again"
-                )
+                whose, was = name.removeprefix("length_"), f"{(1 - most) ** 0.5:.3f}"
+                long = f"{figures[name]:.3f} long, where 1 says that all are the same, and was {was}"
+                remedy = "go on with a lower --lr and --change-on-resume lr, or begin again"
+                found[name] = f"the {whose} embeddings have collapsed: their mean is {long}; {remedy}"
         return found
 
     def _stuck(self, figures: dict[str, float], steps: int, found: set[str]) -> dict[str, str]:

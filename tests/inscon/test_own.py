@@ -149,6 +149,12 @@ def test_a_run_that_has_begun_keeps_its_settings_on_other_gpus(tmp_path):
         fitted(Pictures(100_000), flags, ranks=80)
 
 
+def test_a_detectors_folder_has_no_settings_to_keep(tmp_path):
+    """The trainer then refuses it."""
+    checkpoint.save(tmp_path, {"step": 1, "design": {}}, keep=1)
+    assert fitted(Pictures(8000), f"--run-dir {tmp_path}")[0].method == fitted(Pictures(8000))[0].method
+
+
 @pytest.mark.slow
 def test_the_runs_of_the_page_can_be_repeated(tmp_path):
     """Its commands as they are printed, on fewer pictures, from another folder."""
