@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -54,7 +55,10 @@ def run_script(name: str, main: Callable[[], object]) -> NoReturn:
         of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
         if os.environ.get("INSCON_TRACEBACK") or not (of_collective or of_memory or isinstance(error, REFUSALS)):
             raise
-        about = "memory ran out; set a smaller --batch-size" if of_memory else sentence_of(error)
+        about = sentence_of(error)
+        if of_memory:
+            room = re.search(r"allocate [\d.]+ \w+", str(error))
+            about = f"memory ran out, no room to {room[0] if room else 'go on'}; set a smaller --batch-size"
         if of_collective:
             time.sleep(5)  # until the rank that ended has said why, and torchrun has stopped the others
             about = "another rank is gone, look for its own message, and run again"

@@ -35,7 +35,7 @@ def refused(error: BaseException, capsys) -> tuple[int, str]:
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
             1,
-            "some.py: memory ran out; set a smaller --batch-size\n",
+            "some.py: memory ran out, no room to allocate 2.00 GiB; set a smaller --batch-size\n",
         ),
         (TimeoutError("no batch came"), 1, "some.py: no batch came\n"),
         (KeyboardInterrupt(), 130, "some.py: stopped by Ctrl-C\n"),
@@ -49,7 +49,8 @@ def test_what_a_user_can_cause_is_one_line(error, status, sentence, capsys):
 def test_memory_that_the_host_lacks_is_one_line_too(capsys):
     with pytest.raises(SystemExit):
         guard.run_script("some.py", lambda: torch.empty(2**62, dtype=torch.uint8))
-    assert capsys.readouterr().err == "some.py: memory ran out; set a smaller --batch-size\n"
+    said = f"memory ran out, no room to allocate {2**62} bytes; set a smaller --batch-size"
+    assert capsys.readouterr().err == f"some.py: {said}\n"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
