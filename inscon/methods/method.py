@@ -15,7 +15,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,8 +51,7 @@ def add_up(terms: dict[str, tuple[Tensor, Tensor]], weights: Mapping[str, float 
     return Losses(total=torch.stack([weights[name] * loss for name, (loss, _) in terms.items()]).sum(), logged=logged)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a step with a graph of its own."""
 
     name: str
