@@ -6,9 +6,10 @@ jittered, made gray, blurred, changed by RandAugment and solarized. The numbers 
 numbers on every machine, in any order, for every way to split a batch, and a run resumes from two integers.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -304,15 +305,19 @@ def plan_views(
         raise ValueError(
             f"sizes must be [B 2] (height, width) of at least 1 px for {len(ids)} samples. Found: {sizes.shape}"
         )
-    draw = _Draw(seed, epoch, ids)
-    numbers = draw.uniforms(_stream(np.arange(len(specs))[:, None], _COLOR, 0, np.arange(3)))
+    draw = functools.partial(_uniforms, seed, epoch)
+    numbers = draw(ids, _stream(np.arange(len(specs))[:, None], _COLOR, 0, np.arange(3)))
     flipped = _flips(numbers[:, :, 0, 0], specs)
-    boxes = _crops(draw, sizes, specs)
+    boxes = _crops(draw, ids, sizes, specs)
     overlaps, views = {}, {}
     for number, spec in enumerate(specs):
         plan = _view_plan(numbers[:, number], boxes[number], flipped[number], spec)
-        plan = _randaugmented(draw, number, plan, spec) if spec.color.randaugment else plan
-        views[spec.name] = plan if spec.grid is None else _patches(draw, number, plan, spec)
+        if spec.color.randaugment:
+            u = draw(ids, _stream(number, _RANDAUGMENT, 0, np.arange(spec.color.randaugment)))
+            plan = _randaugmented(u, plan, spec)
+        if spec.grid is not None:
+            plan = _patches(draw(ids, _stream(number, _PATCH, 0, np.arange(spec.count))), plan, spec)
+        views[spec.name] = plan
         if spec.overlap is not None:
             first = _partner(specs, spec)
             crops = boxes[first], flipped[first], boxes[number], flipped[number]
@@ -350,63 +355,47 @@ def _bounds(first: ViewSpec, second: ViewSpec) -> dict:
     return {"sizes": (first.size, second.size), "min_side": rule.min_side, "min_iou": rule.min_iou}
 
 
-def _crops(draw: "_Draw", sizes: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
-    """The crop boxes [B 4] of each view, overlapping where a rule asks for it."""
-    boxes, settled = (
-        list(_crop_boxes(draw, range(len(specs)), np.array([0]), sizes, specs)[:, :, 0].swapaxes(0, 1)),
-        set(),
-    )
+def _crops(draw: Callable, ids: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
+    """The crop boxes [B 4] of each view. Where a rule asks for an overlap, crops that have none are drawn again, candidate by
+    candidate: both, or the second alone where an earlier rule has settled the first."""
+    boxes = _crop_boxes(draw, ids, range(len(specs)), 0, sizes, specs)
+    settled: set[int] = set()
     for second, spec in enumerate(specs):
-        if spec.overlap is not None:
-            first = _partner(specs, spec)
-            _settle(draw, sizes, specs, boxes, first, second, [second] if first in settled else [first, second])
-            settled |= {first, second}
+        if spec.overlap is None:
+            continue
+        first = _partner(specs, spec)
+        again = [view for view in (first, second) if view not in settled]
+        for candidate in range(1, spec.overlap.candidates):
+            valid = overlaps_enough(boxes[first], boxes[second], **_bounds(specs[first], spec))
+            if valid.all():
+                break
+            for view, made in zip(again, _crop_boxes(draw, ids[~valid], again, candidate, sizes[~valid], specs)):
+                boxes[view][~valid] = made
+        settled |= {first, second}
     return boxes
 
 
-def _settle(draw: "_Draw", sizes, specs, boxes: list[np.ndarray], first: int, second: int, drawn: list[int]) -> None:
-    """Draw the views `drawn` anew for the samples whose pair does not overlap: the first candidate that does, else the last.
-
-    Nearly every first pair overlaps, so later candidates are drawn only for the rest, and in growing handfuls, since
-    NumPy's cost is per call rather than per number.
-    """
-    last, bounds = specs[second].overlap.candidates, _bounds(specs[first], specs[second])
-    pending = np.flatnonzero(~overlaps_enough(boxes[first], boxes[second], **bounds))
-    candidate, handful = 1, 2
-    while len(pending) and candidate < last:
-        candidates = np.arange(candidate, min(candidate + handful, last))
-        made = _crop_boxes(draw.some(pending), drawn, candidates, sizes[pending], specs).swapaxes(0, 1)
-        made = dict(zip(drawn, made, strict=True))
-        valid = overlaps_enough(*(made.get(v, boxes[v][pending, None]) for v in (first, second)), **bounds)
-        chosen = np.where(valid.any(-1), valid.argmax(-1), len(candidates) - 1)
-        for view, crops in made.items():
-            boxes[view][pending] = crops[np.arange(len(pending)), chosen]
-        pending = pending[~valid.any(-1)]
-        candidate, handful = candidate + handful, handful * 2
-
-
 def _crop_boxes(
-    draw: "_Draw", views: Sequence[int], candidates: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]
-) -> np.ndarray:
-    """[B views candidates 4] float32: torchvision's `RandomResizedCrop.get_params`, ten attempts at once, the first that fits."""
+    draw: Callable, ids: np.ndarray, views: Sequence[int], candidate: int, sizes: np.ndarray, specs: Sequence[ViewSpec]
+) -> list[np.ndarray]:
+    """[B 4] float32 of each of `views`: torchvision's `RandomResizedCrop.get_params`, ten attempts at once, the first that fits."""
     picked = [specs[view] for view in views]
-    u = draw.uniforms(_stream(np.array(views)[:, None, None], _CROP, candidates[:, None], np.arange(ATTEMPTS)))
-    height, width = (sizes[:, i].astype(np.float64)[:, None, None, None] for i in (0, 1))
-    low, high = np.array([spec.scale for spec in picked]).T[:, :, None, None]
-    log_low, log_high = np.array([[math.log(r) for r in spec.ratio] for spec in picked]).T[:, :, None, None]
+    u = draw(ids, _stream(np.array(views)[:, None], _CROP, candidate, np.arange(ATTEMPTS)))
+    height, width = (sizes[:, i].astype(np.float64)[:, None, None] for i in (0, 1))
+    low, high = np.array([spec.scale for spec in picked]).T[:, :, None]
+    log_low, log_high = np.array([[math.log(r) for r in spec.ratio] for spec in picked]).T[:, :, None]
     area = (low + u[..., 0] * (high - low)) * (height * width)
     ratio = np.exp(log_low + u[..., 1] * (log_high - log_low))
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.argmax(-1)[..., None]
     w, h, u_y, u_x = (np.take_along_axis(a, first, -1)[..., 0] for a in (w, h, u[..., 2], u[..., 3]))
-    height, width = height[..., 0], width[..., 0]
-    x, y = np.floor(u_x * (width - w + 1)), np.floor(u_y * (height - h + 1))
-    box = np.stack([x, y, x + w, y + h], -1)
+    x, y = np.floor(u_x * (width[..., 0] - w + 1)), np.floor(u_y * (height[..., 0] - h + 1))
+    boxes = np.stack([x, y, x + w, y + h], -1)
     if not fits.any(-1).all():
-        fallback = np.stack([_center_box(sizes, spec.ratio) for spec in picked], 1)[:, :, None]
-        box = np.where(fits.any(-1)[..., None], box, fallback)
-    return box.astype(np.float32)
+        fallback = np.stack([_center_box(sizes, spec.ratio) for spec in picked], 1)
+        boxes = np.where(fits.any(-1)[..., None], boxes, fallback)
+    return [np.ascontiguousarray(boxes[:, i], np.float32) for i in range(len(picked))]
 
 
 def _center_box(sizes: np.ndarray, allowed: tuple[float, float]) -> np.ndarray:
@@ -436,7 +425,7 @@ def _view_plan(u: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, spec: View
     return ViewPlan(
         size=spec.size,
         side=spec.side,
-        crop_box=np.ascontiguousarray(boxes),
+        crop_box=boxes,
         flipped=flipped,
         offset=np.zeros((len(boxes), 2), np.float32),
         color_ops=np.concatenate(ops, 1).astype(np.uint8),
@@ -448,10 +437,9 @@ def _view_plan(u: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, spec: View
     )
 
 
-def _randaugmented(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
-    """With RandAugment's operations, drawn with repetition, and with gray behind them unless it comes first."""
+def _randaugmented(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
+    """With RandAugment's operations, drawn with repetition by `u` [B n 4], and with gray behind them unless it comes first."""
     color, codes = spec.color, np.array(list(RANDAUGMENT), np.uint8)
-    u = draw.uniforms(_stream(view, _RANDAUGMENT, 0, np.arange(color.randaugment)))
     which = np.minimum((u[..., 0] * len(codes)).astype(np.int64), len(codes) - 1)
     ops, (low, high) = codes[which], np.array(list(RANDAUGMENT.values()))[which].T.swapaxes(1, 2)
     normal = np.sqrt(-2 * np.log(u[..., 2])) * np.cos(2 * np.pi * u[..., 3])  # Box and Muller, 1958
@@ -468,18 +456,17 @@ def _randaugmented(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> 
     return replace(plan, color_ops=color_ops, late_ops=late_ops, strengths=strengths)
 
 
-def _patches(draw: "_Draw", view: int, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
-    """The plan of each patch of a jigsaw, [B P ...]: the crop's own, executed on the patch alone, and where the patch lies."""
+def _patches(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
+    """The plan of each patch of a jigsaw, [B P ...]: the crop's own, executed on the patch alone, which lies where `u` [B P 4]
+    says."""
     grid, cell = spec.grid, spec.size // spec.grid.cells
-    u = draw.uniforms(_stream(view, _PATCH, 0, np.arange(spec.count)))
     rows, columns = np.divmod(np.arange(spec.count), grid.cells)
     corner = np.stack([columns, rows], -1) * cell
     offset = corner + np.floor(u[..., :2] * (cell - grid.patch + 1))
     if grid.shuffled:
         offset = np.take_along_axis(offset, u[..., 2].argsort(-1)[..., None], 1)
-    arrays = {f.name: getattr(plan, f.name) for f in fields(plan)[2:]}
-    repeated = {name: np.repeat(array[:, None], spec.count, 1) for name, array in arrays.items()}
-    return ViewPlan(size=plan.size, side=plan.side, **(repeated | {"offset": offset.astype(np.float32)}))
+    repeated = plan._each(lambda array: np.repeat(array[:, None], spec.count, 1))
+    return replace(repeated, offset=offset.astype(np.float32))
 
 
 _CROP, _COLOR, _PATCH, _RANDAUGMENT = 1, 2, 3, 4
@@ -491,18 +478,9 @@ def _stream(view, purpose: int, candidate, attempt):
     return (view << 28) | (purpose << 24) | (candidate << 8) | attempt
 
 
-class _Draw:
-    """Uniform numbers of some samples in one epoch."""
-
-    def __init__(self, seed: int, epoch: int, sample_ids: np.ndarray):
-        self._seed, self._epoch, self._ids = seed, epoch, sample_ids
-
-    def some(self, positions: np.ndarray) -> "_Draw":
-        return _Draw(self._seed, self._epoch, self._ids[positions])
-
-    def uniforms(self, streams) -> np.ndarray:
-        """[B *streams.shape 4] float64 in (0, 1): four numbers for each sample and stream."""
-        streams = np.asarray(streams)
-        ids = self._ids.reshape(-1, *[1] * streams.ndim)
-        words = philox(self._seed, np.broadcast_arrays(ids & 0xFFFFFFFF, ids >> 32, self._epoch, streams[None]))
-        return (np.stack(words, -1) + 0.5) * 2.0**-32
+def _uniforms(seed: int, epoch: int, sample_ids: np.ndarray, streams) -> np.ndarray:
+    """[B *streams.shape 4] float64 in (0, 1): four numbers for each sample and stream."""
+    streams = np.asarray(streams)
+    ids = sample_ids.reshape(-1, *[1] * streams.ndim)
+    words = philox(seed, np.broadcast_arrays(ids & 0xFFFFFFFF, ids >> 32, epoch, streams[None]))
+    return (np.stack(words, -1) + 0.5) * 2.0**-32
