@@ -122,10 +122,7 @@ def bare_decode(config: Config):
     with ProcessPoolExecutor(  # processes, since simplejpeg holds the interpreter's lock while it decodes
         config.loader.threads, multiprocessing.get_context("spawn"), _open_in_worker, (config.loader.data,)
     ) as pool:
-        yield (
-            list(pool.map(_decode_in_worker, feed.order.rank_batches(range(s, s + 1), 0, 1)[0], chunksize=8))
-            for s in range(ENDLESS)
-        )
+        yield (list(pool.map(_decode_in_worker, feed.order.rank_batch(s, 0, 1), chunksize=8)) for s in range(ENDLESS))
 
 
 @contextlib.contextmanager
@@ -136,9 +133,7 @@ def pil_decode(config: Config):
         Image.open(io.BytesIO(feed.index.read(sample_id))).convert("RGB")
 
     with ThreadPoolExecutor(config.loader.threads) as pool:
-        yield (
-            list(pool.map(decode, feed.order.rank_batches(range(step, step + 1), 0, 1)[0])) for step in range(ENDLESS)
-        )
+        yield (list(pool.map(decode, feed.order.rank_batch(step, 0, 1))) for step in range(ENDLESS))
 
 
 @contextlib.contextmanager

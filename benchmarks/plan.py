@@ -31,7 +31,7 @@ def measure(sizes: np.ndarray, batch_size: int, rounds: int, calls: int) -> dict
     order = EpochOrder(1_281_167, batch_size, seed=0)
     for r in range(rounds + 1):
         start = time.process_time()
-        ids = [order.rank_batches(range(call, call + 1), 0, 1)[0] for call in range(calls)]
+        ids = [order.rank_batch(call, 0, 1) for call in range(calls)]
         middle = time.process_time()
         for batch_ids, batch_sizes in zip(ids, picked):
             plan_views(0, r, batch_ids, batch_sizes, specs)

@@ -31,10 +31,6 @@ class Overlap:
     weight: Float[Array, "*B"]
     """1 where the overlap is valid, 0 where it is not (METHOD, reading 9)."""
 
-    def __getitem__(self, which) -> "Overlap":
-        """Of some of the images: `which` is a slice or an array of positions."""
-        return Overlap(first_box=self.first_box[which], second_box=self.second_box[which], weight=self.weight[which])
-
 
 def intersect(a, b):
     """The intersection `[... 4]` of boxes `a` and `b` of one space; disjoint boxes give a box of zero area."""

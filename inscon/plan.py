@@ -224,10 +224,6 @@ class ViewPlan:
     def __len__(self) -> int:
         return len(self.flipped)
 
-    def __getitem__(self, which) -> "ViewPlan":
-        """The plan of some of the samples: `which` is a slice or an array of positions."""
-        return self._each(lambda array: array[which])
-
     def flat(self) -> "ViewPlan":
         """The same with every patch a sample of its own: all arrays begin with [n]."""
         lead = self.flipped.ndim
@@ -255,13 +251,6 @@ class BatchPlan:
     views: Mapping[str, ViewPlan]
     overlaps: Mapping[tuple[str, str], Overlap]
     """(earlier view, view) -> their overlap, NumPy arrays; for every view with a rule."""
-
-    def __getitem__(self, which) -> "BatchPlan":
-        """Those of some of the samples, as `ViewPlan[which]`."""
-        return BatchPlan(
-            views={name: plan[which] for name, plan in self.views.items()},
-            overlaps={pair: overlap[which] for pair, overlap in self.overlaps.items()},
-        )
 
 
 def check_views(specs: Sequence[ViewSpec], mosaics: Mosaics | None = None) -> None:

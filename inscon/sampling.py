@@ -6,6 +6,7 @@ Rogaway, "Ciphers with arbitrary finite domains", 2002). So 300 million samples 
 of an epoch costs what any step costs.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -38,15 +39,13 @@ class EpochOrder:
         """The epoch, from 0, that global step `step` belongs to."""
         return step // self.steps_per_epoch
 
-    def rank_batches(self, steps: range, rank: int, world_size: int) -> np.ndarray:
-        """[steps, batch_size / world_size] sample ids: a rank's contiguous slices of the global batches of steps of one epoch."""
+    def rank_batch(self, step: int, rank: int, world_size: int) -> np.ndarray:
+        """[batch_size / world_size] sample ids: a rank's contiguous slice of the global batch of a step."""
         share, remainder = divmod(self.batch_size, world_size)
         if remainder:
             raise ValueError(f"batch_size must be a multiple of the {world_size} ranks. Found: {self.batch_size}")
-        epoch = self.epoch_of(steps[0])
-        assert self.epoch_of(steps[-1]) == epoch
-        within = np.arange(len(steps)) + (steps[0] - epoch * self.steps_per_epoch)
-        positions = within[:, None] * self.batch_size + np.arange(rank * share, (rank + 1) * share)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        positions = within * self.batch_size + np.arange(rank * share, (rank + 1) * share)
         return permute(positions, self.num_samples, self.seed, epoch)
 
     def stand_ins(self, step: int, place: int) -> Iterator[tuple[int, int]]:
@@ -63,18 +62,22 @@ class EpochOrder:
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a pseudo-random permutation of 0..n-1, chosen by (seed, epoch), sends `positions` [any], int64."""
-    # From the plan's generator, at a counter that no view uses: its purpose word is all ones.
-    full = np.full(_ROUNDS, 0xFFFFFFFF)
-    high, low, _, _ = philox(seed, (np.arange(_ROUNDS), full, np.full(_ROUNDS, epoch), full))
-    keys = (high << np.uint64(32)) | low
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
     result = np.array(positions, np.int64)
     walking = np.ones(result.shape, bool)
     while walking.any():
-        result[walking] = _feistel(result[walking].astype(np.uint64), a, b, keys).astype(np.int64)
+        result[walking] = _feistel(result[walking].astype(np.uint64), a, b, _keys(seed, epoch)).astype(np.int64)
         walking = result >= n
     return result
+
+
+@functools.lru_cache(maxsize=2)
+def _keys(seed: int, epoch: int) -> np.ndarray:
+    # From the plan's generator, at a counter that no view uses: its purpose word is all ones.
+    full = np.full(_ROUNDS, 0xFFFFFFFF)
+    high, low, _, _ = philox(seed, (np.arange(_ROUNDS), full, np.full(_ROUNDS, epoch), full))
+    return (high << np.uint64(32)) | low
 
 
 def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ class CenterFeed(Feed):
         ids = self._of(step)
         sizes, [view] = self.index.sizes(ids), self.views
         plan = BatchPlan(views={view.name: plan_center(sizes, view.size)}, overlaps={})
-        return Work(step=step, epoch=0, sample_ids=ids, sizes=sizes, plan=plan, substituted=0)
+        return Work(step=step, sample_ids=ids, sizes=sizes, plan=plan, substituted=0)
 
     def expect(self, step: int) -> None:
         self.index.expect(self._of(step))

@@ -20,8 +20,6 @@ from inscon.plan import BatchPlan, Mosaics, ViewSpec, check_views, plan_views
 from inscon.sampling import EpochOrder
 
 LOG = logging.getLogger(__name__)
-PLANNED = 256
-"""Images that are planned at once, if a batch has fewer."""
 
 
 class Work(NamedTuple):
@@ -29,7 +27,6 @@ class Work(NamedTuple):
 
     step: int
     """Global step, counted over all epochs."""
-    epoch: int
     sample_ids: np.ndarray
     """[B] int64."""
     sizes: np.ndarray
@@ -69,11 +66,10 @@ class Feed:
         self.rank, self.world_size = rank, world_size
         self.order = EpochOrder(len(index), batch_size, seed)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.batch_size = len(self.order.rank_batches(range(1), rank, world_size)[0])
+        self.batch_size = len(self.order.rank_batch(0, rank, world_size))
         """Of this rank."""
         self._substitute, self._memory = substitute, memory
         self._bad: set[int] = set()
-        self._planned: dict[int, Work] = {}
         if mosaics is not None and self.batch_size % 4:
             raise ValueError(
                 f"a mosaic takes 4 images, so batch_size must be a multiple of 4 times {world_size} rank(s). Found: {batch_size}; "
@@ -81,26 +77,11 @@ class Feed:
             )
 
     def work(self, step: int) -> Work:
-        """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample of it, or of a
-        step that is planned with it."""
-        if step not in self._planned:
-            self._planned = self._plan_from(step)
-        return self._planned[step]
-
-    def _plan_from(self, step: int) -> dict[int, Work]:
-        """Some steps of an epoch at once: for 256 images that costs a quarter, per image, of what it costs for 32."""
-        epoch = self.order.epoch_of(step)
-        stop = min(step + max(PLANNED // self.batch_size, 1), (epoch + 1) * self.steps_per_epoch)
-        steps = range(step, stop)
-        ids = self.order.rank_batches(steps, self.rank, self.world_size)
-        substituted = [self._stand_in(number, of_step) for number, of_step in zip(steps, ids)]
-        sizes = self.index.sizes(ids.ravel())
-        plan = plan_views(self.seed, epoch, ids.ravel(), sizes, self.views)
-        planned = {}
-        for number, own_ids, count in zip(steps, ids, substituted):
-            own = slice((number - step) * self.batch_size, (number - step + 1) * self.batch_size)
-            planned[number] = Work(number, epoch, own_ids, sizes[own], plan[own], count)
-        return planned
+        """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample of it."""
+        ids = self.order.rank_batch(step, self.rank, self.world_size)
+        substituted, sizes = self._stand_in(step, ids), self.index.sizes(ids)
+        plan = plan_views(self.seed, self.order.epoch_of(step), ids, sizes, self.views)
+        return Work(step, ids, sizes, plan, substituted)
 
     def _stand_in(self, step: int, sample_ids: np.ndarray) -> int:
         """Replace the bad ones of a step's samples, in place, each by the first good one of `EpochOrder.stand_ins`; how many."""
@@ -114,9 +95,8 @@ class Feed:
                     "the bad ones, or set a smaller --batch-size"
                 )
             if abs(good[1]) <= self._memory:
-                LOG.warning(
-                    "The stand-in of step %d is seen again %d steps away, while its key is queued.", step, good[1]
-                )
+                away = abs(good[1])
+                LOG.warning("The stand-in of step %d is seen again %d steps away, while its key is queued.", step, away)
             sample_ids[place] = good[0]
         return len(bad)
 
@@ -142,15 +122,13 @@ class Feed:
 
     def expect(self, step: int) -> None:
         """Let the system read ahead what this rank will load for a step."""
-        planned = self._planned.get(step)
-        ids = self.order.rank_batches(range(step, step + 1), self.rank, self.world_size)[0]
-        self.index.expect(planned.sample_ids if planned else ids)
+        self.index.expect(self.order.rank_batch(step, self.rank, self.world_size))
 
     def reject(self, sample_id: int, error: ShardError) -> None:
         """Raise `error`; or, where others may stand in, say it and let them do so for the sample from now on."""
         if not self._substitute:
             raise error
-        self._bad, self._planned = self._bad | {int(sample_id)}, {}
+        self._bad = self._bad | {int(sample_id)}  # not that of a copy, which a trial has
         LOG.warning("%s. Another sample stands in for it.", str(error).rstrip("."))
 
 

@@ -87,12 +87,6 @@ def test_the_extent_is_measured_in_px_of_either_view(sizes, valid):
     assert find_overlap(first, no, second, yes, sizes, min_side=32.0).weight.item() == 1
 
 
-def test_overlaps_of_some_of_the_images():
-    crop, no = torch.rand(4, 4) + torch.tensor([0.0, 0, 100, 100]), torch.zeros(4, dtype=torch.bool)
-    overlap = find_overlap(crop, no, crop.flip(0), no, (64, 64))
-    assert torch.equal(overlap[1:3].second_box, overlap.second_box[1:3]) and len(overlap[[0]].weight) == 1
-
-
 def test_min_iou_is_measured_in_source_px():
     query, key, no = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([[50.0, 0, 150, 100]]), torch.tensor([False])
     assert find_overlap(query, no, key, no, (224, 224), min_iou=0.33).weight.item() == 1  # the IoU is 1/3

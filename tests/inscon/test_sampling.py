@@ -35,12 +35,10 @@ def test_every_image_once_per_epoch_and_the_remainder_dropped():
     for epoch in range(3):
         steps = range(epoch * 5, epoch * 5 + 5)
         assert {order.epoch_of(step) for step in steps} == {epoch}
-        ids = np.concatenate([order.rank_batches(range(step, step + 1), 0, 1)[0] for step in steps])
+        ids = np.concatenate([order.rank_batch(step, 0, 1) for step in steps])
         assert len(np.unique(ids)) == 100 and ids.min() >= 0 and ids.max() < 103
     dropped = [
-        set(range(103))
-        - set(np.concatenate([order.rank_batches(range(e * 5 + i, e * 5 + i + 1), 0, 1)[0] for i in range(5)]))
-        for e in range(3)
+        set(range(103)) - set(np.concatenate([order.rank_batch(e * 5 + i, 0, 1) for i in range(5)])) for e in range(3)
     ]
     assert len({frozenset(d) for d in dropped}) == 3
 
@@ -48,12 +46,11 @@ def test_every_image_once_per_epoch_and_the_remainder_dropped():
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_take_contiguous_slices_of_the_same_global_batch(world_size):
     order = EpochOrder(1000, 64, seed=3)
-    for steps in (range(1), range(14, 15), range(15, 20), range(77, 80)):
-        parts = [order.rank_batches(steps, rank, world_size) for rank in range(world_size)]
-        whole = np.stack([order.rank_batches(range(step, step + 1), 0, 1)[0] for step in steps])
-        assert np.array_equal(np.concatenate(parts, 1), whole)
+    for step in (0, 14, 15, 77):
+        parts = [order.rank_batch(step, rank, world_size) for rank in range(world_size)]
+        assert np.array_equal(np.concatenate(parts), order.rank_batch(step, 0, 1))
     with pytest.raises(ValueError, match="multiple of the 3 ranks. Found: 64"):
-        order.rank_batches(range(1), 0, 3)
+        order.rank_batch(0, 0, 3)
 
 
 def test_orders_look_random():
@@ -71,7 +68,7 @@ def test_orders_look_random():
 
 def test_a_step_costs_no_memory_of_the_data_set():
     order = EpochOrder(300_000_000, 4096, seed=0)
-    ids = order.rank_batches(range(order.steps_per_epoch * 7 + 12345, order.steps_per_epoch * 7 + 12345 + 1), 0, 1)[0]
+    ids = order.rank_batch(order.steps_per_epoch * 7 + 12345, 0, 1)
     assert len(np.unique(ids)) == 4096 and ids.max() > 290_000_000
 
 
@@ -91,9 +88,7 @@ def test_stand_ins_are_those_of_the_same_place_from_half_an_epoch_on(samples, ba
     for step in range(steps, 2 * steps):  # of an epoch that isn't the first
         for place in range(batch_size):
             candidates = list(order.stand_ins(step, place))
-            assert [
-                order.rank_batches(range(step + away, step + away + 1), 0, 1)[0][place] for _, away in candidates
-            ] == [i for i, _ in candidates]
+            assert [order.rank_batch(step + away, 0, 1)[place] for _, away in candidates] == [i for i, _ in candidates]
             assert {order.epoch_of(step + away) for _, away in candidates} == {1}
             assert sorted(away + step for _, away in candidates) == [s for s in range(steps, 2 * steps) if s != step]
             assert candidates[0][1] in (steps // 2, steps // 2 - steps)
@@ -104,7 +99,7 @@ def test_stand_ins_never_meet_in_a_batch(samples, batch_size):
     """However many samples are bad, adjacent ones too: no place takes a sample of the batch, or that of another place."""
     order = EpochOrder(samples, batch_size, 3)
     for step in range(order.steps_per_epoch):
-        own = set(order.rank_batches(range(step, step + 1), 0, 1)[0].tolist())
+        own = set(order.rank_batch(step, 0, 1).tolist())
         taken = [{other for other, _ in order.stand_ins(step, place)} for place in range(batch_size)]
         assert not own & set().union(*taken) and sum(map(len, taken)) == len(set().union(*taken))
 

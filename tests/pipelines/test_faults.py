@@ -145,9 +145,7 @@ def test_an_error_of_dali_is_explained_or_stays_what_it_is(told, error, said, sh
 def test_a_disk_that_hangs_is_told(name, shards, monkeypatch):
     # Of the last step, so that no sample of it is asked for by a step before it.
     order = EpochOrder(20, 8, 0)
-    hangs = set(order.rank_batches(range(3, 3 + 1), 0, 1)[0].tolist()) - set(
-        order.rank_batches(range(2, 2 + 1), 0, 1)[0].tolist()
-    )
+    hangs = set(order.rank_batch(3, 0, 1).tolist()) - set(order.rank_batch(2, 0, 1).tolist())
     read, asked, over = DatasetIndex.read, [], threading.Event()
 
     def slow(self, sample_id, *arguments, **settings):

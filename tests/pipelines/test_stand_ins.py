@@ -31,9 +31,7 @@ def slow(order: EpochOrder, step: int, bad: set[int]) -> list[int]:
     one of its own column, searched from half an epoch further down on, and from the top again."""
     epoch, row = divmod(step, order.steps_per_epoch)
     first = epoch * order.steps_per_epoch
-    table = [
-        order.rank_batches(range(first + r, first + r + 1), 0, 1)[0].tolist() for r in range(order.steps_per_epoch)
-    ]
+    table = [order.rank_batch(first + r, 0, 1).tolist() for r in range(order.steps_per_epoch)]
     half = max(len(table) // 2, 1)
     shown = []
     for column, sample in enumerate(table[row]):
@@ -68,7 +66,7 @@ def feed_over(count: int, bad=(), **settings) -> Feed:
 def in_epoch(count: int, *places: tuple[int, int], batch_size: int = 4) -> set[int]:
     """Samples by (row, column) of the first epoch's table."""
     order = EpochOrder(count, batch_size, 0)
-    return {int(order.rank_batches(range(row, row + 1), 0, 1)[0][column]) for row, column in places}
+    return {int(order.rank_batch(row, 0, 1)[column]) for row, column in places}
 
 
 BAD = {
@@ -94,8 +92,10 @@ def test_the_rule_is_the_obvious_one(case):
     for step in [*range(min(spe, 12)), spe + 1]:
         shown, work = slow(order, step, bad), knowing.work(step)
         assert work.sample_ids.tolist() == shown and len(set(shown)) == batch_size and not bad & set(shown)
-        assert work.substituted == len(bad & set(order.rank_batches(range(step, step + 1), 0, 1)[0].tolist()))
-        wanted = plan_views(knowing.seed, work.epoch, np.array(shown), knowing.index.sizes(shown), knowing.views)
+        assert work.substituted == len(bad & set(order.rank_batch(step, 0, 1).tolist()))
+        wanted = plan_views(
+            knowing.seed, order.epoch_of(step), np.array(shown), knowing.index.sizes(shown), knowing.views
+        )
         np.testing.assert_array_equal(work.plan.views["key"].crop_box, wanted.views["key"].crop_box)
         np.testing.assert_array_equal(np.concatenate([feed.work(step).sample_ids for feed in halves]), shown)
         learning = feed_over(count, batch_size=batch_size)
@@ -119,12 +119,14 @@ def test_without_substitution_a_bad_sample_is_an_error():
         feed_over(30, [4], substitute=False)
 
 
-@pytest.mark.parametrize(("memory", "told"), [(0, False), (2, False), (3, True)])
-def test_a_stand_in_whose_key_is_still_queued_is_told(memory, told, caplog):
-    """Of seven batches, the first takes one that comes three steps later."""
-    feed = feed_over(30, in_epoch(30, (0, 1)), memory=memory)
-    feed.work(0)
-    assert ("stand-in of step 0 is seen again 3 steps away, while its key is queued" in caplog.text) == told
+@pytest.mark.parametrize(("step", "away", "memory", "told"), [
+    (0, 3, 0, False), (0, 3, 2, False), (0, 3, 3, True), (5, 4, 3, False), (5, 4, 4, True),
+])  # fmt: skip
+def test_a_stand_in_whose_key_is_still_queued_is_told(step, away, memory, told, caplog):
+    """Of seven batches, the first takes one that comes three steps later, the sixth one that came four steps before."""
+    feed = feed_over(30, in_epoch(30, (step, 1)), memory=memory)
+    feed.work(step)
+    assert (f"stand-in of step {step} is seen again {away} steps away, while its key is queued" in caplog.text) == told
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
@@ -164,7 +166,7 @@ def test_engines_choose_alike_name_each_once_and_count(name, damaged, by_pil, ca
     for one, other in zip(made, by_pil, strict=True):
         assert_same(one, other, by_pil=True)
     assert figures["loader_substituted"] == sum(
-        len(set(MET) & set(order.rank_batches(range(s, s + 1), 0, 1)[0].tolist())) for s in range(8)
+        len(set(MET) & set(order.rank_batch(s, 0, 1).tolist())) for s in range(8)
     )
     for sample, fault in MET.items():
         [said] = [m for r in caplog.records if f"sample {sample} (" in (m := r.getMessage())]
