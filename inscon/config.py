@@ -55,6 +55,8 @@ class LoaderConfig:
 
     def __post_init__(self):
         check_ranges(self, threads=0, prefetch=1, stall_timeout=1, jpeg_engine=(0, 1), cache_gb=0)
+        if self.threads == 0 and self.pipeline in ("dali", "ffcv"):
+            raise ValueError(f"the pipeline {self.pipeline} needs at least 1 thread. Found: 0; set --threads 1 or more")
         if self.decode == "mixed" and self.color == "host":
             raise ValueError(
                 "decode=mixed leaves the crops on the GPU, and color=host needs them on the host; set --color device or "

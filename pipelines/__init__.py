@@ -24,8 +24,6 @@ ENGINES = {
     "synthetic": "pipelines.synthetic:SyntheticEngine",
 }
 """Engine name -> "module:class", a `pipelines.feed.Engine`."""
-EXTRAS = {"nvidia": "dali", "numba": "dali"}
-"""Package that may be missing -> the extra of this project that installs it."""
 
 
 def open_pipeline(
@@ -47,20 +45,15 @@ def open_pipeline(
         raise ValueError(f'there is no pipeline "{loader.pipeline}"; set --pipeline to one of: {", ".join(ENGINES)}')
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
-    if loader.pipeline in ("dali", "ffcv") and loader.threads is not None and loader.threads < 1:
-        raise ValueError(
-            f"the pipeline {loader.pipeline} needs at least 1 thread. Found: {loader.threads}; set --threads 1 or more"
-        )
     module, name = ENGINES[loader.pipeline].split(":")
     try:
         engine_class = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in EXTRAS:
+        if (error.name or "").split(".")[0] not in ("nvidia", "numba"):
             raise
         raise ValueError(
             f"the pipeline {loader.pipeline} needs the package {error.name}, which is not installed: "
-            f"pip install 'inscon[{EXTRAS[package]}]', or set --pipeline reference"
+            "pip install 'inscon[dali]', or set --pipeline reference"
         ) from None
     device, clock = torch.device(device), StageClock()
     with guard.say_if_long(f"the pipeline {loader.pipeline} to start; the first time, kernels are compiled"):

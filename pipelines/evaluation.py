@@ -74,8 +74,6 @@ class LabelledViews:
         if like is not None:
             self.labels = _numbered_as(like, self)
         engine = _engine(self.index) if pipeline == "auto" else pipeline
-        if engine != "reference" and threads == 0:
-            raise ValueError(f"the pipeline {engine} needs at least 1 thread. Found: 0; set --threads 1 or more")
         # Decoded on the host: trying out what is faster would take longer than many an evaluation, and beside a training.
         self._loader = LoaderConfig(data=Path(data), pipeline=engine, threads=threads, decode="cpu")
         self._device = {"device": device, "dtype": dtype}

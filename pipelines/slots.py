@@ -53,10 +53,7 @@ class Slots:
 
     def take(self) -> "Slot":
         """A slot that nobody reads; a new one if there is none, so their number follows how many batches are kept."""
-        try:
-            return self.free.popleft()
-        except IndexError:
-            return Slot(self)
+        return self.free.popleft() if self.free else Slot(self)
 
 
 class Slot:
@@ -78,8 +75,7 @@ class Slot:
         memory, dtype = torch.from_numpy(lent), torch.float32 if self._slots.normalized else torch.uint8
         blocks = self._slots.blocks.items()
         found = {name: memory[start:end].view(dtype).view(shape) for name, (start, end, shape) in blocks}
-        mosaic = found.pop("", None)
-        return found, mosaic
+        return found, found.pop("", None)
 
 
 def huge_pages(size: int) -> np.ndarray:
