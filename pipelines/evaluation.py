@@ -22,7 +22,7 @@ from pipelines import open_pipeline
 from pipelines.feed import Feed, Work
 
 Engine = Literal["auto", "dali", "ffcv", "reference"]
-"""auto: ffcv for a .beton, dali for tar shards; reference where that one is not installed."""
+"""auto: ffcv for a .beton, dali for tar shards; reference where that one is not installed, or with 0 threads."""
 
 
 class CenterFeed(Feed):
@@ -73,7 +73,7 @@ class LabelledViews:
             )
         if like is not None:
             self.labels = _numbered_as(like, self)
-        engine = _engine(self.index) if pipeline == "auto" else pipeline
+        engine = _engine(self.index, threads) if pipeline == "auto" else pipeline
         # Decoded on the host: trying out what is faster would take longer than many an evaluation, and beside a training.
         self._loader = LoaderConfig(data=Path(data), pipeline=engine, threads=threads, decode="cpu")
         self._device = {"device": device, "dtype": dtype}
@@ -118,10 +118,10 @@ def _numbered_as(train: LabelledViews, views: LabelledViews) -> Tensor:
     return torch.tensor([known[name] for name in names])
 
 
-def _engine(index: DatasetIndex) -> str:
+def _engine(index: DatasetIndex, threads: int | None) -> str:
     """What `auto` means for this set."""
     name, package = ("ffcv", "ffcv") if index.manifest.container == "beton" else ("dali", "nvidia.dali")
-    try:
-        return name if find_spec(package) else "reference"
-    except ModuleNotFoundError:  # of the parent package
-        return "reference"
+    with contextlib.suppress(ModuleNotFoundError):  # of the parent package
+        if threads != 0 and find_spec(package):
+            return name
+    return "reference"

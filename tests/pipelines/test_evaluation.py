@@ -153,6 +153,11 @@ def test_sets_are_joined_by_the_names_of_their_classes(tmp_path):
         LabelledViews(unknown, SIDE, like=train)
 
 
+def test_without_threads_the_reference_is_taken(labelled):
+    """As the monitor of a run with `--pipeline reference --threads 0` has it."""
+    assert len(joined(LabelledViews(labelled, SIDE, 5, threads=0).center_crops())[0]) == COUNT
+
+
 @pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
 def test_an_engine_without_a_thread_is_refused_at_once(labelled, pipeline):
     with pytest.raises(ValueError, match=f"{pipeline} needs at least 1 thread. Found: 0; set --threads 1"):
