@@ -227,9 +227,9 @@ class ViewPlan:
     def flat(self) -> "ViewPlan":
         """The same with every patch a sample of its own: all arrays begin with [n]."""
         lead = self.flipped.ndim
-        return self if lead == 1 else self._each(lambda array: array.reshape(-1, *array.shape[lead:]))
+        return self if lead == 1 else self.each(lambda array: array.reshape(-1, *array.shape[lead:]))
 
-    def _each(self, change) -> "ViewPlan":
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> "ViewPlan":
         arrays = {f.name: change(getattr(self, f.name)) for f in fields(self)[2:]}
         return ViewPlan(size=self.size, side=self.side, **arrays)
 
@@ -302,15 +302,14 @@ def plan_views(
     for number, spec in enumerate(specs):
         plan = _view_plan(numbers[:, number], boxes[number], flipped[number], spec)
         if spec.color.randaugment:
-            u = draw(ids, _stream(number, _RANDAUGMENT, 0, np.arange(spec.color.randaugment)))
-            plan = _randaugmented(u, plan, spec)
+            _add_randaugment(draw(ids, _stream(number, _RANDAUGMENT, 0, np.arange(spec.color.randaugment))), plan, spec)
         if spec.grid is not None:
             plan = _patches(draw(ids, _stream(number, _PATCH, 0, np.arange(spec.count))), plan, spec)
         views[spec.name] = plan
         if spec.overlap is not None:
-            first = _partner(specs, spec)
+            first, bounds = _rule(specs, spec)
             crops = boxes[first], flipped[first], boxes[number], flipped[number]
-            overlaps[spec.overlap.view, spec.name] = find_overlap(*crops, **_bounds(specs[first], spec))
+            overlaps[spec.overlap.view, spec.name] = find_overlap(*crops, *bounds)
     return BatchPlan(views=views, overlaps=overlaps)
 
 
@@ -334,14 +333,10 @@ def _flips(coins: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
     return list(made.values())
 
 
-def _partner(specs: Sequence[ViewSpec], spec: ViewSpec) -> int:
-    """Place of the earlier view that the rule of `spec` is about."""
-    return [other.name for other in specs].index(spec.overlap.view)
-
-
-def _bounds(first: ViewSpec, second: ViewSpec) -> dict:
-    rule = second.overlap
-    return {"sizes": (first.size, second.size), "min_side": rule.min_side, "min_iou": rule.min_iou}
+def _rule(specs: Sequence[ViewSpec], spec: ViewSpec) -> tuple[int, tuple]:
+    """Place of the earlier view that the rule of `spec` is about; sizes of the two, least side and IoU."""
+    rule, first = spec.overlap, [other.name for other in specs].index(spec.overlap.view)
+    return first, ((specs[first].size, spec.size), rule.min_side, rule.min_iou)
 
 
 def _crops(draw: Callable, ids: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
@@ -352,10 +347,10 @@ def _crops(draw: Callable, ids: np.ndarray, sizes: np.ndarray, specs: Sequence[V
     for second, spec in enumerate(specs):
         if spec.overlap is None:
             continue
-        first = _partner(specs, spec)
+        first, bounds = _rule(specs, spec)
         again = [view for view in (first, second) if view not in settled]
         for candidate in range(1, spec.overlap.candidates):
-            valid = overlaps_enough(boxes[first], boxes[second], **_bounds(specs[first], spec))
+            valid = overlaps_enough(boxes[first], boxes[second], *bounds)
             if valid.all():
                 break
             for view, made in zip(again, _crop_boxes(draw, ids[~valid], again, candidate, sizes[~valid], specs)):
@@ -426,8 +421,8 @@ def _view_plan(u: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, spec: View
     )
 
 
-def _randaugmented(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
-    """With RandAugment's operations, drawn with repetition by `u` [B n 4], and with gray behind them unless it comes first."""
+def _add_randaugment(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> None:
+    """RandAugment's operations, drawn with repetition by `u` [B n 4], and gray behind them unless it comes first."""
     color, codes = spec.color, np.array(list(RANDAUGMENT), np.uint8)
     which = np.minimum((u[..., 0] * len(codes)).astype(np.int64), len(codes) - 1)
     ops, (low, high) = codes[which], np.array(list(RANDAUGMENT.values()))[which].T.swapaxes(1, 2)
@@ -437,12 +432,11 @@ def _randaugmented(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
     strength = np.maximum(strength, ops == POSTERIZE)  # PIL wants to keep a bit at least
     strength = np.where(ops >= TRANSLATE_X, strength * spec.side, strength)
     strength = np.where((ops >= ROTATE) & (u[..., 1] < EXECUTED / 2), -strength, strength)
-    executed, color_ops, late_ops = u[..., 1] < EXECUTED, plan.color_ops.copy(), plan.late_ops.copy()
-    late_ops[:, : color.randaugment], strengths = np.where(executed, ops, NOTHING), plan.strengths.copy()
-    strengths[:, : color.randaugment] = np.where(executed, strength, 0)
+    executed = u[..., 1] < EXECUTED
+    plan.late_ops[:, : color.randaugment] = np.where(executed, ops, NOTHING)
+    plan.strengths[:, : color.randaugment] = np.where(executed, strength, 0)
     if not color.gray_first:
-        late_ops[:, -1], color_ops[:, -1] = color_ops[:, -1], NOTHING
-    return replace(plan, color_ops=color_ops, late_ops=late_ops, strengths=strengths)
+        plan.late_ops[:, -1], plan.color_ops[:, -1] = plan.color_ops[:, -1], NOTHING
 
 
 def _patches(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
@@ -454,7 +448,7 @@ def _patches(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
     offset = corner + np.floor(u[..., :2] * (cell - grid.patch + 1))
     if grid.shuffled:
         offset = np.take_along_axis(offset, u[..., 2].argsort(-1)[..., None], 1)
-    repeated = plan._each(lambda array: np.repeat(array[:, None], spec.count, 1))
+    repeated = plan.each(lambda array: np.repeat(array[:, None], spec.count, 1))
     return replace(repeated, offset=offset.astype(np.float32))
 
 
