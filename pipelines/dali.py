@@ -280,12 +280,11 @@ def choose_decode(feed: Feed, loader: LoaderConfig, finish: Finish, start_step: 
     host = dataclasses.replace(loader, decode="cpu")
     if finish.device.type == "cpu" or finish.host_color:
         return host, ""
-    mixed = {"mixed": dataclasses.replace(loader, decode="mixed")}
+    shares = {"mixed": loader.jpeg_engine}
     if has_jpeg_engine():
-        mixed = {
-            f"mixed {share:.0%}": dataclasses.replace(mixed["mixed"], jpeg_engine=share) for share in JPEG_ENGINE_SHARES
-        }
-    ways = {"cpu": host} | mixed
+        shares = {f"mixed {share:.0%}": share for share in JPEG_ENGINE_SHARES}
+    ways = {name: dataclasses.replace(loader, decode="mixed", jpeg_engine=share) for name, share in shares.items()}
+    ways = {"cpu": host} | ways
     where = {"device": finish.device, "dtype": finish.dtype, "start_step": start_step}
     with guard.say_if_long(f"{len(ways)} ways to decode to be tried, once on this machine for these data"):
         trials = {name: auto.tried(feed, way, **where) for name, way in ways.items()}
