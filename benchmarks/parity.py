@@ -10,7 +10,6 @@ levels, 0..255.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import sys
@@ -84,12 +83,10 @@ def only(plan: ViewPlan, operation: str) -> ViewPlan:
     if operation == WHOLE:
         return plan
     code = OPERATIONS[operation]
-    return dataclasses.replace(
-        plan,
-        flipped=np.full(len(plan), operation == "flip"),
-        color_ops=np.where((plan.color_ops == code) & (code is not None), plan.color_ops, NOTHING).astype(np.uint8),
-        blur_sigma=plan.blur_sigma if operation == "blur" else np.zeros(len(plan), np.float32),
-    )
+    plan.flipped = operation == "flip"
+    plan.color_ops = np.where((plan.color_ops == code) & (code is not None), plan.color_ops, NOTHING)
+    plan.blur_sigma = plan.blur_sigma if operation == "blur" else 0
+    return plan
 
 
 def render(image: np.ndarray, plan: ViewPlan, *, with_color: bool) -> np.ndarray:
@@ -178,13 +175,7 @@ def plans_of(number: int, epoch: int, image: Image.Image):
     for operation in (*OPERATIONS, WHOLE):
         views = ALWAYS if operation != WHOLE else ViewConfig(view_size=SIDE)
         plans = plan_views(0, epoch, ids, sizes, [views.spec("query"), views.spec("key", views.overlap("query"))]).views
-        yield operation, only(join(plans["query"], plans["key"]), operation)
-
-
-def join(a: ViewPlan, b: ViewPlan) -> ViewPlan:
-    names = [field.name for field in dataclasses.fields(ViewPlan) if field.name not in ("size", "side")]
-    arrays = {name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in names}
-    return ViewPlan(size=a.size, side=a.side, **arrays)
+        yield operation, only(np.concatenate([plans["query"], plans["key"]]).view(ViewPlan), operation)
 
 
 def show(figures: dict[str, dict[str, dict]], console: Console) -> None:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from inscon.guard import check_ranges
 from inscon.sampling import philox
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(6)
-"""Codes of the color operations in `ViewPlan.color_ops`."""
+"""Codes of the color operations in a plan's color_ops."""
 AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, SHARPNESS = range(6, 13)
 ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(13, 18)
 """Codes of what RandAugment does beside brightness, contrast and saturation: to levels, and from ROTATE on to places."""
@@ -29,15 +29,13 @@ RANDAUGMENT = {
     SOLARIZE_ADD: (0, 110), SATURATION: (0.1, 1.9), CONTRAST: (0.1, 1.9), BRIGHTNESS: (0.1, 1.9), SHARPNESS: (0.1, 1.9),
     SHEAR_X: (0, 0.3), SHEAR_Y: (0, 0.3), TRANSLATE_X: (0, 0.45), TRANSLATE_Y: (0, 0.45),
 }  # fmt: skip
-"""Its operations -> their strengths (`ViewPlan.strengths`, but shifts in sides of the view) at magnitudes 0 and 10, as timm's."""
+"""Its operations -> their strengths (as in a plan, but shifts in sides of the view) at magnitudes 0 and 10, as timm's."""
 EXECUTED = 0.5
 """How often an operation that RandAugment has drawn is executed, as by timm's "rand" policies."""
 FILL = (124, 116, 104)
 """Levels where a moved view has nothing to show: ImageNet's mean."""
 LATE = 4
-"""Places in `ViewPlan.late_ops`: three for RandAugment, one for gray."""
-ROW = 27
-"""Floats per row in `ViewPlan.rows`."""
+"""Places in a plan's late_ops: three for RandAugment, one for gray."""
 NEVER = 256
 """A solarize threshold that no level reaches."""
 ATTEMPTS = 10
@@ -193,55 +191,31 @@ class Mosaics:
         return groups[:, (turns[:, None] + turns) % 4].reshape(-1, 4)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ViewPlan:
-    """How one view of each of B samples is made: NumPy arrays, executed in the order of the fields; of a jigsaw each begins with
-    [B P] in place of [B]."""
+VIEW_PLAN = np.dtype(
+    [
+        ("crop_box", "f4", 4),  # 0:4, x0 y0 x1 y1 in source px, whole numbers; resized, antialiased bilinear
+        ("flipped", "f4"),  # 4, whether it is mirrored left to right after the resize
+        ("color_ops", "f4", 5),  # 5:10, codes of this module in order of execution; NOTHING where there is none
+        ("factors", "f4", 4),  # 10:14, of brightness, contrast, saturation (1 = unchanged); shift of hue in turns
+        ("blur_sigma", "f4"),  # 14, standard deviation of the Gaussian, px of the view; 0 = no blur
+        ("solarize", "f4"),  # 15, last of all, levels from this on are inverted; NEVER = none
+        ("resized", "f4"),  # 16, side of the square that the crop is resized to, px
+        ("offset", "f4", 2),  # 17:19, x y of the upper left corner of what is made, px of the resized and mirrored crop
+        ("late_ops", "f4", LATE),  # 19:23, as color_ops, after the blur: of RandAugment, and then also gray
+        ("strengths", "f4", LATE),  # 23:27, of these: degrees, px, px per px, a factor, bits, a threshold or levels
+        ("side", "f4"),  # 27, of what is made, px: `resized`, or less where only a patch of it is
+    ]
+)
+"""How a view of a sample is made; and the places of its floats, by which compiled executors know them."""
+ROW = VIEW_PLAN.itemsize // 4
 
-    size: int
-    """Side that the crop is resized to, px."""
-    side: int
-    """Of what is made, px: `size`, or less where only a patch of it is."""
-    crop_box: np.ndarray
-    """[B 4] float32, x0 y0 x1 y1 in source px, whole numbers; resized to `size` x `size`, antialiased bilinear."""
-    flipped: np.ndarray
-    """[B] bool: mirrored left to right after the resize."""
-    offset: np.ndarray
-    """[B 2] float32: x y of the upper left corner of what is made, px of the resized and mirrored crop, whole numbers."""
-    color_ops: np.ndarray
-    """[B 5] uint8: codes of this module in order of execution; NOTHING where there is none."""
-    factors: np.ndarray
-    """[B 4] float32: factors of brightness, contrast, saturation (1 = unchanged) and the shift of hue in turns."""
-    blur_sigma: np.ndarray
-    """[B] float32: standard deviation of the Gaussian, px of the view; 0 = no blur."""
-    late_ops: np.ndarray
-    """[B 4] uint8: as `color_ops`, of RandAugment, and where that is asked for also gray."""
-    strengths: np.ndarray
-    """[B 4] float32, of each of these: degrees, px, px per px, a factor, bits that are kept, a threshold or levels added."""
-    solarize: np.ndarray
-    """[B] float32: levels from this on are inverted; NEVER = none."""
 
-    def __len__(self) -> int:
-        return len(self.flipped)
-
-    def flat(self) -> "ViewPlan":
-        """The same with every patch a sample of its own: all arrays begin with [n]."""
-        lead = self.flipped.ndim
-        return self if lead == 1 else self.each(lambda array: array.reshape(-1, *array.shape[lead:]))
-
-    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> "ViewPlan":
-        arrays = {f.name: change(getattr(self, f.name)) for f in fields(self)[2:]}
-        return ViewPlan(size=self.size, side=self.side, **arrays)
+class ViewPlan(np.recarray):
+    """[B] records of VIEW_PLAN, one view of each of B samples; of a jigsaw [B P]. `plan.crop_box` is [B 4] float32, and so on."""
 
     def rows(self) -> np.ndarray:
-        """[B 1 ROW] float32, or [B P ROW] of a jigsaw, for compiled executors: crop_box 0:4, flipped 4, color_ops 5:10, factors
-        10:14, blur_sigma 14, solarize 15, size 16, offset 17:19, late_ops 19:23, strengths 23:27."""
-        rows = np.empty((*self.flipped.shape, ROW), np.float32)
-        rows[..., 0:4], rows[..., 4], rows[..., 5:10] = self.crop_box, self.flipped, self.color_ops
-        rows[..., 10:14], rows[..., 14], rows[..., 15] = self.factors, self.blur_sigma, self.solarize
-        rows[..., 16], rows[..., 17:19] = self.size, self.offset
-        rows[..., 19:23], rows[..., 23:27] = self.late_ops, self.strengths
-        return rows if rows.ndim == 3 else rows[:, None]
+        """[B 1 ROW] float32, or [B P ROW] of a jigsaw, for compiled executors."""
+        return np.ascontiguousarray(self).view(np.float32).reshape(len(self), -1, ROW)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +353,7 @@ def _crop_boxes(
     if not fits.any(-1).all():
         fallback = np.stack([_center_box(sizes, spec.ratio) for spec in picked], 1)
         boxes = np.where(fits.any(-1)[..., None], boxes, fallback)
-    return [np.ascontiguousarray(boxes[:, i], np.float32) for i in range(len(picked))]
+    return list(boxes.astype(np.float32).swapaxes(0, 1))
 
 
 def _center_box(sizes: np.ndarray, allowed: tuple[float, float]) -> np.ndarray:
@@ -406,19 +380,13 @@ def _view_plan(u: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, spec: View
     gray_op = np.where(coin[:, 2] < color.gray_probability, GRAY, NOTHING)[:, None]
     ops = [gray_op, jitter_ops] if color.gray_first else [jitter_ops, gray_op]
     sigma = color.blur_sigma[0] + rest[:, 1] * (color.blur_sigma[1] - color.blur_sigma[0])
-    return ViewPlan(
-        size=spec.size,
-        side=spec.side,
-        crop_box=boxes,
-        flipped=flipped,
-        offset=np.zeros((len(boxes), 2), np.float32),
-        color_ops=np.concatenate(ops, 1).astype(np.uint8),
-        factors=np.where(jittered[:, None], low + factor_u * (high - low), centers).astype(np.float32),
-        blur_sigma=np.where(coin[:, 3] < color.blur_probability, sigma, 0.0).astype(np.float32),
-        late_ops=np.zeros((len(boxes), LATE), np.uint8),
-        strengths=np.zeros((len(boxes), LATE), np.float32),
-        solarize=np.where(rest[:, 2] < color.solarize_probability, color.solarize_threshold, NEVER).astype(np.float32),
-    )
+    plan = np.zeros(len(boxes), VIEW_PLAN)
+    plan["crop_box"], plan["flipped"], plan["resized"], plan["side"] = boxes, flipped, spec.size, spec.side
+    plan["color_ops"] = np.concatenate(ops, 1)
+    plan["factors"] = np.where(jittered[:, None], low + factor_u * (high - low), centers)
+    plan["blur_sigma"] = np.where(coin[:, 3] < color.blur_probability, sigma, 0.0)
+    plan["solarize"] = np.where(rest[:, 2] < color.solarize_probability, color.solarize_threshold, NEVER)
+    return plan.view(ViewPlan)
 
 
 def _add_randaugment(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> None:
@@ -448,8 +416,9 @@ def _patches(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
     offset = corner + np.floor(u[..., :2] * (cell - grid.patch + 1))
     if grid.shuffled:
         offset = np.take_along_axis(offset, u[..., 2].argsort(-1)[..., None], 1)
-    repeated = plan.each(lambda array: np.repeat(array[:, None], spec.count, 1))
-    return replace(repeated, offset=offset.astype(np.float32))
+    patches = plan[:, None].repeat(spec.count, 1)
+    patches.offset = offset
+    return patches
 
 
 _CROP, _COLOR, _PATCH, _RANDAUGMENT = 1, 2, 3, 4

@@ -74,10 +74,10 @@ class Finish:
         view = view.to(self.device, non_blocking=True)
         if view.dtype != torch.uint8:
             return view.permute(0, 3, 1, 2).to(self.dtype)
-        return normalize(view, self.dtype) if self.host_color else color_views(view, plan.flat(), self.dtype)
+        return normalize(view, self.dtype) if self.host_color else color_views(view, plan.ravel(), self.dtype)
 
     def _view(self, plan: ViewPlan, pixels: Tensor) -> View:
-        box, flipped = plan.crop_box, plan.flipped
+        box, flipped = plan.crop_box, plan.flipped != 0
         if flipped.ndim == 2:  # patches of a jigsaw, which share the crop
             pixels, box, flipped = pixels.unflatten(0, flipped.shape), box[:, 0], flipped[:, 0]
         return View(pixels=pixels, crop_box=self._copied(box), flipped=self._copied(flipped))

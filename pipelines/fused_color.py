@@ -209,7 +209,7 @@ def color_batch(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """`color_views` of every view; the mosaics too, where they are of full tiles."""
     tiles = mosaics.view if mosaics is not None and mosaics.tile == "full" else None
-    made = {name: color_views(view, plans[name].flat(), dtype, name == tiles) for name, view in levels.items()}
+    made = {name: color_views(view, plans[name].ravel(), dtype, name == tiles) for name, view in levels.items()}
     return {name: pixels for name, (pixels, _) in made.items()}, made[tiles][1] if tiles else None
 
 

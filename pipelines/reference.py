@@ -59,17 +59,17 @@ def render_view(image: Image.Image, plan: ViewPlan, i: int, color: bool = True) 
     Without `color` it ends with the flip and the cut.
     """
     x0, y0, x1, y1 = (int(edge) for edge in plan.crop_box[i])
-    size = [plan.size, plan.size]
-    view = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, size, F.InterpolationMode.BILINEAR, antialias=True)
+    size = int(plan.resized[i])
+    view = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, [size, size], F.InterpolationMode.BILINEAR, antialias=True)
     if plan.flipped[i]:
         view = F.hflip(view)
-    left, top = (int(edge) for edge in plan.offset[i])
-    view = view.crop((left, top, left + plan.side, top + plan.side))
+    left, top, side = (int(px) for px in (*plan.offset[i], plan.side[i]))
+    view = view.crop((left, top, left + side, top + side))
     if not color:
         return view
-    for operation in plan.color_ops[i]:
+    for operation in plan.color_ops[i].astype(int):
         factor = float(plan.factors[i, operation - 1]) if BRIGHTNESS <= operation <= HUE else 0.0
-        view = OPERATIONS[int(operation)](view, factor)
+        view = OPERATIONS[operation](view, factor)
     if plan.blur_sigma[i] > 0:
         view = view.filter(ImageFilter.GaussianBlur(radius=float(plan.blur_sigma[i])))
     for operation, strength in zip(plan.late_ops[i], plan.strengths[i], strict=True):
@@ -112,7 +112,7 @@ def render_step(feed: Feed, step: int, color: bool) -> tuple[Work, dict[str, np.
 
 
 def _render(feed: Feed, work: Work, stored: list[np.ndarray], color: bool) -> dict[str, np.ndarray]:
-    plans = {name: plan.flat() for name, plan in work.plan.views.items()}
+    plans = {name: plan.ravel() for name, plan in work.plan.views.items()}
     views = {s.name: np.empty((len(stored), s.count, s.side, s.side, 3), np.uint8) for s in feed.views}
     for i, content in enumerate(stored):
         image = decode(feed.index, int(work.sample_ids[i]), content)

@@ -119,10 +119,11 @@ def test_a_ramp_pooled_in_both_views_gives_the_same_source_coordinates(key_size)
         pooled = []
         for view, view_boxes in zip(views, (overlap.first_box, overlap.second_box)):
             maps = [
-                coordinate_features(axis, size, c, f, view.size, stride) for c, f in zip(view.crop_box, view.flipped)
+                coordinate_features(axis, size, c, f, int(view.side[0]), stride)
+                for c, f in zip(view.crop_box, view.flipped)
             ]
             cells = precise_roi_pool(torch.cat(maps), torch.from_numpy(view_boxes), 3, 1 / stride)[:, 0]
-            pooled.append(torch.where(torch.from_numpy(view.flipped)[:, None, None], cells.flip(-1), cells))
+            pooled.append(torch.where(torch.from_numpy(view.flipped != 0)[:, None, None], cells.flip(-1), cells))
         low, high = torch.from_numpy(shared[:, axis]), torch.from_numpy(shared[:, axis + 2])
         centers = low[:, None] + (high - low)[:, None] * (torch.arange(3) + 0.5) / 3
         expected = (centers[:, None, :] if axis == 0 else centers[:, :, None]).expand(-1, 3, 3)

@@ -14,9 +14,9 @@ from inscon.plan import (
     CONTRAST,
     GRAY,
     HUE,
-    LATE,
     NEVER,
     SATURATION,
+    VIEW_PLAN,
     ColorSpec,
     ViewPlan,
     ViewSpec,
@@ -43,23 +43,11 @@ def views(count, side=48, seed=0) -> np.ndarray:
 
 def plan_of(ops, factors, sigma=0.0, solarize=NEVER) -> ViewPlan:
     """One row per list of operations, for views that are cut already."""
-    n = len(ops)
-    rows = np.zeros((n, 5), np.uint8)
-    for row, codes in zip(rows, ops, strict=True):
+    plan = np.zeros(len(ops), VIEW_PLAN).view(ViewPlan)
+    for row, codes in zip(plan.color_ops, ops, strict=True):
         row[: len(codes)] = codes
-    return ViewPlan(
-        size=48,
-        side=48,
-        crop_box=np.tile(np.float32([0, 0, 48, 48]), (n, 1)),
-        flipped=np.zeros(n, bool),
-        offset=np.zeros((n, 2), np.float32),
-        color_ops=rows,
-        factors=np.broadcast_to(np.array(factors, np.float32), (n, 4)),
-        blur_sigma=np.broadcast_to(np.float32(sigma), (n,)),
-        late_ops=np.zeros((n, LATE), np.uint8),
-        strengths=np.zeros((n, LATE), np.float32),
-        solarize=np.broadcast_to(np.float32(solarize), (n,)).copy(),
-    )
+    plan.resized, plan.side, plan.factors, plan.blur_sigma, plan.solarize = 48, 48, factors, sigma, solarize
+    return plan
 
 
 def colored(pixels, plan, device) -> np.ndarray:

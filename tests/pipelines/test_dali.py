@@ -54,7 +54,7 @@ def test_dalis_own_crop_is_where_the_plan_says(spec, flipped):
         )
         graph.set_outputs(*[dali.crop_by_dali(pictures, rows[number], spec) for number in range(spec.count)])
     for number, made in enumerate(graph.run()):
-        wanted = np.asarray(reference.render_view(image, plan.flat(), number))
+        wanted = np.asarray(reference.render_view(image, plan.ravel(), number))
         difference = np.abs(np.asarray(made.as_array())[0].astype(int) - wanted)
         assert difference.mean() < 0.5 and difference.max() <= 2
 

@@ -21,6 +21,7 @@ from inscon.plan import (
     NEVER,
     ROW,
     SATURATION,
+    VIEW_PLAN,
     ColorSpec,
     Grid,
     ViewPlan,
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 kernels = pytest.importorskip("pipelines.kernels", reason="numba is not installed")
 reference = pytest.importorskip("pipelines.reference")
+from pipelines.compiled import drop_stale
 
 
 def plan_of(
@@ -48,23 +50,14 @@ def plan_of(
     solarize=NEVER,
 ) -> ViewPlan:
     n = len(boxes)
-    return ViewPlan(
-        size=size,
-        side=side or size,
-        crop_box=np.array(boxes, np.float32).reshape(n, 4),
-        flipped=np.full(n, flipped),
-        offset=np.broadcast_to(np.array(offsets, np.float32), (n, 2)),
-        color_ops=np.tile(np.array([*ops, *[0] * (5 - len(ops))], np.uint8), (n, 1)),
-        factors=np.tile(np.array(factors, np.float32), (n, 1)),
-        blur_sigma=np.full(n, sigma, np.float32),
-        late_ops=np.zeros((n, LATE), np.uint8),
-        strengths=np.zeros((n, LATE), np.float32),
-        solarize=np.full(n, solarize, np.float32),
-    )
+    plan = np.zeros(n, VIEW_PLAN).view(ViewPlan)
+    plan.crop_box, plan.flipped, plan.resized, plan.side, plan.offset = boxes, flipped, size, side or size, offsets
+    plan.color_ops[:, : len(ops)], plan.factors, plan.blur_sigma, plan.solarize = ops, factors, sigma, solarize
+    return plan
 
 
 def render(image: Image.Image, plan: ViewPlan, color=True) -> np.ndarray:
-    out = np.empty((len(plan), plan.side, plan.side, 3), np.uint8)
+    out = np.empty((len(plan), *plan.side[[0, 0]].astype(int), 3), np.uint8)
     for made, [row] in zip(out, plan.rows(), strict=True):
         kernels.render_view(np.array(image), row, made, color)
     return out
@@ -203,7 +196,7 @@ def test_whole_views_of_real_pictures_equal_torchvision(real_pictures):
     ]
     for i, image in enumerate(real_pictures):
         for plan in plan_views(5, 2, np.array([i]), np.array([[image.height, image.width]]), specs).views.values():
-            agree(render(image, plan.flat()), expected(image, plan.flat()), tall=True, colored=True)
+            agree(render(image, plan.ravel()), expected(image, plan.ravel()), tall=True, colored=True)
 
 
 def test_color_is_left_out_on_request():
@@ -228,7 +221,17 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_row_layout_is_the_plans():
-    assert ROW == 27 and LATE == 4
+    assert ROW == 28 and LATE == 4
+
+
+def test_compiled_code_older_than_any_of_its_sources_is_made_anew(tmp_path):
+    """Numba keeps it where only another file has changed: a row of another length would be read beyond its end."""
+    for name, age in {"a.py": 30, "b.py": 20, "old.1.nbc": 25, "old.nbi": 25, "new.1.nbc": 10, "notes.txt": 40}.items():
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    drop_stale(tmp_path, [tmp_path / "a.py", tmp_path / "b.py"])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.py", "b.py", "new.1.nbc", "notes.txt"}
+    drop_stale(tmp_path / "not there", [tmp_path / "a.py"])
 
 
 def test_compiled_code_is_kept_elsewhere_where_nothing_can_be_written(tmp_path):

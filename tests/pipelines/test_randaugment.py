@@ -171,7 +171,7 @@ def test_the_order_is_blur_randaugment_gray_solarize():
         made = np.empty((64, 64, 3), np.uint8)
         kernels.render_view(np.asarray(picture), row, made, True)
         cut = reference.render_view(picture, plan, i, color=False)
-        for operation in plan.color_ops[i]:
+        for operation in plan.color_ops[i].astype(int):
             factor = plan.factors[i, max(operation, 1) - 1] if operation <= codes.HUE else 0
             cut = reference.OPERATIONS[int(operation)](cut, float(factor))
         if plan.blur_sigma[i]:

@@ -72,7 +72,7 @@ def make_batch(settings, seed=0, batch=BATCH, dtype=torch.float64, views=VIEWS) 
         made[spec.name] = View(
             pixels=shown.to(dtype, memory_format=torch.channels_last).unflatten(0, lead),
             crop_box=torch.from_numpy(own.crop_box[whole]),
-            flipped=torch.from_numpy(own.flipped[whole]),
+            flipped=torch.from_numpy(own.flipped[whole] != 0),
         )
     overlaps = {
         pair: Overlap(
