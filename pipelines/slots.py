@@ -9,6 +9,7 @@ that no pixel is copied on its way to the batch, and the mosaic's tiles are writ
     views, mosaic = slot.hand_out()    # tensors; when the last of them is gone, the slot is free again
 """
 
+import contextlib
 import math
 import mmap
 import weakref
@@ -81,7 +82,7 @@ class Slot:
 def huge_pages(size: int) -> np.ndarray:
     """Memory of its own, page-aligned, in pages of 2 MB where the system has them to give: touched in a fraction of the time."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(AttributeError, OSError):  # macOS, or a kernel without them, such as a real-time one
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 

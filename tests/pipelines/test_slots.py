@@ -12,7 +12,7 @@ from inscon.plan import Grid, Mosaics, ViewSpec, plan_views
 from pipelines.color import normalize
 from pipelines.finish import assemble
 from pipelines.kernels import render_at, render_view
-from pipelines.slots import Slots
+from pipelines.slots import Slots, huge_pages
 
 BATCH = 8
 VIEWS = (
@@ -69,6 +69,11 @@ def test_addresses_are_aligned():
     assert (places[:, :, 1:] % 64 == 0).all() and (places[:, :, 1] > 0).all()
     assert (places[:, 0, 2] > 0).all() and (places[:, 1:, 2] == 0).all()
     assert (places[:, :, 0] == [48, 32, 32, 32, 32, 32]).all()
+
+
+def test_where_there_are_no_huge_pages_small_ones_do(monkeypatch):
+    monkeypatch.setattr("mmap.MADV_HUGEPAGE", 12345)  # the system refuses it, as a kernel without them does
+    assert len(huge_pages(10_000)) == 10_000 and huge_pages(1).flags.writeable
 
 
 def test_a_slot_is_used_again_when_the_last_tensor_of_it_is_gone():
