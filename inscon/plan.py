@@ -30,16 +30,11 @@ RANDAUGMENT = {
     SHEAR_X: (0, 0.3), SHEAR_Y: (0, 0.3), TRANSLATE_X: (0, 0.45), TRANSLATE_Y: (0, 0.45),
 }  # fmt: skip
 """Its operations -> their strengths (as in a plan, but shifts in sides of the view) at magnitudes 0 and 10, as timm's."""
-EXECUTED = 0.5
-"""How often an operation that RandAugment has drawn is executed, as by timm's "rand" policies."""
-FILL = (124, 116, 104)
-"""Levels where a moved view has nothing to show: ImageNet's mean."""
-LATE = 4
-"""Places in a plan's late_ops: three for RandAugment, one for gray."""
-NEVER = 256
-"""A solarize threshold that no level reaches."""
-ATTEMPTS = 10
-"""torchvision's RandomResizedCrop tries this often before it falls back to a center crop."""
+EXECUTED = 0.5  # how often an operation that RandAugment has drawn is executed, as by timm's "rand" policies
+FILL = (124, 116, 104)  # levels where a moved view has nothing to show: ImageNet's mean
+LATE = 4  # places in a plan's late_ops: three for RandAugment, one for gray
+NEVER = 256  # a solarize threshold that no level reaches
+ATTEMPTS = 10  # torchvision's RandomResizedCrop tries this often before it falls back to a center crop
 
 
 def check_range(name: str, bounds: tuple[float, float]) -> None:
@@ -98,32 +93,19 @@ NO_COLOR = ColorSpec(jitter_probability=0.0, gray_probability=0.0, blur_probabil
 class OverlapRule:
     """How much of the source a view must share with an earlier one (METHOD 9)."""
 
-    view: str
-    """Name of the earlier view."""
-    min_side: float = 32.0
-    """Least extent of the shared region, per axis, px of either view: one cell of a stride of 32."""
-    min_iou: float = 0.0
-    """Least intersection over union of the two crops, source px."""
-    candidates: int = 16
-    """Pairs of crops drawn at most until one overlaps; 10 candidates all fail for 2e-8 of real images."""
-
-    def __post_init__(self):
-        check_ranges(self, min_iou=(0, 1), candidates=1)
+    view: str  # name of the earlier view
+    min_side: float = 32.0  # least extent of the shared region, per axis, px of either view
+    min_iou: float = 0.0  # least intersection over union of the two crops, source px
+    candidates: int = 16  # pairs of crops drawn at most until one overlaps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A jigsaw: the crop, resized to its view's size, is cut into cells, and of each a patch is shown."""
 
-    cells: int = 3
-    """Per side."""
-    patch: int = 64
-    """Side of a patch, px, at most that of a cell; drawn anywhere within its cell."""
-    shuffled: bool = False
-    """Whether the patches of an image come in a random order instead of row by row."""
-
-    def __post_init__(self):
-        check_ranges(self, cells=(1, 16))
+    cells: int = 3  # per side
+    patch: int = 64  # side of a patch, px, at most that of a cell; drawn anywhere within its cell
+    shuffled: bool = False  # whether the patches of an image come in a random order instead of row by row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +113,10 @@ class ViewSpec:
     """One view that a method asks for, of every image."""
 
     name: str
-    size: int = 224
-    """Side that the crop is resized to, px; without a grid a multiple of 16."""
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the crop's share of the image area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height, drawn log-uniformly."""
-    flip: float | str = 0.5
-    """Probability to be mirrored; or the name of an earlier view, to be mirrored where that one is."""
+    size: int = 224  # side that the crop is resized to, px; without a grid a multiple of 16
+    scale: tuple[float, float] = (0.2, 1.0)  # range of the crop's share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height, drawn log-uniformly
+    flip: float | str = 0.5  # probability to be mirrored; or the name of an earlier view, to be mirrored where that is
     color: ColorSpec = field(default_factory=ColorSpec)
     overlap: OverlapRule | None = None
     grid: Grid | None = None
@@ -314,8 +292,7 @@ def _rule(specs: Sequence[ViewSpec], spec: ViewSpec) -> tuple[int, tuple]:
 
 
 def _crops(draw: Callable, ids: np.ndarray, sizes: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
-    """The crop boxes [B 4] of each view. Where a rule asks for an overlap, crops that have none are drawn again, candidate by
-    candidate: both, or the second alone where an earlier rule has settled the first."""
+    """The crop boxes [B 4] of each view; those without an overlap that a rule asks for are drawn again, candidate by candidate."""
     boxes = _crop_boxes(draw, ids, range(len(specs)), 0, sizes, specs)
     settled: set[int] = set()
     for second, spec in enumerate(specs):
@@ -411,6 +388,7 @@ def _patches(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
     """The plan of each patch of a jigsaw, [B P ...]: the crop's own, executed on the patch alone, which lies where `u` [B P 4]
     says."""
     grid, cell = spec.grid, spec.size // spec.grid.cells
+    assert spec.count <= 256  # a byte of `_stream`
     rows, columns = np.divmod(np.arange(spec.count), grid.cells)
     corner = np.stack([columns, rows], -1) * cell
     offset = corner + np.floor(u[..., :2] * (cell - grid.patch + 1))

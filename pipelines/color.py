@@ -16,16 +16,13 @@ from torch import Tensor
 from inscon.plan import BRIGHTNESS, CONTRAST, GRAY, HUE, NEVER, SATURATION, ViewPlan
 from pipelines.feed import to_device
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of RGB in 0..1."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 LUMA = (19595.0, 38470.0, 7471.0)
 """Rec. 601 weights in 1/65536, as PIL's conversion to L."""
 LEVEL = float(np.float32(1 / 255))
 """By which a level becomes a share; in float32, as PyTorch multiplies by a number."""
-BLUR_PASSES = 3
-"""PIL's GaussianBlur is this many box blurs along each axis."""
-BLUR_BITS = 24
-"""Fixed point of their weights."""
+BLUR_PASSES = 3  # PIL's GaussianBlur is this many box blurs along each axis
+BLUR_BITS = 24  # fixed point of their weights
 
 
 def normalize(

@@ -43,12 +43,10 @@ from pipelines.slots import Slot
 
 PART, PARTS_OF_THREADS = 32, 8
 """Pictures in one run of the graph: these many, or so many for each thread, lest threads wait for the last picture of a run."""
-DEVICE_PART = 64
-"""The same where a GPU decodes; bounds the memory that decoded pictures take there."""
+DEVICE_PART = 64  # the same where a GPU decodes; bounds the memory that decoded pictures take there
 MIXED = "mixed"
 """DALI's name for decoders that take bytes on the host and leave pictures on the GPU; tests without one say "cpu"."""
-DEPTH = 2
-"""Runs of the graph that DALI works ahead."""
+DEPTH = 2  # runs of the graph that DALI works ahead
 JPEG_ENGINE_SHARES = (0.12, 0.3, 0.65, 0.9, 0.99)
 """Of a batch's JPEGs, which are tried for the GPU's JPEG engine; the GPU's other cores decode the rest."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|MemoryAllocation|OUT_OF_MEMORY", re.IGNORECASE)
@@ -62,8 +60,7 @@ class Part(NamedTuple):
     slot: Slot | None
     inputs: tuple[list[np.ndarray] | np.ndarray, ...]
     """JPEG bytes, rows and places of each picture. Held until the run is over: DALI is given their memory, not a copy."""
-    memory: np.ndarray
-    """What the bytes of the whole batch lie in."""
+    memory: np.ndarray  # what the bytes of the whole batch lie in
 
 
 def decoded(jpegs, decode: str, jpeg_engine: float = 0.65):

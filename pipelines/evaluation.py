@@ -65,8 +65,7 @@ class LabelledViews:
         limit: int | None = None, like: "LabelledViews | None" = None,
     ):  # fmt: skip
         self.index = DatasetIndex.open(local_copy(Path(data)))
-        self.labels = torch.from_numpy(self.index.labels(range(len(self.index))))
-        """[n] int64, of every sample."""
+        self.labels = torch.from_numpy(self.index.labels(range(len(self.index))))  # [n] int64, of every sample
         if labels_needed and (self.labels == NO_LABEL).any():
             raise ValueError(
                 f"frozen evaluation needs labels. Found: none in {self.index.path}; pack a folder of class folders"

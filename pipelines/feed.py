@@ -25,15 +25,11 @@ LOG = logging.getLogger(__name__)
 class Work(NamedTuple):
     """What one rank has to make for one step."""
 
-    step: int
-    """Global step, counted over all epochs."""
-    sample_ids: np.ndarray
-    """[B] int64."""
-    sizes: np.ndarray
-    """[B 2] int64, (height, width) of each source image in px, as the index has them."""
+    step: int  # global step, counted over all epochs
+    sample_ids: np.ndarray  # [B] int64
+    sizes: np.ndarray  # [B 2] int64, (height, width) of each source image in px, as the index has them
     plan: BatchPlan
-    substituted: int
-    """How many of the samples stand in for bad ones."""
+    substituted: int  # how many of the samples stand in for bad ones
 
     def rows(self) -> np.ndarray:
         """[B R ROW] float32: `ViewPlan.rows` of all views of each sample, one after the other."""
@@ -66,8 +62,7 @@ class Feed:
         self.rank, self.world_size = rank, world_size
         self.order = EpochOrder(len(index), batch_size, seed)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.batch_size = len(self.order.rank_batch(0, rank, world_size))
-        """Of this rank."""
+        self.batch_size = len(self.order.rank_batch(0, rank, world_size))  # of this rank
         self._substitute, self._memory = substitute, memory
         self._bad: set[int] = set()
         if mosaics is not None and self.batch_size % 4:
@@ -88,16 +83,16 @@ class Feed:
         bad = [place for place, sample_id in enumerate(sample_ids.tolist()) if sample_id in self._bad]
         for place in bad:
             candidates = self.order.stand_ins(step, self.rank * self.batch_size + place)
-            good = next(((other, away) for other, away in candidates if other not in self._bad), None)
-            if good is None:
+            other, away = next(((other, away) for other, away in candidates if other not in self._bad), (None, 0))
+            if other is None:
                 raise ShardError(
                     f"no sample is left to stand in for {self.index.describe(int(sample_ids[place]))}: pack the set again without "
                     "the bad ones, or set a smaller --batch-size"
                 )
-            if abs(good[1]) <= self._memory:
-                away = abs(good[1])
-                LOG.warning("The stand-in of step %d is seen again %d steps away, while its key is queued.", step, away)
-            sample_ids[place] = good[0]
+            if abs(away) <= self._memory:
+                said = "The stand-in of step %d is seen again %d steps away, while its key is queued."
+                LOG.warning(said, step, abs(away))
+            sample_ids[place] = other
         return len(bad)
 
     def load(
@@ -161,12 +156,9 @@ def open_index(loader: LoaderConfig) -> "DatasetIndex | MadeUpIndex":
 class Engine:
     """Makes the pixels of steps. `open_pipeline` makes one of a feed, settings, a range of steps, a `Finish` and a `StageClock`."""
 
-    works_ahead = False
-    """Whether it needs no thread that asks for its steps before they are wanted."""
-    has_stages = True
-    """Whether it reads, decodes and finishes, so that there is something to tell."""
-    description: str
-    """Engine, decode device, threads, prefetch and data, one line for the log."""
+    works_ahead = False  # whether it needs no thread that asks for its steps before they are wanted
+    has_stages = True  # whether it reads, decodes and finishes, so that there is something to tell
+    description: str  # engine, decode device, threads, prefetch and data, one line for the log
 
     def steps(self) -> Iterator[tuple[Work, tuple[dict[str, Tensor], Tensor | None]]]:
         """The work of each step, its views [B P S S 3] by name, and its mosaics [M 2S 2S 3] where they are laid already."""

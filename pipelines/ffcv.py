@@ -63,12 +63,9 @@ finally:
     torch.set_num_threads(NUM_THREADS[0])
     set_num_threads(NUM_THREADS[1])
 
-CHUNKS = 4
-"""Into so many pieces per thread is a batch cut, lest threads wait for the last picture of one."""
-AHEAD = 1
-"""Batches in work beside the one that is waited for."""
-FINE, REFUSED, WRONG_SIZE = range(3)
-"""Outcomes of a picture."""
+CHUNKS = 4  # into so many pieces per thread is a batch cut, lest threads wait for the last picture of one
+AHEAD = 1  # batches in work beside the one that is waited for
+FINE, REFUSED, WRONG_SIZE = range(3)  # outcomes of a picture
 
 
 def _turbojpeg(name: str, result, *arguments) -> Callable:
@@ -213,8 +210,7 @@ class InWork(NamedTuple):
     rows: np.ndarray
     metadata: np.ndarray
     """[B] METADATA_DTYPE as a .beton has it; positions become addresses in memory when a picture's turn comes."""
-    byte_counts: np.ndarray
-    """[B], stored."""
+    byte_counts: np.ndarray  # [B], stored
     made: list[concurrent.futures.Future]
 
 

@@ -11,10 +11,8 @@ from inscon import plan as codes
 from inscon.plan import FILL
 from pipelines.compiled import compiled, u8
 
-DECIMALS = 1e15
-"""PIL rounds sines and cosines to 15 decimals."""
-SPLIT = 134217729.0
-"""2**27 + 1: halves a float64 into two factors whose products are exact."""
+DECIMALS = 1e15  # PIL rounds sines and cosines to 15 decimals
+SPLIT = 134217729.0  # 2**27 + 1: halves a float64 into two factors whose products are exact
 
 
 @compiled

@@ -14,8 +14,7 @@ ROWS = 8
 WORD, BYTE, FLOAT = ir.IntType(32), ir.IntType(8), ir.FloatType()
 PIXELS, BYTES, SUMS = ir.VectorType(WORD, ROWS), ir.VectorType(BYTE, 4 * ROWS), ir.VectorType(WORD, 4 * ROWS)
 FLOATS, LEVELS = ir.VectorType(FLOAT, 16), ir.VectorType(BYTE, 16)
-RESIZE_BITS = 22
-"""Fixed point of resize weights, as PIL's for 8-bit channels."""
+RESIZE_BITS = 22  # fixed point of resize weights, as PIL's for 8-bit channels
 
 
 def _whole(number):
