@@ -17,13 +17,8 @@ from pipelines.feed import Feed, color_on_host
 from pipelines.finish import Finish
 from pipelines.prefetch import Pipeline, StageClock
 
-ENGINES = {
-    "dali": "pipelines.dali:DaliEngine",
-    "ffcv": "pipelines.ffcv:FfcvEngine",
-    "reference": "pipelines.reference:ReferenceEngine",
-    "synthetic": "pipelines.synthetic:SyntheticEngine",
-}
-"""Engine name -> "module:class", a `pipelines.feed.Engine`."""
+ENGINES = {"dali": "DaliEngine", "ffcv": "FfcvEngine", "reference": "ReferenceEngine", "synthetic": "SyntheticEngine"}
+"""A module of this package -> its `pipelines.feed.Engine`."""
 
 
 def open_pipeline(
@@ -45,9 +40,8 @@ def open_pipeline(
         raise ValueError(f'there is no pipeline "{loader.pipeline}"; set --pipeline to one of: {", ".join(ENGINES)}')
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must lie in 0..{total_steps}, the total of steps. Found: {start_step}")
-    module, name = ENGINES[loader.pipeline].split(":")
     try:
-        engine_class = getattr(importlib.import_module(module), name)
+        engine_class = getattr(importlib.import_module(f"pipelines.{loader.pipeline}"), ENGINES[loader.pipeline])
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("nvidia", "numba"):
             raise

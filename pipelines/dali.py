@@ -71,35 +71,6 @@ def decoded(jpegs, decode: str, jpeg_engine: float = 0.65):
     )
 
 
-def build_graph(
-    source, *, part: int, views: tuple[ViewSpec, ...], threads: int, device_id: int | None, decode: str,
-    jpeg_engine: float,
-) -> Graph:  # fmt: skip
-    """The DALI pipeline, for up to `part` pictures a run.
-
-    decode on the "cpu": (JPEG bytes, rows, places) from `source` -> (shape of the picture, a byte) per sample; the views are where
-    `places` says. "mixed": (JPEG bytes, rows) -> (shape, and for each row a crop [S S 3] uint8 on GPU `device_id`).
-    """
-    graph = Graph(
-        batch_size=part, num_threads=threads, device_id=device_id, prefetch_queue_depth=DEPTH, exec_dynamic=True
-    )
-    with graph:
-        inputs = [(types.UINT8, 1), (types.FLOAT, 2), (types.INT64, 1)][: 2 if decode == "mixed" else 3]
-        jpegs, rows, *places = fn.external_source(
-            source=source, num_outputs=len(inputs), batch=True, batch_info=True, no_copy=True,
-            dtype=[dtype for dtype, _ in inputs], ndim=[ndim for _, ndim in inputs],
-        )  # fmt: skip
-        images = decoded(jpegs, decode, jpeg_engine)
-        if decode == "mixed":
-            specs = [spec for spec in views for _ in range(spec.count)]
-            made = [crop_by_dali(images, rows[number], spec) for number, spec in enumerate(specs)]
-        else:
-            made = [_render()(images, rows, *places)]
-        graph.set_outputs(images.shape(device="cpu"), *made)
-    graph.build()
-    return graph
-
-
 def crop_by_dali(images, row, spec: ViewSpec):
     """Cut first, so that the filter sees no pixel outside of the crop, then resize and mirror, as the compiled kernel; of a jigsaw,
     the patch at the row's offset."""
@@ -172,6 +143,8 @@ class DaliEngine(Engine):
         self._graph = None
 
     def _start(self, steps: range) -> None:
+        """Build the graph. decode on the "cpu": (JPEG bytes, rows, places) -> (shape of the picture, a byte) per sample, the views are
+        where `places` says; "mixed": (JPEG bytes, rows) -> (shape, and for each row a crop [S S 3] uint8 on the GPU)."""
         self._graph = None  # first: its threads still write into slots
         self._in_flight.clear()
         parts = self._parts(steps)
@@ -181,10 +154,26 @@ class DaliEngine(Engine):
             self._in_flight.append(next(parts))
             return self._in_flight[-1].inputs
 
-        self._graph = build_graph(
-            source, part=self.part, views=self._feed.views, threads=self._threads, device_id=self._device_id,
-            decode=self._decode, jpeg_engine=self._jpeg_engine,
+        graph = Graph(
+            batch_size=self.part, num_threads=self._threads, device_id=self._device_id, prefetch_queue_depth=DEPTH,
+            exec_dynamic=True,
         )  # fmt: skip
+        mixed = self._decode == "mixed"
+        with graph:
+            count = 2 if mixed else 3
+            jpegs, rows, *places = fn.external_source(
+                source=source, num_outputs=count, batch=True, batch_info=True, no_copy=True,
+                dtype=[types.UINT8, types.FLOAT, types.INT64][:count], ndim=[1, 2, 1][:count],
+            )  # fmt: skip
+            images = decoded(jpegs, self._decode, self._jpeg_engine)
+            if mixed:
+                specs = [spec for spec in self._feed.views for _ in range(spec.count)]
+                made = [crop_by_dali(images, rows[number], spec) for number, spec in enumerate(specs)]
+            else:
+                made = [_render()(images, rows, *places)]
+            graph.set_outputs(images.shape(device="cpu"), *made)
+        graph.build()
+        self._graph = graph
 
     def _parts(self, steps: range) -> Iterator[Part]:
         for step in steps:
