@@ -143,8 +143,8 @@ class DaliEngine(Engine):
         self._graph = None
 
     def _start(self, steps: range) -> None:
-        """Build the graph. decode on the "cpu": (JPEG bytes, rows, places) -> (shape of the picture, a byte) per sample, the views are
-        where `places` says; "mixed": (JPEG bytes, rows) -> (shape, and for each row a crop [S S 3] uint8 on the GPU)."""
+        """Build the graph. decode on the "cpu": (JPEG bytes, rows, places) -> (shape of the picture, a byte) per sample, the views
+        are where `places` says; "mixed": (JPEG bytes, rows) -> (shape, and for each row a crop [S S 3] uint8 on the GPU)."""
         self._graph = None  # first: its threads still write into slots
         self._in_flight.clear()
         parts = self._parts(steps)
