@@ -65,7 +65,7 @@ class Finish:
             mosaic = assemble(pixels[mosaics.view], mosaics)
         views = {spec.name: self._view(plans[spec.name], pixels[spec.name]) for spec in self._feed.views}
         overlaps = {
-            pair: Overlap(**{f.name: self._copied(getattr(found, f.name)) for f in fields(Overlap)})
+            pair: Overlap(**{f.name: to_device(getattr(found, f.name), self.device) for f in fields(Overlap)})
             for pair, found in work.plan.overlaps.items()
         }
         return Batch(views=views, overlaps=overlaps, mosaic=mosaic, sample_ids=torch.from_numpy(work.sample_ids))
@@ -80,10 +80,7 @@ class Finish:
         box, flipped = plan.crop_box, plan.flipped != 0
         if flipped.ndim == 2:  # patches of a jigsaw, which share the crop
             pixels, box, flipped = pixels.unflatten(0, flipped.shape), box[:, 0], flipped[:, 0]
-        return View(pixels=pixels, crop_box=self._copied(box), flipped=self._copied(flipped))
-
-    def _copied(self, array) -> Tensor:
-        return to_device(array, self.device)
+        return View(pixels=pixels, crop_box=to_device(box, self.device), flipped=to_device(flipped, self.device))
 
 
 @functools.cache
