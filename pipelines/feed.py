@@ -215,8 +215,8 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def color_on_host(loader: LoaderConfig, device: torch.device, views: Sequence[ViewSpec]) -> bool:
-    """Whether the host colors the views: with RandAugment, where `loader` says so, and with `auto` on a CPU. Else they leave the
-    host as crops, and `device` colors them (pipelines/color.py). Whether `auto` on a GPU goes to the host is chosen before, in
+    """Whether views come colored: with RandAugment, where `loader` says so, with `auto` on a CPU, and noise, which is finished.
+    Else they leave the host as crops, and `device` colors them. Whether `auto` on a GPU goes to the host is chosen before, in
     pipelines/auto.py. ValueError where RandAugment is to work on a GPU."""
     if any(spec.color.randaugment for spec in views):
         if loader.color == "device" or loader.decode == "mixed":
@@ -225,7 +225,7 @@ def color_on_host(loader: LoaderConfig, device: torch.device, views: Sequence[Vi
                 "and --decode cpu"
             )
         return True
-    return loader.color == "host" or (loader.color == "auto" and device.type == "cpu")
+    return loader.color == "host" or loader.pipeline == "synthetic" or (loader.color == "auto" and device.type == "cpu")
 
 
 def threads_per_rank(asked: int | None) -> int:
