@@ -248,11 +248,12 @@ def plan_views(
         )
     draw = functools.partial(_uniforms, seed, epoch)
     numbers = draw(ids, _stream(np.arange(len(specs))[:, None], _COLOR, 0, np.arange(3)))
-    flipped = _flips(numbers[:, :, 0, 0], specs)
     boxes = _crops(draw, ids, sizes, specs)
-    overlaps, views = {}, {}
+    flips, overlaps, views = {}, {}, {}
     for number, spec in enumerate(specs):
-        plan = _view_plan(numbers[:, number], boxes[number], flipped[number], spec)
+        own = numbers[:, number]
+        flips[spec.name] = flips[spec.flip] if isinstance(spec.flip, str) else own[:, 0, 0] < spec.flip
+        plan = _view_plan(own, boxes[number], flips[spec.name], spec)
         if spec.color.randaugment:
             _add_randaugment(draw(ids, _stream(number, _RANDAUGMENT, 0, np.arange(spec.color.randaugment))), plan, spec)
         if spec.grid is not None:
@@ -260,7 +261,7 @@ def plan_views(
         views[spec.name] = plan
         if spec.overlap is not None:
             first, bounds = _rule(specs, spec)
-            crops = boxes[first], flipped[first], boxes[number], flipped[number]
+            crops = boxes[first], flips[spec.overlap.view], boxes[number], flips[spec.name]
             overlaps[spec.overlap.view, spec.name] = find_overlap(*crops, *bounds)
     return BatchPlan(views=views, overlaps=overlaps)
 
@@ -275,14 +276,6 @@ def plan_center(sizes: np.ndarray, view_size: int) -> ViewPlan:
     y, x = ((sizes - side[:, None]) // 2).T
     boxes, n = np.stack([x, y, x + side, y + side], 1).astype(np.float32), len(sizes)
     return _view_plan(np.zeros((n, 3, 4)), boxes, np.zeros(n, bool), ViewSpec(name="", size=view_size, color=NO_COLOR))
-
-
-def _flips(coins: np.ndarray, specs: Sequence[ViewSpec]) -> list[np.ndarray]:
-    """[B] bool of each view; `coins` [B V]."""
-    made: dict[str, np.ndarray] = {}
-    for number, spec in enumerate(specs):
-        made[spec.name] = made[spec.flip] if isinstance(spec.flip, str) else coins[:, number] < spec.flip
-    return list(made.values())
 
 
 def _rule(specs: Sequence[ViewSpec], spec: ViewSpec) -> tuple[int, tuple]:

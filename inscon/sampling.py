@@ -62,12 +62,16 @@ class EpochOrder:
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a pseudo-random permutation of 0..n-1, chosen by (seed, epoch), sends `positions` [any], int64."""
-    a = math.isqrt(n - 1) + 1 if n > 1 else 1
-    b = -(-n // a)
+    keys, side = _keys(seed, epoch), math.isqrt(n - 1) + 1 if n > 1 else 1
+    a, b = np.uint64(side), np.uint64(-(-n // side))
     result = np.array(positions, np.int64)
     walking = np.ones(result.shape, bool)
     while walking.any():
-        result[walking] = _feistel(result[walking].astype(np.uint64), a, b, _keys(seed, epoch)).astype(np.int64)
+        left, right = np.divmod(result[walking].astype(np.uint64), b)
+        for i in range(0, _ROUNDS, 2):
+            left = (left + _mix(right ^ keys[i]) % a) % a
+            right = (right + _mix(left ^ keys[i + 1]) % b) % b
+        result[walking] = left * b + right
         walking = result >= n
     return result
 
@@ -78,15 +82,6 @@ def _keys(seed: int, epoch: int) -> np.ndarray:
     full = np.full(_ROUNDS, 0xFFFFFFFF)
     high, low, _, _ = philox(seed, (np.arange(_ROUNDS), full, np.full(_ROUNDS, epoch), full))
     return (high << np.uint64(32)) | low
-
-
-def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
-    a, b = np.uint64(a), np.uint64(b)
-    left, right = x // b, x % b
-    for i in range(0, _ROUNDS, 2):
-        left = (left + _mix(right ^ keys[i]) % a) % a
-        right = (right + _mix(left ^ keys[i + 1]) % b) % b
-    return left * b + right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
