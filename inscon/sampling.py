@@ -35,10 +35,6 @@ class EpochOrder:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch, from 0, that global step `step` belongs to."""
-        return step // self.steps_per_epoch
-
     def rank_batch(self, step: int, rank: int, world_size: int) -> np.ndarray:
         """[batch_size / world_size] sample ids: a rank's contiguous slice of the global batch of a step."""
         share, remainder = divmod(self.batch_size, world_size)

@@ -116,8 +116,11 @@ class DaliEngine(Engine):
         self._slots = finish.slots if self._decode == "cpu" else None
         self._in_flight: deque[Part] = deque()
         self._memory: deque[np.ndarray] = deque()
-        self._device_bytes = _used_beside_torch(self._device)
-        on_engine = self._decode == "mixed" and self._device.type == "cuda" and has_jpeg_engine()
+        self._device_id = None  # of the GPU that decodes
+        if self._decode == "mixed" and self._device.type == "cuda":
+            self._device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
+            self._device_bytes = _used_beside_torch(self._device)
+        on_engine = self._device_id is not None and has_jpeg_engine()
         engine = f" with {self._jpeg_engine:.0%} on the JPEG engine" if on_engine else ""
         self.description = (
             f"dali {nvidia.dali.__version__}: decode {self._decode}{engine}{measured}, color on the "
@@ -234,13 +237,6 @@ class DaliEngine(Engine):
                     return undecodable(self._feed.index, sample_id, reason, f"DALI, decode {self._decode}")
         raise error
 
-    @property
-    def _device_id(self) -> int | None:
-        """Of the GPU that decodes."""
-        if self._decode == "cpu" or self._device.type == "cpu":
-            return None
-        return self._device.index if self._device.index is not None else torch.cuda.current_device()
-
 
 def refusal_of(jpeg: np.ndarray, decode: str, device_id: int | None) -> str | None:
     """Why DALI cannot decode a JPEG there, in its own words, or None if it can."""
@@ -294,9 +290,7 @@ def has_jpeg_engine() -> bool:
 
 
 def _used_beside_torch(device: torch.device) -> int:
-    """Bytes of a GPU that are in use, but not by this process's PyTorch; 0 on a CPU."""
-    if device.type == "cpu":
-        return 0
+    """Bytes of a GPU that are in use, but not by this process's PyTorch."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
 

@@ -74,8 +74,9 @@ class Feed:
     def work(self, step: int) -> Work:
         """What this rank makes at global step `step`. ShardError where nobody is left to stand in for a bad sample of it."""
         ids = self.order.rank_batch(step, self.rank, self.world_size)
-        substituted, sizes = self._stand_in(step, ids), self.index.sizes(ids)
-        plan = plan_views(self.seed, self.order.epoch_of(step), ids, sizes, self.views)
+        substituted = self._stand_in(step, ids)
+        sizes = self.index.sizes(ids)
+        plan = plan_views(self.seed, step // self.steps_per_epoch, ids, sizes, self.views)
         return Work(step, ids, sizes, plan, substituted)
 
     def _stand_in(self, step: int, sample_ids: np.ndarray) -> int:
