@@ -50,7 +50,6 @@ class LabelledViews:
         data: folder of the set.
         view_size: px, a multiple of 32.
         batch_size: over all ranks; at most the set.
-        pipeline: see `Engine`.
         scale: range of a random crop's share of the image area.
         limit: how many samples `center_crops` takes at most, the first ones; packing has shuffled them.
         like: number the classes as this set does, by their names.
