@@ -21,8 +21,8 @@ from pipelines.slots import Slots
 
 
 class Finish:
-    """Makes batches, their pixels of `dtype` on `device`, of what the host, or a GPU's decoder, has made; with `host_color` color and
-    blur are applied already, else here."""
+    """Makes batches, their pixels of `dtype` on `device`, of what the host, or a GPU's decoder, has made. With `host_color` color
+    and blur are applied already, else here."""
 
     def __init__(self, feed: Feed, device: torch.device, dtype: torch.dtype, host_color: bool):
         self._feed, self.device, self.dtype, self.host_color = feed, device, dtype, host_color
