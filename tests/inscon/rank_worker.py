@@ -39,20 +39,9 @@ def share_of_batch(settings, step, rank, world_size):
     """The images of a rank out of a batch that every rank makes alike."""
     whole = make_batch(settings, seed=step, batch=BATCH)
     mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-    views = {
-        name: dataclasses.replace(
-            view, pixels=view.pixels[mine], crop_box=view.crop_box[mine], flipped=view.flipped[mine]
-        )
-        for name, view in whole.views.items()
-    }
-    mosaics = settings.mosaics()
-    return dataclasses.replace(
-        whole,
-        views=views,
-        overlaps={pair: overlap[mine] for pair, overlap in whole.overlaps.items()},
-        mosaic=None if mosaics is None else assemble(views[mosaics.view].pixels, mosaics),
-        sample_ids=whole.sample_ids[mine],
-    )
+    part, mosaics = whole.each(lambda of: of[mine]), settings.mosaics()
+    mosaic = None if mosaics is None else assemble(part.views[mosaics.view].pixels, mosaics)
+    return dataclasses.replace(part, mosaic=mosaic, sample_ids=whole.sample_ids[mine])
 
 
 def steps(mode, rank, world_size):
