@@ -98,6 +98,9 @@ class OverlapRule:
     min_iou: float = 0.0  # least intersection over union of the two crops, source px
     candidates: int = 16  # pairs of crops drawn at most until one overlaps
 
+    def __post_init__(self):
+        check_ranges(self, min_iou=(0, 1), candidates=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -106,6 +109,9 @@ class Grid:
     cells: int = 3  # per side
     patch: int = 64  # side of a patch, px, at most that of a cell; drawn anywhere within its cell
     shuffled: bool = False  # whether the patches of an image come in a random order instead of row by row
+
+    def __post_init__(self):
+        check_ranges(self, cells=(1, 16))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,7 +387,6 @@ def _patches(u: np.ndarray, plan: ViewPlan, spec: ViewSpec) -> ViewPlan:
     """The plan of each patch of a jigsaw, [B P ...]: the crop's own, executed on the patch alone, which lies where `u` [B P 4]
     says."""
     grid, cell = spec.grid, spec.size // spec.grid.cells
-    assert spec.count <= 256  # a byte of `_stream`
     rows, columns = np.divmod(np.arange(spec.count), grid.cells)
     corner = np.stack([columns, rows], -1) * cell
     offset = corner + np.floor(u[..., :2] * (cell - grid.patch + 1))

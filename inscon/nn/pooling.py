@@ -25,8 +25,10 @@ def precise_roi_pool(
         offset: feature j sits at x = j + offset after scaling; 0 is the published op (METHOD 8).
         border: "zero", the published op: 0 outside the map, the divisor is the bin's full area; "normalize": the covered weight.
 
-    Empty boxes give 0 with zero gradient.
+    Empty boxes give 0 with zero gradient. ValueError for an unknown border.
     """
+    if border not in ("zero", "normalize"):
+        raise ValueError(f'border must be "zero" or "normalize". Found: "{border}"')
     wy, wx = _weights(features, boxes, output_size, spatial_scale, offset, border)
     rows = features.permute(0, 2, 3, 1)  # channels-last memory: a view without a copy
     rows = wy.to(features.dtype) @ rows.flatten(2)

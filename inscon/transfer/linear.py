@@ -118,7 +118,8 @@ class Probe:
 
     def _resume(self) -> None:
         held = checkpoint.load(self.path, self.device)
-        if names := [name for name, value in self._identity.items() if held["identity"].get(name, value) != value]:
+        identity = {"view_size": self._identity["view_size"], **held["identity"]}  # older ones tell no size
+        if names := [name for name, value in self._identity.items() if identity.get(name) != value]:
             other = " and ".join(names)
             raise ValueError(f"{self.path} is a probe with another {other}; set another --out, or delete it")
         self.layer.load_state_dict(held["layer"])

@@ -142,6 +142,12 @@ def test_a_stopped_probe_goes_on(tmp_path):
     held["identity"].pop("view_size")  # as before it was there
     torch.save(held, tmp_path / "stopped/probe.pt")
     assert make_probe(tmp_path / "stopped").epoch == 4
+    held["identity"].pop("format")  # as before there was one, with other contents
+    torch.save(held, tmp_path / "stopped/probe.pt")
+    with pytest.raises(ValueError, match="is a probe with another format;"):
+        make_probe(tmp_path / "stopped")
+    held["identity"]["format"] = 2
+    torch.save(held, tmp_path / "stopped/probe.pt")
     with pytest.raises(ValueError, match="is a probe with another epochs and base_lr;"):
         make_probe(tmp_path / "stopped", epochs=5, base_lr=3.0)
 

@@ -415,12 +415,16 @@ def test_a_view_that_cannot_be_made_is_refused(settings, message):
 
 
 @pytest.mark.parametrize(("make", "message"), [
+    (lambda: Grid(cells=0), "--cells must be from 1 to 16. Found: 0"),
+    (lambda: Grid(cells=17), "--cells must be from 1 to 16. Found: 17"),
     (lambda: ColorSpec(solarize_probability=2), "--solarize-probability must be from 0 to 1. Found: 2"),
     (lambda: ColorSpec(solarize_threshold=300), "from 0 to 255. Found: 300"),
     (lambda: ColorSpec(randaugment=4), "--randaugment must be from 0 to 3. Found: 4"),
     (lambda: ColorSpec(magnitude=11), "from 0 to 10. Found: 11"),
     (lambda: ColorSpec(magnitude_std=-1), "at least 0. Found: -1"),
     (lambda: ColorSpec(blur_sigma=(0.0, 2.0)), "blur_sigma must be a range.* Found: 0.0 2.0"),
+    (lambda: OverlapRule(view="a", candidates=0), "at least 1. Found: 0"),
+    (lambda: OverlapRule(view="a", min_iou=1.5), "from 0 to 1. Found: 1.5"),
 ])  # fmt: skip
 def test_other_settings_of_views_are_checked(make, message):
     with pytest.raises(ValueError, match=message):

@@ -115,6 +115,8 @@ def test_low_precision_maps_keep_exact_boxes():
     assert (precise_roi_pool(features.bfloat16(), boxes, 3, 1 / 32).float() - exact).abs().max() < 0.03
     with pytest.raises(AssertionError, match="torch.bfloat16 loses whole pixels"):
         precise_roi_pool(features, boxes.bfloat16(), 3, 1 / 32)
+    with pytest.raises(ValueError, match='border must be "zero" or "normalize". Found: "reflect"'):
+        precise_roi_pool(features, boxes, 3, 1 / 32, border="reflect")
 
 
 def test_many_boxes_of_a_map_are_one_bin_each():
