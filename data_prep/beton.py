@@ -117,7 +117,8 @@ class BetonFile:
         if (out / BETON_NAME).exists():  # whole already, but for the manifest
             os.replace(out / BETON_NAME, self._path)
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        self._layout, self._next, self._laid = *self._found(num_listed), []
+        self._layout, self._next = self._found(num_listed)
+        self._laid: list[Path] = []
         self._file.truncate(self._layout.end)
         self._tables, self._num_samples = Layout(num_listed), 0
 

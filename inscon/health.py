@@ -64,8 +64,10 @@ class Health:
             size, top1 = len(queue.keys), values.get(f"top1_{name}", 0.0)
             self._looks[name] = self._looks[name] + 1 if size >= LEAST_KEYS and top1 > LEAK_TOP1 else 0
             if self._looks[name] == LEAK_LOOKS:
-                away = f"BatchNorm may give the answer away (is norm, {self._norm}, without a shuffle?)"
-                found[f"leak {name}"] = f"{100 * top1:.1f} % of the queries find their key among {size} others: {away}"
+                found[f"leak {name}"] = (
+                    f"{100 * top1:.1f} % of the queries find their key among {size} others: BatchNorm may give the answer away "
+                    f"(is norm, {self._norm}, without a shuffle?)"
+                )
         return found
 
     def _collapses(self, figures: dict[str, float]) -> dict[str, str]:
@@ -75,10 +77,11 @@ class Health:
             apart = 1 - figures[name] ** 2  # the mean squared distance from their mean
             most = self._most_apart[name] = max(self._most_apart[name], apart)
             if figures[name] > CONCENTRATED and apart * SHRUNK < most:
-                whose, was = name.removeprefix("length_"), f"{(1 - most) ** 0.5:.3f}"
-                long = f"{figures[name]:.3f} long, where 1 says that all are the same, and was {was}"
-                remedy = "go on with a lower --lr and --change-on-resume lr, or begin again"
-                found[name] = f"the {whose} embeddings have collapsed: their mean is {long}; {remedy}"
+                found[name] = (
+                    f"the {name.removeprefix('length_')} embeddings have collapsed: their mean is {figures[name]:.3f} long, where "
+                    f"1 says that all are the same, and was {(1 - most) ** 0.5:.3f}; go on with a lower --lr and "
+                    "--change-on-resume lr, or begin again"
+                )
         return found
 
     def _stuck(self, figures: dict[str, float], steps: int, found: set[str]) -> dict[str, str]:

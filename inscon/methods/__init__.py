@@ -20,10 +20,13 @@ def settings_of(name: str) -> type[MethodSettings]:
         found = None if is_path else importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
-            found = f"the method {name} imports {error.name}, which is not installed: pip install it"
-            raise ValueError(found) from None
+            raise ValueError(
+                f"the method {name} imports {error.name}, which is not installed: pip install it"
+            ) from None
         found = None
     if not hasattr(found, "Settings"):
-        ours = ", ".join(names())
-        raise ValueError(f"there is no method {name}; set --method to one of {ours}, or to a module with Settings")
+        raise ValueError(
+            f"there is no method {name}; set --method to one of {', '.join(names())}, or to a module that can be imported and has "
+            "Settings"
+        )
     return found.Settings

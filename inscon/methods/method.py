@@ -300,10 +300,12 @@ def resolve(config: Config, world_size: int) -> Config:
     """Fill in every None that depends on the batch and the number of ranks, and check what only shows together: ValueError with the
     value found and what to set instead."""
     batch, model, of_four = config.optim.batch_size, config.model, config.method.mosaics() is not None
-    unit, units = (4 if of_four else 1) * world_size, "4 images (one mosaic) times " if of_four else ""
+    unit = (4 if of_four else 1) * world_size
     if batch % unit:
-        remedy = f"set --batch-size {max(batch // unit, 1) * unit}"
-        raise ValueError(f"batch_size must be a multiple of {units}{world_size} rank(s). Found: {batch}; {remedy}")
+        raise ValueError(
+            f"batch_size must be a multiple of {'4 images (one mosaic) times ' if of_four else ''}{world_size} rank(s). Found: "
+            f"{batch}; set --batch-size {max(batch // unit, 1) * unit}"
+        )
     per_rank = batch // world_size
     norm = _norm(config, per_rank, world_size)
     if norm == "shuffle" and world_size == 1:

@@ -109,9 +109,10 @@ class CocoSet:
         except BadPicture as bad:
             raise ValueError(f"{bad}; copy it again, or take image {image['id']} out of {self.json.name}") from None
         if pixels.shape[:2] != (image["height"], image["width"]):
-            found = f"{path} has {pixels.shape[:2]} px, height and width, turned as EXIF says"
-            known = f"in {self.json.name} {image['height'], image['width']}"
-            raise ValueError(f"{found}, and {known}; use the pictures that the json was made for")
+            raise ValueError(
+                f"{path} has {pixels.shape[:2]} px, height and width, turned as EXIF says, and in {self.json.name} "
+                f"{image['height'], image['width']}; use the pictures that the json was made for"
+            )
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def target(self, image: dict, masks: bool) -> dict[str, Tensor]:
@@ -132,9 +133,10 @@ def read_coco(path: Path, folder: Path, masks: bool, categories: dict[int, str] 
         raw = msgspec.json.decode(written)
         contents = msgspec.convert(raw, MaskedContents if masks else Contents)
     except (ValueError, RecursionError) as error:
-        remedy = "correct it, or give an instances json such as instances_val2017.json (VOC's XML has to be converted)"
-        masks = "only --arch fasterrcnn-fpn learns without segmentation"
-        raise ValueError(f"{path} is no json of COCO's format: {error}; {remedy}; {masks}") from None
+        raise ValueError(
+            f"{path} is no json of COCO's format: {error}; correct it, or give an instances json such as instances_val2017.json "
+            "(VOC's XML has to be converted, and only --arch fasterrcnn-fpn learns without segmentation)"
+        ) from None
     for wrong in _wrong(contents, folder):
         raise ValueError(f"{path}: {wrong}; correct the json, or give the one and the folder that belong together")
     held = dict(sorted((category.id, category.name) for category in contents.categories))

@@ -72,9 +72,10 @@ def read_config(file: str, options: list[str], num_gpus: int):
         require(cfg, OF_THE_BACKBONE, "a backbone of ours computes something else with other values; leave them out")
         sharing = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_gpus
         if num_gpus < 1 or cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % sharing:
-            counts = f"SOLVER.IMS_PER_BATCH counts the images of all {sharing} GPUs that the schedule is for"
-            found = f"{cfg.SOLVER.IMS_PER_BATCH} and --num-gpus {num_gpus}; leave it out for 2 on each GPU"
-            raise SettingsError(f"{counts}, and must be a multiple of {sharing}. Found: {found}")
+            raise SettingsError(
+                f"SOLVER.IMS_PER_BATCH counts the images of all {sharing} GPUs that the schedule is for, and must be a multiple "
+                f"of {sharing}. Found: {cfg.SOLVER.IMS_PER_BATCH} and --num-gpus {num_gpus}; leave it out for 2 on each GPU"
+            )
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_gpus)
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR))
     return cfg
@@ -95,9 +96,10 @@ def check_output(cfg, resume: bool, eval_only: bool) -> Path | None:
             require(cfg, kept, f"{whose}; set all else (and --num-gpus) as it was, or OUTPUT_DIR to another folder")
         return folder / (folder / "last_checkpoint").read_text().strip()
     if not eval_only or folder.resolve() not in Path(cfg.MODEL.WEIGHTS).resolve().parents:
-        found = f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}; leave it out and add --resume to go on there"
-        other = "test a model of that folder with --eval-only, or set OUTPUT_DIR to another folder"
-        raise SettingsError(f"{whose}. Found: {found}, {other}")
+        raise SettingsError(
+            f"{whose}. Found: MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}; leave it out and add --resume to go on there, test a model of "
+            "that folder with --eval-only, or set OUTPUT_DIR to another folder"
+        )
     return None
 
 
