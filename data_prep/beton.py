@@ -11,6 +11,7 @@ is given the samples in order and always writes the same bytes.
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -142,19 +143,21 @@ class BetonFile:
     def lay(self) -> None:
         """Lay the shards that are reported by now and come next."""
         while self._next < self._num_shards and (report := self._report_of(self._next)):
-            self._laid.append(shard_path(self._out, self._next))
-            self._append(report.records, self._laid[-1])
+            shard = shard_path(self._out, self._next)
+            self._append(report.records, shard)
+            self._laid.append(shard)
             self._next += 1
-            if len(self._laid) == _SHARDS_PER_SYNC or self._next == self._num_shards:
+            if len(self._laid) >= _SHARDS_PER_SYNC or self._next == self._num_shards:
                 self._sync()
                 for laid in self._laid:  # the first one first: what follows one that is there is no longer in the beton
                     laid.unlink()
                 self._laid.clear()
 
     def _append(self, records: NDArray[np.void], shard: Path) -> None:
-        """A shard's samples at their places; what lies between is zero."""
+        """A shard's samples at their places, the same ones where it failed before; what lies between is zero."""
         columns = [records[name].tolist() for name in ("offset", "byte_count", "checksum")]
-        places = self._layout.place(records["byte_count"]).tolist()
+        layout = copy.copy(self._layout)
+        places = layout.place(records["byte_count"]).tolist()
         with naming(self._out / BETON_NAME), shard.open("rb") as source:
             for place, start, byte_count, checksum in zip(places, *columns, strict=True):
                 source.seek(start)
@@ -164,6 +167,7 @@ class BetonFile:
                     raise ShardError(f"{shard} is not as it was written: run the same command again to mend it.")
                 self._file.seek(place)
                 self._file.write(content)
+        self._layout = layout
 
     def _sync(self) -> None:
         with naming(self._out / BETON_NAME):

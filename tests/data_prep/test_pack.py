@@ -1,5 +1,6 @@
 """Packing: whatever stops it, the same command goes on; pictures and settings alone decide a byte; others read the sets."""
 
+import contextlib
 import gc
 import io
 import json
@@ -15,12 +16,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import simplejpeg
+import xxhash
 from PIL import Image
 
+from data_prep import beton as beton_module
 from data_prep import pack as pack_module
 from data_prep.beton import HEADER_DTYPE
 from data_prep.index import NO_LABEL, DatasetIndex, ShardError
@@ -363,6 +367,26 @@ def test_a_shard_of_a_beton_that_was_damaged_is_written_again(tmp_path, data, un
         run_pack(data, out, "beton")
     run_pack(data, out, "beton")
     assert contents(out) == undisturbed["beton"]
+
+
+def test_a_shard_whose_laying_failed_is_laid_at_the_same_place(tmp_path, data, undisturbed, monkeypatch):
+    """As by the next of many workers, which hears of it later."""
+    fails, digest, lay = iter([False] * 5 + [True]), xxhash.xxh3_64_intdigest, pack_module.BetonFile.lay
+
+    def moody(content):
+        if next(fails, False):
+            raise OSError(28, "No space left on device")
+        return digest(content)
+
+    def twice(beton):
+        with contextlib.suppress(OSError):
+            lay(beton)
+        lay(beton)
+
+    monkeypatch.setattr(beton_module, "xxhash", SimpleNamespace(xxh3_64_intdigest=moody))
+    monkeypatch.setattr(pack_module.BetonFile, "lay", twice)
+    run_pack(data, tmp_path / "out", "beton")
+    assert contents(tmp_path / "out") == undisturbed["beton"] and not list(fails)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
