@@ -9,11 +9,14 @@ WARM_UP_WINDOWS, FEWEST_WINDOWS = 1, 5
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The windows of a run, oldest first, but for lines that a kill cut short. ValueError where there are none."""
+    """The windows of a run, oldest first, but for lines that a kill cut short. ValueError for none, or another broken line."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"there are no metrics at {path}; give the --run-dir of a run")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except ValueError as error:
+        raise ValueError(f"a line of {path} is broken ({error}); remove it, and report again") from None
 
 
 def run_speed(windows: list[dict]) -> dict[str, float]:

@@ -305,6 +305,9 @@ def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path):
     lines = [json.dumps(line) for line in windows_with([60.0] * 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:9]]))
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9] + lines[2]]))
+    with pytest.raises(ValueError, match=r"a line of .*metrics.jsonl is broken \(.*\); remove it"):
+        read_metrics(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- the command
