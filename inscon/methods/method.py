@@ -310,6 +310,8 @@ def resolve(config: Config, world_size: int) -> Config:
     norm = _norm(config, per_rank, world_size)
     if norm == "shuffle" and world_size == 1:
         raise ValueError("norm=shuffle is over ranks and needs at least 2. Found: 1 rank; set --norm split")
+    if norm == "shuffle" and per_rank == 1:  # whose keys would be normalized as their queries, alone
+        raise ValueError(f"norm=shuffle needs 2 images per rank. Found: 1; set --batch-size {2 * world_size} or more")
     split_size = _split_size(model.split_size, per_rank) if norm == "split" else None
     config = dataclasses.replace(config, model=dataclasses.replace(model, norm=norm, split_size=split_size))
     config = dataclasses.replace(config, method=config.method.resolved(config))

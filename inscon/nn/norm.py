@@ -212,7 +212,7 @@ def shuffle_order(batch_size: int, group_size: int) -> Int[Tensor, "B"]:
     at most ceil(group_size / max(groups - 1, 2)) images.
     """
     groups, remainder = divmod(batch_size, group_size)
-    assert groups > 1 and not remainder, f"{batch_size} images are no groups of {group_size}"
+    assert groups > 1 and group_size > 1 and not remainder, f"{batch_size} images are no groups of {group_size}"
     group = torch.arange(groups)[:, None]
     place = torch.arange(group_size)[None, :]
     target = (group + place) % 2 if groups == 2 else (group + 1 + place % (groups - 1)) % groups

@@ -164,6 +164,7 @@ VIT = {"backbone": "vit_tiny_patch16_224"}
     (lambda: OptimConfig(max_steps=0), "--max-steps must be at least 1. Found: 0"),
     (lambda: OptimConfig(lr=-1), "lr must be at least 0. Found: -1"),
     (lambda: OptimConfig(epochs=5, warmup_epochs=5), "warmup_epochs must lie in 0..4, .* Found: 5; set --warmup-epochs 0"),
+    (lambda: resolve(Config(method=moco.Settings(), optim=OptimConfig(batch_size=3)), 3), "Found: 1; set --batch-size 6 or"),
     (lambda: resolve(Config(method=simclr.Settings(), model=ModelConfig(norm="shuffle")), 2), "norm=shuffle .* set --norm sync"),
     (lambda: byol.Settings(target_momentum=1.5), "--target-momentum must be from 0 to 1. Found: 1.5"),
     (lambda: pixpro.Settings(pair_distance=-1.0), "--pair-distance must be at least 0. Found: -1.0"),

@@ -161,7 +161,7 @@ def test_what_ranks_exchange_is_the_shuffle_of_the_whole_batch(per_rank, ranks):
 
 
 def test_shuffling_needs_two_groups():
-    for batch, group in ((8, 8), (10, 4)):
+    for batch, group in ((8, 8), (10, 4), (2, 1)):
         with pytest.raises(AssertionError, match=f"{batch} images are no groups of {group}"):
             shuffle_order(batch, group)
 
