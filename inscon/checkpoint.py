@@ -63,6 +63,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # which say nothing of the file
     except Exception as error:  # torch raises half a dozen types for damaged files
+        if "DefaultCPUAllocator" in str(error):
+            raise  # as above, of the host's memory
         raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}); {_without(path)}") from error
     version = contents.get("version") if isinstance(contents, dict) else None
     if version != VERSION:

@@ -229,7 +229,10 @@ def test_wrong_use_is_one_sentence(run, tmp_path):
     assert not (tmp_path / "e.pth").exists()
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "a.pt"), torch.OutOfMemoryError("no room")])
+@pytest.mark.parametrize("error", [
+    PermissionError(13, "Permission denied", "a.pt"), torch.OutOfMemoryError("no room"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+])  # fmt: skip
 def test_what_says_nothing_of_a_checkpoint_is_no_reason_to_delete_it(run, monkeypatch, error):
     monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(type(error), match=str(error.args[-1])):
