@@ -121,6 +121,8 @@ def disturbed(report: dict) -> dict | None:
 def load_report(path: Path) -> dict:
     """ValueError, naming the file, for what is no report of this version, and for one whose figures cannot be true."""
     report = None
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}; give the report.json in the --out of a measurement")
     with contextlib.suppress(ValueError):
         report = json.loads(Path(path).read_text())
     version = report.get("report_version") if isinstance(report, dict) else None

@@ -124,6 +124,12 @@ def test_masks_of_every_kind_are_pycocotools_own(tmp_path):
     assert mask[15, 35] == 1 and mask[5, 15] == 1 and mask[50, 50] == 0
 
 
+def test_a_json_that_is_not_there_is_named_with_what_to_give(tmp_path):
+    for path in (tmp_path / "nowhere.json", tmp_path):
+        with pytest.raises(ValueError, match=f"^there is no file {path}; give an instances json"):
+            coco.read_coco(path, tmp_path, masks=True)
+
+
 def test_scenes_are_read_as_they_were_drawn(scenes):
     data = scene_set(scenes)
     for number, image in enumerate(data.images):

@@ -238,6 +238,12 @@ def test_a_comparison_is_a_gate(tmp_path, capsys):
         main(["--compare", str(before), str(after)])
 
 
+def test_a_report_that_is_not_there_is_named_with_what_to_give(tmp_path):
+    for path in (tmp_path / "nowhere.json", tmp_path):
+        with pytest.raises(ValueError, match=f"^there is no file {path}; give the report.json"):
+            verdict.load_report(path)
+
+
 # ------------------------------------------------------------------------------------------------------------ the page
 
 

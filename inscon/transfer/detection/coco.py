@@ -127,7 +127,9 @@ class CocoSet:
 
 def read_coco(path: Path, folder: Path, masks: bool, categories: dict[int, str] | None = None) -> CocoSet:
     """Read and check a json and its folder of pictures. `masks`: every annotation must have one; `categories`: what it must have.
-    ValueError for other contents, a field that can't be used, ids twice, pictures that are not there."""
+    ValueError for other contents, a field that can't be used, ids twice, a json or pictures that are not there."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give an instances json such as instances_val2017.json")
     written = path.read_bytes()
     try:
         raw = msgspec.json.decode(written)
