@@ -345,6 +345,6 @@ def _split_size(asked: int | None, per_rank: int) -> int:
     if asked % 4 or per_rank % asked or per_rank // asked < 2:
         raise ValueError(
             f"norm=split parts the {per_rank} images of a rank into at least 2 BatchNorm groups, each a multiple of 4. Found: "
-            f"{asked}; set --split-size 4, and --batch-size to at least 8 images per rank, a multiple of 4"
+            f"groups of {asked}; set --split-size 4, and --batch-size to at least 8 images per rank, a multiple of 4"
         )
     return asked
