@@ -96,7 +96,7 @@ def set_up(config: Config, device: torch.device, data: str) -> Training:
     method = config.method.build(config, config.optim.batch_size // world)
     synced = config.model.norm == "sync" and world > 1
     if device.type == "cuda":
-        fuse_norms(method, device, precision.autocast_dtype or torch.float32, synced)
+        fuse_kernels(method, device, precision.autocast_dtype or torch.float32, synced)
     if synced:
         sync_batch_norm(method, config.model.backbone)
     method = method.to(device=device, memory_format=torch.channels_last)
@@ -126,7 +126,7 @@ def _graph(training: Training) -> GraphedStep | None:
     return None
 
 
-def fuse_norms(method: Method, device: torch.device, dtype: torch.dtype, synced: bool) -> None:
+def fuse_kernels(method: Method, device: torch.device, dtype: torch.dtype, synced: bool) -> None:
     """Have `method`, which will be on `device`, normalize maps of `dtype`, add and cut off at once, and pool, where the devices of
     all ranks run these kernels, or say why not. Names and tensors stay as they are. `synced`: with the statistics of all ranks."""
     try:

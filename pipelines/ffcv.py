@@ -210,6 +210,7 @@ class InWork(NamedTuple):
     rows: np.ndarray
     metadata: np.ndarray
     """[B] METADATA_DTYPE as a .beton has it; positions become addresses in memory when a picture's turn comes."""
+    byte_counts: np.ndarray  # [B] int64, stored
     made: list[concurrent.futures.Future]
 
 
@@ -271,8 +272,9 @@ class FfcvEngine(Engine):
             work = self._feed.work(step)
             if step + 1 < self._steps.stop:
                 self._feed.expect(step + 1)
-            metadata = metadata_of(self._feed.index.records(work.sample_ids))
-            begun = InWork(work, self._slots.take(), work.rows(), metadata, [])
+            records = self._feed.index.records(work.sample_ids)
+            byte_counts = records["byte_count"].astype(np.int64)
+            begun = InWork(work, self._slots.take(), work.rows(), metadata_of(records), byte_counts, [])
         begun.made.extend(self._threads.submit(self._make, begun, chunk) for chunk in self._chunks)
         return begun
 
@@ -284,7 +286,7 @@ class FfcvEngine(Engine):
             self._benches.append(bench)
         start, index, ids = time.perf_counter(), self._feed.index, begun.work.sample_ids
         # Read here, a few at a time, so that they are still in this core's cache when they are decoded.
-        sizes = index.records(ids[chunk])["byte_count"].astype(np.int64)
+        sizes = begun.byte_counts[chunk]
         memory = bench.room("stored", int(sizes.sum()))
         places = zip(ids[chunk].tolist(), [0, *np.cumsum(sizes).tolist()])
         stored = [read(index, sample_id, memory[first:]) for sample_id, first in places]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inscon import guard
+from inscon.nn.fused_norm import channels_last
 
 TILE, WIDE = 2048, 128
 """Elements of a tile, its columns at most."""
@@ -90,7 +91,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        (chosen,), gradient = ctx.saved_tensors, _channels_last(gradient)
+        (chosen,), gradient = ctx.saved_tensors, channels_last(gradient)
         of_x = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last)
         _each_pixel(of_x, _gradient_of_windows, BACKWARD, gradient, chosen, of_x, *gradient.shape[2:])
         return of_x
@@ -107,15 +108,11 @@ def _each_pixel(made: Tensor, work: triton.JITFunction, warps: int, *given: obje
         )  # fmt: skip
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 class FusedMaxPool2d(nn.MaxPool2d):
     """3x3 with a stride of 2 and a padding of 1; in eval mode as PyTorch does it. The result is channels last."""
 
     def forward(self, x: Float[Tensor, "N F h w"]) -> Float[Tensor, "N F p q"]:
-        return _MaxPool.apply(_channels_last(x)) if self.training else super().forward(x)
+        return _MaxPool.apply(channels_last(x)) if self.training else super().forward(x)
 
 
 def fuse(network: nn.Module) -> None:

@@ -217,7 +217,7 @@ def test_a_run_goes_on_fused_and_plain_again(tmp_path, monkeypatch):
     run(changed(config, "run", run_dir=tmp_path / "plain"), total=2)
     run(config, total=1)
     fused = train.set_up(config, CPU, "set A")
-    train.fuse_norms(fused.method, CPU, torch.float32, synced=False)
+    train.fuse_kernels(fused.method, CPU, torch.float32, synced=False)
     assert fused.step == 1
     kinds = {type(module) for module in fused.method.modules() if isinstance(module, torch.nn.BatchNorm2d)}
     assert kinds == {fused_norm.FusedBatchNorm2d}  # of queries and of keys
@@ -242,7 +242,7 @@ def test_a_device_without_the_kernels_keeps_pytorchs(tmp_path, monkeypatch, caps
     method = train.set_up(make_config(tmp_path), CPU, "set A").method
     monkeypatch.setitem(sys.modules, "inscon.nn.fused_norm", None)  # as where Triton is missing
     monkeypatch.delattr(sys.modules["inscon.nn"], "fused_norm", raising=False)
-    train.fuse_norms(method, CPU, torch.float32, synced=False)
+    train.fuse_kernels(method, CPU, torch.float32, synced=False)
     said = capsys.readouterr().err
     assert all(said.count(f"the {name} kernels do not serve on cpu (") == 1 for name in ("BatchNorm", "pooling"))
     assert type(method.backbone.network.bn1) is SplitBatchNorm2d
@@ -254,7 +254,7 @@ def test_ranks_agree_on_their_kernels(tmp_path, monkeypatch, capsys):
     method = train.set_up(make_config(tmp_path), CPU, "set A").method
     monkeypatch.setattr(fused_norm, "refusal", lambda device, dtype: None)
     monkeypatch.setattr("inscon.distributed.any_rank", lambda refused: True)
-    train.fuse_norms(method, CPU, torch.float32, synced=True)
+    train.fuse_kernels(method, CPU, torch.float32, synced=True)
     assert "(on another rank)" in capsys.readouterr().err and type(method.backbone.network.bn1) is SplitBatchNorm2d
 
 
