@@ -26,6 +26,7 @@ os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1k")
 import numpy as np
 import nvidia.dali
 import torch
+from numba import carray, cfunc
 from nvidia.dali import Pipeline as Graph
 from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
@@ -37,9 +38,10 @@ from inscon.plan import ViewSpec
 from pipelines import auto
 from pipelines.feed import Engine, Feed, Refusal, Work, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
-from pipelines.kernels import render_at
+from pipelines.kernels import render_addressed
 from pipelines.prefetch import StageClock
 from pipelines.slots import Slot
+from pipelines.vectors import pointer_to
 
 PART, PARTS_OF_THREADS = 32, 8
 """Pictures in one run of the graph: these many, or so many for each thread, lest threads wait for the last picture of a run."""
@@ -82,24 +84,41 @@ def crop_by_dali(images, row, spec: ViewSpec):
     return fn.slice(made, start=fn.cast(row[17:19], dtype=types.INT32), shape=[spec.side, spec.side], axes=(1, 0))
 
 
+class Render(NumbaFunction):
+    """The operator (picture, rows, places) -> a byte, of functions that numba keeps on the disk. DALI would compile its own around
+    ours, for two seconds at every start."""
+
+    def __init__(self):
+        super().__init__(
+            run_fn=_render, setup_fn=_one_byte, device="cpu", out_types=[types.UINT8], outs_ndim=[1],
+            in_types=[types.UINT8, types.FLOAT, types.INT64], ins_ndim=[3, 2, 1],
+        )  # fmt: skip
+
+    def _get_run_fn_cpu(self, run_fn, *_):
+        return _kept(run_fn, self._run_fn_sig()).address
+
+    def _get_setup_fn_cpu(self, setup_fn):
+        return _kept(setup_fn, self._setup_fn_sig()).address
+
+
 @functools.cache
-def _render() -> NumbaFunction:
-    """The operator (picture, rows, places) -> a byte; kept, because DALI takes a second to wrap a compiled function."""
-    render_picture = render_at().ctypes  # numba freezes what it finds around the function, which is meant here
+def _kept(function, signature):
+    return cfunc(signature, cache=True)(function)
 
-    def shape(outs, ins):
-        for out in outs[0]:
-            out[0] = 1
 
-    def render(out, image, rows, places):
-        height, width, _ = image.shape
-        render_picture(image.ctypes.data, height, width, rows.ctypes.data, rows.shape[0], places.ctypes.data)
-        out[0] = 1
+def _render(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndims, num_ins):
+    """As DALI calls it: addresses of the addresses of each array, and of its shape, of one picture."""
+    image, rows, places = carray(pointer_to(ins), 3, np.int64)
+    shapes = carray(pointer_to(in_shapes), 3, np.int64)
+    height, width, _ = carray(pointer_to(shapes[0]), 3, np.int64)
+    count = carray(pointer_to(shapes[1]), 1, np.int64)[0]
+    render_addressed(image, height, width, rows, count, places)
+    carray(pointer_to(carray(pointer_to(outs), 1, np.int64)[0]), 1, np.uint8)[0] = 1
 
-    return NumbaFunction(
-        run_fn=render, setup_fn=shape, device="cpu", out_types=[types.UINT8], outs_ndim=[1],
-        in_types=[types.UINT8, types.FLOAT, types.INT64], ins_ndim=[3, 2, 1],
-    )  # fmt: skip
+
+def _one_byte(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, num_samples):
+    for shape in carray(pointer_to(out_shapes), num_samples, np.int64):
+        carray(pointer_to(shape), 1, np.int64)[0] = 1
 
 
 class DaliEngine(Engine):
@@ -173,7 +192,7 @@ class DaliEngine(Engine):
                 specs = [spec for spec in self._feed.views for _ in range(spec.count)]
                 made = [crop_by_dali(images, rows[number], spec) for number, spec in enumerate(specs)]
             else:
-                made = [_render()(images, rows, *places)]
+                made = [Render()(images, rows, *places)]
             graph.set_outputs(images.shape(device="cpu"), *made)
         graph.build()
         self._graph = graph
