@@ -18,6 +18,8 @@ from inscon.nn.pooling import places
 
 TORCHVISION = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
 LEAST_STRIDE = 4
+OLDEST_TIMM = (1, 0, 22)
+"""Earlier ones give other maps of some networks, or none on the meta device."""
 
 
 class Backbone(nn.Module):
@@ -81,6 +83,8 @@ def _create(name: str) -> nn.Module:
     except ImportError:
         found = f"the backbone {name} is none of torchvision's ({', '.join(TORCHVISION)}), and timm is not installed"
         raise ValueError(f"{found}: pip install timm") from None
+    if tuple(map(int, timm.__version__.split(".")[:3])) < OLDEST_TIMM:
+        raise ValueError(f"timm {timm.__version__} is too old for the backbone {name}: pip install -U timm")
     if not timm.is_model(name):
         raise ValueError(f"there is no backbone {name}; set --backbone to a name of torchvision's ResNets or of timm's")
     try:

@@ -115,15 +115,17 @@ def test_a_run_goes_on_when_its_trackers_cannot_start(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("fails_at", ["step", "end"])
 def test_a_tracker_that_fails_later_is_named_once(tmp_path, capsys, fails_at):
     pytest.importorskip("mlflow"), pytest.importorskip("tensorboard")
-    log = MetricsLog(tmp_path, 4, 0, ("mlflow", "tensorboard"))
+    run_dir = tmp_path / fails_at  # not the folder of another test: mlflow remembers those it has seen
+    run_dir.mkdir()
+    log = MetricsLog(run_dir, 4, 0, ("mlflow", "tensorboard"))
     for step in (1, 2, 3, 4):
         log.write(step, figures(step, 1.0))
         if (step, fails_at) in ((2, "step"), (4, "end")):
-            shutil.rmtree(tmp_path / "mlruns")
+            shutil.rmtree(run_dir / "mlruns")
     log.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "gets nothing" in line]
     assert len(said) == 1 and said[0].startswith("mlflow gets nothing from here on")
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run_dir)] == [1, 2, 3, 4]
 
 
 def test_a_missing_package_is_refused_before_any_work(tmp_path, monkeypatch):

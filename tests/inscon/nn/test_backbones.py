@@ -145,3 +145,9 @@ def test_without_timm_its_networks_are_refused_and_torchvisions_are_built(monkey
     with pytest.raises(ValueError, match="convnext_atto is none of torchvision's .* pip install timm"):
         build_backbone("convnext_atto")
     build_backbone("resnet18")
+
+
+def test_an_old_timm_is_refused(monkeypatch):
+    monkeypatch.setattr("timm.__version__", "1.0.9.dev0")
+    with pytest.raises(ValueError, match="timm 1.0.9.dev0 .* pip install -U timm"):
+        build_backbone("convnext_atto")
