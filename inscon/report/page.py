@@ -7,8 +7,9 @@ from inscon.report.prediction import EPOCHS, IMAGENET
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence], note: str = "") -> str:
-    """A heading, a table whose first column is text and whose others are figures, and what is to be said about it."""
+    """A heading, a table whose first column is text and whose others are figures, and what is to be said. No table without rows."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    lines = lines if len(lines) > 2 else []
     cells = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([f"## {title}", "", *cells, "", note, ""])
 

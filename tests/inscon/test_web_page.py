@@ -51,6 +51,11 @@ def test_every_cell_and_sentence_of_the_report_is_there():
     assert tags(text, "h2")[0] == ({}, "host-bound")
 
 
+def test_without_rows_there_is_no_table():
+    made = page.table("The loader by stage", ("", "value"), [], "synthetic.")
+    assert made.split("\n\n") == ["## The loader by stage", "\nsynthetic.\n"]
+
+
 def test_bars_are_as_long_as_what_they_show():
     bars = [found for found, _ in tags(web_page(changed(), None), "rect") if found.get("class") in ("bar", "marked")]
     ms = [2.0, 100.0, 210.0, 4.0, 8.0, 2.0]  # of 326
