@@ -38,7 +38,7 @@ from inscon.plan import ViewSpec
 from pipelines import auto
 from pipelines.feed import Engine, Feed, Refusal, Work, threads_per_rank, undecodable, wrong_size
 from pipelines.finish import Finish
-from pipelines.kernels import render_addressed
+from pipelines.kernels import render_views
 from pipelines.prefetch import StageClock
 from pipelines.slots import Slot
 from pipelines.vectors import pointer_to
@@ -85,8 +85,8 @@ def crop_by_dali(images, row, spec: ViewSpec):
 
 
 class Render(NumbaFunction):
-    """The operator (picture, rows, places) -> a byte, of functions that numba keeps on the disk. DALI would compile its own around
-    ours, for two seconds at every start."""
+    """The operator (picture, rows, places) -> a byte, of functions with DALI's signatures that numba keeps on the disk. Around
+    other ones DALI would compile its own, for two seconds at every start."""
 
     def __init__(self):
         super().__init__(
@@ -103,6 +103,7 @@ class Render(NumbaFunction):
 
 @functools.cache
 def _kept(function, signature):
+    """The C function, for good: DALI is given no more than its address."""
     return cfunc(signature, cache=True)(function)
 
 
@@ -112,7 +113,7 @@ def _render(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndims, num
     shapes = carray(pointer_to(in_shapes), 3, np.int64)
     height, width, _ = carray(pointer_to(shapes[0]), 3, np.int64)
     count = carray(pointer_to(shapes[1]), 1, np.int64)[0]
-    render_addressed(image, height, width, rows, count, places)
+    render_views(image, height, width, rows, count, places)
     carray(pointer_to(carray(pointer_to(outs), 1, np.int64)[0]), 1, np.uint8)[0] = 1
 
 

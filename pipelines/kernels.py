@@ -51,13 +51,13 @@ def render_view(image, row, out, color):
 
 @functools.cache
 def render_at():
-    """`_render_at` as a C function, `.ctypes`, for code that another library compiles around it: so it is taken from numba's cache
-    as it is, where a call by name has the whole kernel optimized anew, 6 seconds each time."""
-    return cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True)(inspect.unwrap(render_addressed))
+    """`render_views` as a C function, `.ctypes`, for code that FFCV compiles around it and numba does not keep: so it is taken from
+    numba's cache as it is, where a call by name has the whole kernel optimized anew, 6 seconds each time."""
+    return cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True)(render_views.py_func)
 
 
-@njit(nogil=True, inline="always", error_model="numpy")
-def render_addressed(image, height, width, rows, count, places):
+@njit(nogil=True, inline="always")
+def render_views(image, height, width, rows, count, places):
     """All views of one picture, one after the other, each written where it belongs in the memory of a batch: no copy is made later.
 
     Args, addresses:

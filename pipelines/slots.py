@@ -67,7 +67,7 @@ class Slot:
         else:
             self._bytes = huge_pages(slots.num_bytes)
         self.places = _places(slots, self._bytes.ctypes.data)
-        """[B, 3 + 3R] int64, see `pipelines.kernels._render_at`."""
+        """[B, 3 + 3R] int64, see `pipelines.kernels.render_views`."""
 
     def hand_out(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """The views `[B P S S 3]` and the mosaics `[M 2S 2S 3]`; the slot is taken until all of them are gone."""

@@ -14,7 +14,7 @@ from inscon.transfer.export import digest, for_detectron2, gather
 from pipelines.color import MEAN, STD
 
 LINES = {
-    "timm": """import timm
+    "timm": """import timm  # 1.0.26 or later
 model = timm.create_model("local-dir:.", pretrained=True)  # "hf-hub:YOU/NAME" once it is uploaded""",
     "torchvision": """import torch, torchvision
 from safetensors.torch import load_file

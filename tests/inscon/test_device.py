@@ -1,7 +1,6 @@
 """What a report makes of a trace, worked by hand; and the bytes that operators and kernels move, by the shapes of their tensors."""
 
 import json
-import sys
 from pathlib import Path
 from timeit import repeat
 
@@ -108,8 +107,8 @@ def test_classes_of_kernels(kernel, expected):
 
 def triton_33() -> None:
     """Skip before that version: what interprets a kernel was no KernelInterface."""
-    pytest.importorskip("triton.language", reason="Triton is not installed")
-    if not hasattr(sys.modules["triton.language"], "gather"):
+    language = pytest.importorskip("triton.language", reason="Triton is not installed")
+    if not hasattr(language, "gather"):
         pytest.skip("Triton before 3.3, that of torch 2.7, interprets kernels by another class")
 
 
